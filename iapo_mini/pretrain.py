@@ -1,0 +1,261 @@
+"""How the embedded policy was made: ``python -m iapo_mini.pretrain`` remakes it from nothing.
+
+A Qwen2-architecture model learns to continue stories of the train stream with the world's own chains
+of thought. Two losses, one trunk pass:
+
+* next-token cross-entropy on the completion, and
+* **early exits**: at ``exits`` random prefixes of every chain a branch ``</think><answer>`` is
+  appended (all branches of a row packed behind its KV cache) and the branch must predict the true
+  answer. Only the answer is a target, so the policy does not learn to stop early.
+
+Without the second loss a policy that is forced to answer early copies the last number it saw, its
+answer entropy is near zero everywhere, and the estimator of the paper measures noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken
+from tqdm.auto import tqdm
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from iapo_mini.information import branch_inputs
+from iapo_mini.tasks import MAX_VALUE, POSTFIX, chain_of_thought, render_prompt, stories
+
+# ChatML without a system turn: the embedded policy needs no instructions.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] != 'system' %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def build_tokenizer(n_stories: int = 6000) -> Qwen2Tokenizer:
+    """Byte-level Qwen2 tokenizer trained on the story world; `` 0`` to `` 99`` are one token each.
+
+    Qwen2-compatible on purpose: with ``model_type: qwen2`` transformers always loads
+    ``Qwen2Tokenizer`` and would replace any other pre-tokenizer.
+    """
+    rng = random.Random(0)
+    texts = []
+    for problem in itertools.islice(stories("train", seed=0), n_stories):
+        chain = "".join(s.text for s in chain_of_thought(problem, rng) if s.role != "format")
+        texts += [problem.question, chain, "user\n", "assistant\n"]
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, vocab_size=4000, show_progress=False)
+    tokenizer.add_tokens([f" {n}" for n in range(100)])
+    tokenizer.add_tokens([AddedToken(tag, special=False) for tag in TAGS])
+    tokenizer.add_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.padding_side = "left"
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_model(tokenizer: Qwen2Tokenizer, seed: int, hidden: int, layers: int) -> Qwen2ForCausalLM:
+    """Randomly initialised tiny Qwen2 (tied embeddings, heads of 32, one KV head per query head)."""
+    torch.manual_seed(seed)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config = Qwen2Config(
+        vocab_size=math.ceil(len(tokenizer) / 32) * 32,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        bos_token_id=None,
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config.eos_token_id = eos
+    model.generation_config.pad_token_id = pad
+    return model
+
+
+def sample_batches(tokenizer, seed: int, batch_size: int, exits: int, skip: int = 0):
+    """Endless batches of right-padded (ids, completion start, length, exit positions, answers).
+
+    Rows of similar length share a batch. Exit positions index the last trunk token a branch sees:
+    from the prompt's last token (no reasoning yet) to the last token before ``<|im_end|>``.
+    """
+    rng = random.Random(f"pretrain/{seed}")
+    problems = stories("train", seed=seed + 1)
+    answers = {str(n): tokenizer.encode(f" {n}")[0] for n in range(MAX_VALUE + 1)}
+    emitted = 0
+    while True:
+        rows = []
+        for problem in itertools.islice(problems, 8 * batch_size):
+            prompt = tokenizer.encode(render_prompt(tokenizer, problem))
+            chain = "".join(s.text for s in chain_of_thought(problem, rng))
+            completion = tokenizer.encode(chain + tokenizer.eos_token)
+            rows.append((prompt, completion, answers[problem.answer]))
+        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+        batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        rng.shuffle(batches)
+        for batch in batches:
+            cuts = []
+            for prompt, completion, _ in batch:
+                first, last = len(prompt) - 1, len(prompt) + len(completion) - 2
+                cuts.append(sorted(rng.randint(first, last) for _ in range(exits)))
+            emitted += 1
+            if emitted > skip:
+                yield _collate(batch, cuts, tokenizer.pad_token_id)
+
+
+def _collate(batch, cuts, pad: int) -> dict[str, torch.Tensor]:
+    width = max(len(p) + len(c) for p, c, _ in batch)
+    ids = torch.full((len(batch), width), pad)
+    labels = torch.full((len(batch), width), -100)
+    for i, (prompt, completion, _) in enumerate(batch):
+        ids[i, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
+        labels[i, len(prompt) : len(prompt) + len(completion)] = torch.tensor(completion)
+    answers = torch.tensor([a for _, _, a in batch])
+    return {"ids": ids, "labels": labels, "ends": torch.tensor(cuts), "answers": answers}
+
+
+def losses(model, batch: dict[str, torch.Tensor], postfix: torch.Tensor):
+    """Completion cross-entropy and early-exit cross-entropy (both nats per target, fp32).
+
+    ``batch`` as from :func:`sample_batches`; ``postfix`` (K,) token ids.
+    """
+    ids, ends = batch["ids"], batch["ends"]
+    # Right padding and a causal mask: real tokens never see padding, so no mask is needed.
+    trunk = model(ids, use_cache=True)
+    lm = torch.nn.functional.cross_entropy(
+        trunk.logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten()
+    )
+    trunk_mask = torch.ones_like(ids, dtype=torch.bool)
+    position_ids = torch.arange(ids.shape[1]).expand_as(ids)
+    branch = branch_inputs(trunk_mask, position_ids, ends, postfix)
+    k = len(postfix)
+    hidden = model.model(past_key_values=trunk.past_key_values, **branch).last_hidden_state
+    logits = model.lm_head(hidden[:, k - 1 :: k]).float()
+    targets = batch["answers"][:, None].expand(ends.shape)
+    early = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return lm, early
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+    """Linear warm-up, then a cosine down to a fiftieth of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def pretrain(
+    out: str | Path,
+    steps: int = 4000,
+    batch_size: int = 64,
+    exits: int = 8,
+    exit_weight: float = 0.5,
+    lr: float = 2e-3,
+    hidden: int = 128,
+    layers: int = 4,
+    seed: int = 0,
+    checkpoint_every: int = 500,
+    threads: int = 2,
+) -> Path:
+    """Train the embedded policy and save it with its tokenizer to ``out`` (transformers format).
+
+    Checkpoints go to ``out/checkpoint.pt`` (written to a temporary name and renamed); a killed run
+    started again with the same arguments goes on where it was. The log is ``out/pretrain_log.jsonl``:
+    one line per 50 steps with both losses (nats), learning rate, tokens/s and minutes.
+    """
+    torch.set_num_threads(threads)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, seed, hidden, layers)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    postfix = torch.tensor(tokenizer.encode(POSTFIX))
+    checkpoint, log = out / "checkpoint.pt", out / "pretrain_log.jsonl"
+    start, minutes = 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, minutes = state["step"], state["minutes"]
+        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= start]
+        log.write_text("".join(line + "\n" for line in kept))
+    elif log.exists():
+        log.unlink()
+    batches = sample_batches(tokenizer, seed, batch_size, exits, skip=start)
+    bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc="pretrain")
+    began, seen, totals = time.perf_counter(), 0, torch.zeros(2)
+    for step in bar:
+        batch = next(batches)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr)
+        lm, early = losses(model, batch, postfix)
+        optimizer.zero_grad()
+        (lm + exit_weight * early).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        seen += batch["ids"].numel()
+        totals += torch.stack([lm.detach(), early.detach()])
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            elapsed = time.perf_counter() - began
+            mean = (totals / ((step % 50) + 1)).tolist()
+            row = {
+                "step": step + 1,
+                "lm_loss": round(mean[0], 4),
+                "exit_loss": round(mean[1], 4),
+                "learning_rate": learning_rate(step, steps, lr),
+                "tokens_per_second": round(seen / elapsed),
+                "minutes": round(minutes + elapsed / 60, 2),
+            }
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            bar.set_postfix(lm=f"{mean[0]:.3f}", exit=f"{mean[1]:.3f}")
+            totals.zero_()
+        if (step + 1) % checkpoint_every == 0:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+                "minutes": minutes + (time.perf_counter() - began) / 60,
+            }
+            temporary = checkpoint.with_suffix(".tmp")
+            torch.save(state, temporary)
+            os.replace(temporary, checkpoint)
+    model.eval().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    checkpoint.unlink(missing_ok=True)
+    return out
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of ``python -m iapo_mini.pretrain``."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", default="runs/pretrain", help="folder for the policy and its log")
+    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps")
+    parser.add_argument("--batch-size", type=int, default=64, help="stories per step")
+    parser.add_argument("--exits", type=int, default=8, help="early exits per story")
+    parser.add_argument("--exit-weight", type=float, default=0.5, help="weight of the exit loss")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--hidden", type=int, default=128, help="hidden size (multiple of 32)")
+    parser.add_argument("--layers", type=int, default=4, help="decoder layers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    print(pretrain(**vars(parser.parse_args(argv))))
+
+
+if __name__ == "__main__":
+    main()
