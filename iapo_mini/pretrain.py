@@ -90,7 +90,8 @@ def sample_batches(tokenizer, seed: int, batch_size: int, exits: int, skip: int 
     """Endless batches of right-padded (ids, completion start, length, exit positions, answers).
 
     Rows of similar length share a batch. Exit positions index the last trunk token a branch sees:
-    from the prompt's last token (no reasoning yet) to the last token before ``<|im_end|>``.
+    from the prompt's last token (no reasoning yet) to the closing ``<|im_end|>`` itself, so that every
+    prefix a rollout can contain has been practised.
     """
     rng = random.Random(f"pretrain/{seed}")
     problems = stories("train", seed=seed + 1)
@@ -109,7 +110,7 @@ def sample_batches(tokenizer, seed: int, batch_size: int, exits: int, skip: int 
         for batch in batches:
             cuts = []
             for prompt, completion, _ in batch:
-                first, last = len(prompt) - 1, len(prompt) + len(completion) - 2
+                first, last = len(prompt) - 1, len(prompt) + len(completion) - 1
                 cuts.append(sorted(rng.randint(first, last) for _ in range(exits)))
             emitted += 1
             if emitted > skip:

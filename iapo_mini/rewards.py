@@ -1,0 +1,83 @@
+"""Rewards of the paper's released code: format (+0.5 / -0.5) plus correctness (+1 / -1)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from decimal import Decimal, InvalidOperation
+
+import torch
+
+from iapo_mini.rollouts import Rollouts
+from iapo_mini.tasks import Problem
+
+_FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+_TAG = re.compile(r"</?(?:think|answer)>")
+_NUMBER = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?")
+
+
+def parse_answer(completion: str) -> str | None:
+    """The answer of a well-formed completion, else None.
+
+    Well-formed: exactly one ``<think>...</think>`` followed by exactly one ``<answer>...</answer>``
+    and nothing else; a tag inside either of them makes it ill-formed.
+    """
+    match = _FORMAT.fullmatch(completion)
+    if match is None or any(_TAG.search(part) for part in match.groups()):
+        return None
+    return match[2].strip()
+
+
+def equal_answers(given: str, reference: str) -> bool:
+    """Whether two answers are the same number (72, 72.0, 1,234 and $5 are read), or the same text."""
+    values = []
+    for text in (given, reference):
+        text = text.strip().replace(",", "").removeprefix("$").strip()
+        if _NUMBER.fullmatch(text):
+            try:
+                values.append(Decimal(text))
+            except InvalidOperation:  # pragma: no cover - the pattern admits no such text
+                return False
+    if len(values) == 2:
+        return values[0] == values[1]
+    return not values and bool(given.strip()) and given.strip() == reference.strip()
+
+
+def reward(completion: str, reference: str) -> tuple[float, bool]:
+    """Reward of one completion and whether its answer is right.
+
+    Args:
+        completion: text with its tags.
+        reference: reference answer.
+
+    Returns:
+        ``(format + correctness, correct)``: 1.5 right, -0.5 well-formed but wrong, -1.5 ill-formed
+        (an answer is only read from a well-formed completion).
+    """
+    answer = parse_answer(completion)
+    if answer is None:
+        return -1.5, False
+    correct = equal_answers(answer, reference)
+    return (1.5 if correct else -0.5), correct
+
+
+def score(rollouts: Rollouts, tokenizer, problems: Sequence[Problem]) -> Rollouts:
+    """Rollouts with ``rewards`` (B,) fp32 and ``correct`` (B,) bool filled in.
+
+    Args:
+        rollouts: B completions; problem j owns rows j*G to (j+1)*G.
+        tokenizer: the policy's tokenizer.
+        problems: B / G problems.
+    """
+    group = rollouts.num_generations
+    results = [
+        reward(text, problems[i // group].answer)
+        for i, text in enumerate(rollouts.texts(tokenizer))
+    ]
+    device = rollouts.completion_ids.device
+    return replace(
+        rollouts,
+        rewards=torch.tensor([r for r, _ in results], dtype=torch.float32, device=device),
+        correct=torch.tensor([c for _, c in results], dtype=torch.bool, device=device),
+    )

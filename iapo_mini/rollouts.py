@@ -1,0 +1,320 @@
+"""Rollouts: batched sampling with a KV cache, and the log-probabilities of what was sampled.
+
+Shapes: B = prompts x num_generations, P prompt length (left-padded), L completion length
+(right-padded, the end-of-sequence token included), V vocabulary. Masks are bool.
+
+Rows of one prompt stand next to each other, so every pass here runs the prompt once per *group* and
+repeats its keys and values: with eight completions to a prompt that saves seven prompt passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from iapo_mini.policy import Policy
+from iapo_mini.tasks import Problem, render_prompt
+
+
+@dataclass
+class Rollouts:
+    """Completions of a batch of prompts; the one object that flows through the pipeline.
+
+    Attributes:
+        prompt_ids, prompt_mask: (B, P) long and bool, left-padded.
+        completion_ids, completion_mask: (B, L) long and bool, right-padded.
+        old_logprobs: (B, L) fp32 nats, log pi_old(o_t | q, o_<t) at sampling temperature; 0 at padding.
+        num_generations: G, completions per prompt; rows of one prompt are adjacent.
+        finished: (B,) bool, whether the row ended by itself (False: cut at the length limit).
+        rewards: (B,) fp32, filled in by ``rewards.score``.
+        correct: (B,) bool, filled in by ``rewards.score``.
+        informativeness: (B, L) fp32 nats, s_{i,t}, filled in by ``information.informativeness``.
+    """
+
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    old_logprobs: torch.Tensor
+    num_generations: int
+    finished: torch.Tensor
+    rewards: torch.Tensor | None = None
+    correct: torch.Tensor | None = None
+    informativeness: torch.Tensor | None = None
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(B,) long: completion tokens per row."""
+        return self.completion_mask.sum(1)
+
+    def rows(self, start: int, stop: int) -> Rollouts:
+        """Rows ``start`` to ``stop`` (whole groups), completions cut to their longest."""
+        width = max(1, int(self.lengths[start:stop].max()))
+        cut = {"completion_ids", "completion_mask", "old_logprobs", "informativeness"}
+        fields = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                value = value[start:stop]
+                fields[name] = value[:, :width] if name in cut else value
+        return replace(self, **fields)
+
+    def texts(self, tokenizer) -> list[str]:
+        """Completions as text, tags kept, the end-of-sequence token left out."""
+        skip = set(tokenizer.all_special_ids)
+        out = []
+        for ids, mask in zip(self.completion_ids.tolist(), self.completion_mask.tolist()):
+            kept = [i for i, real in zip(ids, mask) if real and i not in skip]
+            out.append(tokenizer.decode(kept, skip_special_tokens=False))
+        return out
+
+
+class _GrowingLayer(DynamicLayer):
+    """Cache layer whose buffer grows in blocks: a decoding step writes one column in place.
+
+    ``DynamicLayer`` concatenates, which copies the whole cache at every token.
+    """
+
+    block = 64
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers, self._used = None, 0
+        new = self._used + key_states.shape[-2]
+        if self._buffers is None or new > self._buffers[0].shape[-2]:
+            shape = list(key_states.shape)
+            shape[-2] = new + self.block
+            grown = [key_states.new_empty(shape), value_states.new_empty(shape)]
+            for buffer, old in zip(grown, (self.keys, self.values)):
+                if self._used:
+                    buffer[..., : self._used, :] = old
+            self._buffers = grown
+        for buffer, states in zip(self._buffers, (key_states, value_states)):
+            buffer[..., self._used : new, :] = states
+        self._used = new
+        self.keys, self.values = (b[..., :new, :] for b in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._buffers = [b.index_select(0, indices) for b in self._buffers]
+        self.keys, self.values = (b[..., : self._used, :] for b in self._buffers)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._buffers = [b.repeat_interleave(repeats, dim=0) for b in self._buffers]
+        self.keys, self.values = (b[..., : self._used, :] for b in self._buffers)
+
+
+def encode_prompts(policy: Policy, problems: list[Problem]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompt ids (N, P) long and mask (N, P) bool, left-padded, by the chat template."""
+    texts = [render_prompt(policy.tokenizer, problem) for problem in problems]
+    batch = policy.tokenizer(
+        texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+    ).to(policy.device)
+    return batch["input_ids"], batch["attention_mask"].bool()
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position ids that count real tokens only, (rows, width)."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    problems: list[Problem],
+    *,
+    num_generations: int = 8,
+    max_completion_length: int = 224,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> Rollouts:
+    """Sample ``num_generations`` completions for each problem from the policy.
+
+    One uniform number per row and step decides the token by inverse CDF, so a row's completion
+    does not depend on when other rows stop: finished rows are dropped from the batch on the way.
+
+    Args:
+        policy: the policy to sample from.
+        problems: N problems; B = N * num_generations rows come back.
+        num_generations: completions per problem, at least 1.
+        max_completion_length: tokens after which a row is cut.
+        temperature: softmax temperature > 0; ``old_logprobs`` are those of the tempered policy.
+        seed: equal seeds give equal completions on the same machine.
+
+    Raises:
+        ValueError: when an argument is out of range or ``problems`` is empty.
+    """
+    if not problems:
+        raise ValueError("problems is empty; at least one problem is needed to sample completions.")
+    for name, value in (
+        ("num_generations", num_generations),
+        ("max_completion_length", max_completion_length),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; allowed are 1 and above.")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; allowed are numbers above 0.")
+    model, device = policy.for_inference(), policy.device
+    prompt_ids, prompt_mask = encode_prompts(policy, problems)
+    total, width = len(problems) * num_generations, prompt_ids.shape[1]
+    generator = torch.Generator(device).manual_seed(seed)
+
+    cache = Cache(layer_class_to_replicate=_GrowingLayer)
+    logits = model(
+        prompt_ids,
+        attention_mask=prompt_mask,
+        position_ids=_positions(prompt_mask),
+        past_key_values=cache,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    cache.batch_repeat_interleave(num_generations)
+    logits = logits.repeat_interleave(num_generations, dim=0)
+    positions = prompt_mask.sum(1).repeat_interleave(num_generations)
+    attend = torch.ones(total, 1, 1, width + max_completion_length, dtype=torch.bool, device=device)
+    attend[:, 0, 0, :width] = prompt_mask.repeat_interleave(num_generations, dim=0)
+
+    ids = torch.full(
+        (total, max_completion_length), policy.tokenizer.pad_token_id, dtype=torch.long, device=device
+    )
+    logprobs = torch.zeros(total, max_completion_length, device=device)
+    lengths = torch.full((total,), max_completion_length, device=device)
+    active = torch.arange(total, device=device)  # rows of the full batch still in the cache
+    running = torch.ones(total, dtype=torch.bool, device=device)  # of those, not yet ended
+    for t in range(max_completion_length):
+        uniform = torch.rand(total, generator=generator, device=device)[active]
+        log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
+        cdf = log_p.exp().cumsum(-1)
+        # Scaling by the last entry keeps rounding from pointing past the vocabulary.
+        token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)
+        token = token.clamp(max=cdf.shape[1] - 1)
+        alive = active[running]
+        ids[alive, t] = token[running, 0]
+        logprobs[alive, t] = log_p.gather(1, token)[running, 0]
+        ended = running & torch.isin(token[:, 0], policy.eos_ids)
+        lengths[active[ended]] = t + 1
+        running &= ~ended
+        left = int(running.sum())
+        if left == 0 or t + 1 == max_completion_length:
+            break
+        if left <= 0.8 * len(active):
+            keep = running.nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            active, token, running = active[keep], token[keep], running[keep]
+            attend, positions = attend[keep], positions[keep]
+        logits = model(
+            token,
+            attention_mask=attend[..., : width + t + 1],
+            position_ids=(positions + t)[:, None],
+            past_key_values=cache,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+    longest = int(lengths.max())
+    mask = torch.arange(longest, device=device) < lengths[:, None]
+    finished = torch.isin(ids[torch.arange(total), lengths - 1], policy.eos_ids)
+    return Rollouts(
+        prompt_ids=prompt_ids.repeat_interleave(num_generations, dim=0),
+        prompt_mask=prompt_mask.repeat_interleave(num_generations, dim=0),
+        completion_ids=ids[:, :longest].masked_fill(~mask, policy.tokenizer.pad_token_id),
+        completion_mask=mask,
+        old_logprobs=logprobs[:, :longest] * mask,
+        num_generations=num_generations,
+        finished=finished,
+    )
+
+
+@dataclass
+class Trunk:
+    """A block of rows after prompt and completion have been run once.
+
+    Attributes:
+        rows: (b,) long, which rows of the rollouts these are.
+        logits: (b, l + 1, V), entry t predicts completion token t (entry l follows the last one);
+            None when not asked for. l is the longest completion of the block.
+        cache: keys and values of all P + l positions.
+        mask: (b, P + l) bool; position_ids: (b, P + l) long.
+    """
+
+    rows: torch.Tensor
+    logits: torch.Tensor | None
+    cache: Cache
+    mask: torch.Tensor
+    position_ids: torch.Tensor
+
+
+def trunk_blocks(
+    model, rollouts: Rollouts, rows_per_block: int, need_logits: bool = True
+) -> Iterator[Trunk]:
+    """Run every prompt once per group and every completion once, in blocks of similar length.
+
+    Sorting rows by length keeps a long completion from padding all others. Gradients flow through
+    everything, the shared prompts included.
+
+    Args:
+        model: any causal LM with a KV cache and 4-D attention masks.
+        rollouts: whole groups.
+        rows_per_block: completions per forward pass.
+        need_logits: whether to make logits of all positions.
+    """
+    group, width = rollouts.num_generations, rollouts.prompt_ids.shape[1]
+    prompts = DynamicCache()
+    first = model(
+        rollouts.prompt_ids[::group],
+        attention_mask=rollouts.prompt_mask[::group],
+        position_ids=_positions(rollouts.prompt_mask[::group]),
+        past_key_values=prompts,
+        logits_to_keep=1,
+    ).logits
+    for rows in rollouts.lengths.argsort(stable=True).split(rows_per_block):
+        length = max(1, int(rollouts.lengths[rows].max()))
+        mask = torch.cat(
+            [rollouts.prompt_mask[rows], rollouts.completion_mask[rows, :length]], dim=1
+        )
+        position_ids = _positions(mask)
+        owner = rows // group
+        cache = DynamicCache([(l.keys[owner], l.values[owner]) for l in prompts.layers])
+        future = torch.ones(length, width + length, dtype=torch.bool, device=mask.device)
+        logits = model(
+            rollouts.completion_ids[rows, :length],
+            attention_mask=(mask[:, None] & future.tril(width))[:, None],
+            position_ids=position_ids[:, width:],
+            past_key_values=cache,
+            logits_to_keep=0 if need_logits else 1,
+        ).logits
+        logits = torch.cat([first[owner], logits], dim=1) if need_logits else None
+        yield Trunk(rows, logits, cache, mask, position_ids)
+
+
+def token_logprobs(
+    model, rollouts: Rollouts, temperature: float = 1.0, rows_per_block: int = 16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of every completion token and entropy of its distribution.
+
+    Args:
+        model: any causal LM with a KV cache; gradients flow through it when enabled.
+        rollouts: whole groups.
+        temperature: the sampling temperature, so that both are those of the sampled distribution.
+        rows_per_block: completions per forward pass.
+
+    Returns:
+        ``(logprobs, entropies)``, each (B, L) fp32 nats, 0 at padding; entropies carry no gradient.
+    """
+    order, logprobs, entropies = [], [], []
+    length = rollouts.completion_ids.shape[1]
+    for block in trunk_blocks(model, rollouts, rows_per_block):
+        log_p = torch.log_softmax(block.logits[:, :-1].float() / temperature, dim=-1)
+        width = log_p.shape[1]
+        mask = rollouts.completion_mask[block.rows, :width]
+        ids = rollouts.completion_ids[block.rows, :width, None]
+        pad = (0, length - width)
+        order.append(block.rows)
+        logprobs.append(torch.nn.functional.pad(log_p.gather(2, ids)[..., 0] * mask, pad))
+        with torch.no_grad():
+            entropy = -(log_p.exp() * log_p).sum(-1) * mask
+        entropies.append(torch.nn.functional.pad(entropy, pad))
+    back = torch.cat(order).argsort()
+    return torch.cat(logprobs)[back], torch.cat(entropies)[back]

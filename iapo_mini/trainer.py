@@ -1,0 +1,371 @@
+"""The training loop: sample, score, inform, weigh, update. Readable top to bottom.
+
+A run lives in one folder: ``config.json``, ``metrics.jsonl`` (a line per step, flushed at once),
+``checkpoint-<step>/`` and, at the end, ``final/`` (the adapter in PEFT format, or the whole model).
+
+There is no hidden random state. Everything random in step n is drawn from generators seeded with
+(seed, n), and the prompts of step n are a fixed slice of the train stream, so a killed run resumes
+to the same numbers from weights, optimizer state and the step count alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from iapo_mini.advantages import ADVANTAGES, NEEDS_INFORMATION
+from iapo_mini.information import answer_entropies, informativeness
+from iapo_mini.objective import AGGREGATIONS, policy_loss
+from iapo_mini.policy import EMBEDDED, Policy, load_policy
+from iapo_mini.rewards import score
+from iapo_mini.rollouts import Rollouts, sample, token_logprobs
+from iapo_mini.tasks import ROLES, Problem, stories, token_roles
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one run; names as in TRL where TRL has the same thing.
+
+    Attributes:
+        method: a key of ``advantages.ADVANTAGES``.
+        model: ``"embedded"``, a model folder or a hub id.
+        alpha, beta: weights of the informativeness and the exploration term (paper's symbols).
+        learning_rate: AdamW step size after warm-up (betas 0.9 and 0.99 as in the paper).
+        warmup_steps: steps of linear warm-up.
+        max_steps: optimisation steps, one batch of rollouts each.
+        prompts_per_step: prompts sampled in a step.
+        num_generations: completions per prompt, G, at least 2.
+        num_iterations: passes over each batch of rollouts.
+        max_completion_length: tokens at which a completion is cut.
+        temperature: sampling temperature.
+        epsilon, epsilon_high: clip range; None above means the same as below.
+        kl_coef: weight of KL(pi || pi_ref), nats per token (the paper's beta_KL).
+        aggregation: ``"sequence"`` (GRPO) or ``"token"`` (DAPO) mean of the loss.
+        lora_rank: rank of the adapter; 0 trains all weights.
+        micro_batch_size: completions per forward and backward pass (rounded up to whole groups).
+        max_grad_norm: gradient clipping.
+        save_steps: steps between checkpoints.
+        seed: one seed for LoRA initialisation, prompts and sampling.
+        threads: CPU threads; two runs are identical only with the same number.
+    """
+
+    method: str = "iapo"
+    model: str = EMBEDDED
+    alpha: float = 1.0
+    beta: float = 0.1
+    learning_rate: float = 1e-3
+    warmup_steps: int = 5
+    max_steps: int = 60
+    prompts_per_step: int = 12
+    num_generations: int = 8
+    num_iterations: int = 1
+    max_completion_length: int = 224
+    temperature: float = 1.0
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    kl_coef: float = 0.001
+    aggregation: str = "sequence"
+    lora_rank: int = 16
+    micro_batch_size: int = 32
+    max_grad_norm: float = 1.0
+    save_steps: int = 20
+    seed: int = 0
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        choices = {"method": tuple(ADVANTAGES), "aggregation": AGGREGATIONS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                value = getattr(self, name)
+                raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
+        least = {
+            "alpha": 0, "beta": 0, "kl_coef": 0, "warmup_steps": 0, "lora_rank": 0,
+            "max_steps": 1, "prompts_per_step": 1, "num_generations": 2, "num_iterations": 1,
+            "max_completion_length": 1, "micro_batch_size": 1, "save_steps": 1, "threads": 1,
+        }  # fmt: skip
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= bound):
+                raise ValueError(f"{name} is {value}; allowed are {bound} and above.")
+        for name in ("learning_rate", "temperature", "max_grad_norm", "epsilon", "epsilon_high"):
+            value = getattr(self, name)
+            if value is None and name == "epsilon_high":
+                continue
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}; allowed are numbers above 0.")
+
+
+def train(
+    config: TrainConfig,
+    output_dir: str | Path,
+    *,
+    resume: bool = False,
+    policy: Policy | None = None,
+    problems: list[Problem] | None = None,
+    on_step: Callable[[dict], None] | None = None,
+    progress: bool = True,
+) -> Policy:
+    """Train a policy with GRPO or IAPO.
+
+    Args:
+        config: validated settings.
+        output_dir: folder of the run; must be empty or absent unless ``resume``.
+        resume: go on from the newest checkpoint, to the same numbers as an uninterrupted run.
+        policy: start policy; default is ``config.model`` with a new adapter.
+        problems: training problems, cycled; default is the endless train stream of stories.
+        on_step: called with each step's metrics.
+        progress: show a progress bar.
+
+    Returns:
+        The trained policy, also saved to ``output_dir/final``.
+
+    Raises:
+        ValueError: an empty problem list, a folder that is in use, or a resume with another config.
+        OSError: when ``output_dir`` can't be written.
+    """
+    if problems is not None and not problems:
+        raise ValueError("problems is empty; at least one problem is needed to train.")
+    torch.set_num_threads(config.threads)
+    run = Path(output_dir)
+    checkpoint = _prepare(run, config, resume)
+    if policy is None:
+        full = config.lora_rank == 0
+        policy = load_policy(
+            config.model,
+            lora_rank=config.lora_rank,
+            keep_reference=full and config.kl_coef > 0,
+            seed=config.seed,
+        )
+    parameters = list(policy.trainable().values())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+    )
+    done = _restore(checkpoint, policy, optimizer, run) if checkpoint else 0
+    stream = stories("train", config.seed) if problems is None else itertools.cycle(problems)
+    stream = itertools.islice(stream, done * config.prompts_per_step, None)
+    advantage_of = ADVANTAGES[config.method]
+
+    bar = tqdm(
+        range(done, config.max_steps), initial=done, total=config.max_steps,
+        desc=config.method, unit="step", disable=not progress,
+    )  # fmt: skip
+    with (run / "metrics.jsonl").open("a") as log:
+        for step in bar:
+            clock = [time.perf_counter()]
+            # Sample G completions for each prompt from the current policy, now "old".
+            batch = list(itertools.islice(stream, config.prompts_per_step))
+            rollouts = sample(
+                policy, batch,
+                num_generations=config.num_generations,
+                max_completion_length=config.max_completion_length,
+                temperature=config.temperature,
+                seed=config.seed * 1_000_003 + step,
+            )  # fmt: skip
+            rollouts = score(rollouts, policy.tokenizer, batch)
+            clock.append(time.perf_counter())
+            # Estimate what each token tells about the answer, if the method asks for it.
+            if config.method in NEEDS_INFORMATION:
+                entropies = answer_entropies(policy, rollouts)
+                rollouts.informativeness = informativeness(entropies, rollouts.completion_mask)
+            clock.append(time.perf_counter())
+            advantages = advantage_of(rollouts, config.alpha, config.beta)
+            # One or more clipped-surrogate updates.
+            for group in optimizer.param_groups:
+                warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+                group["lr"] = config.learning_rate * warmup
+            for _ in range(config.num_iterations):
+                stats = _update(policy, optimizer, parameters, rollouts, advantages, config)
+            clock.append(time.perf_counter())
+
+            metrics = _metrics(step + 1, rollouts, advantages, stats, clock, policy, batch)
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            bar.set_postfix(
+                reward=f"{metrics['reward']:.2f}", length=f"{metrics['length']:.1f}"
+            )
+            if on_step is not None:
+                on_step(metrics)
+            if (step + 1) % config.save_steps == 0:
+                _save(run, step + 1, policy, optimizer)
+    policy.model.eval()
+    _replace_folder(run / "final", policy.save)
+    return policy
+
+
+def _update(policy, optimizer, parameters, rollouts: Rollouts, advantages, config) -> dict:
+    """One optimiser step over all rollouts in micro-batches of whole groups."""
+    policy.model.train()
+    rows, group = len(rollouts.completion_ids), config.num_generations
+    size = math.ceil(config.micro_batch_size / group) * group
+    tokens = int(rollouts.completion_mask.sum())
+    totals: dict[str, float] = {}
+    for start in range(0, rows, size):
+        part = rollouts.rows(start, start + size)
+        share = len(part.completion_ids) / rows
+        if config.aggregation == "token":
+            share = int(part.completion_mask.sum()) / tokens
+        logprobs, entropies = token_logprobs(policy.model, part, config.temperature)
+        ref_logprobs = None
+        if config.kl_coef > 0:
+            with torch.no_grad(), policy.reference() as reference:
+                ref_logprobs, _ = token_logprobs(reference, part, config.temperature)
+        loss, stats = policy_loss(
+            logprobs, part.old_logprobs,
+            advantages[start : start + size, : logprobs.shape[1]], part.completion_mask,
+            ref_logprobs=ref_logprobs, kl_coef=config.kl_coef,
+            epsilon=config.epsilon, epsilon_high=config.epsilon_high,
+            aggregation=config.aggregation,
+        )  # fmt: skip
+        (loss * share).backward()
+        stats["loss"] = loss.item()
+        stats["entropy"] = float(entropies.sum() / part.completion_mask.sum())
+        for name, value in stats.items():
+            totals[name] = totals.get(name, 0.0) + share * value
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    totals["grad_norm"] = float(norm)
+    if not math.isfinite(totals["grad_norm"]):
+        raise FloatingPointError(
+            f"the gradient norm is {totals['grad_norm']}; lower learning_rate "
+            f"(now {config.learning_rate}) and resume from the last checkpoint."
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    return totals
+
+
+def _metrics(step, rollouts: Rollouts, advantages, stats, clock, policy, batch) -> dict:
+    """What is logged for a step; see docs in README.md, "What the metrics mean"."""
+    mask, s = rollouts.completion_mask, rollouts.informativeness
+    groups = rollouts.rewards.view(-1, rollouts.num_generations)
+    seconds = [b - a for a, b in itertools.pairwise(clock)]
+    metrics = {
+        "step": step,
+        "loss": stats["loss"],
+        "reward": float(rollouts.rewards.mean()),
+        "accuracy": float(rollouts.correct.float().mean()),
+        "format": float((rollouts.rewards > -1).float().mean()),
+        "length": float(rollouts.lengths.float().mean()),
+        "truncated": float((~rollouts.finished).float().mean()),
+        "entropy": stats["entropy"],
+        "kl": stats["kl"],
+        "clip_ratio": stats["clip_ratio"],
+        "grad_norm": stats["grad_norm"],
+        "zero_variance_groups": float((groups.std(1) < 1e-6).float().mean()),
+        "informativeness": None if s is None else float(s[mask].mean()),
+        "tokens_per_second": int(mask.sum()) / (clock[-1] - clock[0]),
+        "seconds_sampling": seconds[0],
+        "seconds_information": seconds[1],
+        "seconds_update": seconds[2],
+    }
+    if batch[0].steps:  # a story: the role of every token is known
+        sums = {role: [0, 0.0, 0.0] for role in ROLES}
+        information = advantages * 0 if s is None else s
+        rows = zip(rollouts.completion_ids, mask, advantages.tolist(), information.tolist())
+        for ids, real, row_advantages, row_s in rows:
+            roles = token_roles(policy.tokenizer, ids[real].tolist())
+            for role, a, s_t in zip(roles, row_advantages, row_s):
+                if role in sums:
+                    sums[role] = [x + y for x, y in zip(sums[role], (1, a, s_t))]
+        for role, (count, a, s_t) in sums.items():
+            metrics[f"tokens/{role}"] = count / len(mask)
+            metrics[f"advantage/{role}"] = a / count if count else None
+            if s is not None:
+                metrics[f"informativeness/{role}"] = s_t / count if count else None
+    return metrics
+
+
+def _prepare(run: Path, config: TrainConfig, resume: bool) -> Path | None:
+    """Make the run folder, or find the newest checkpoint of a run with this very config."""
+    settings = dataclasses.asdict(config)
+    saved = run / "config.json"
+    if resume:
+        if not saved.is_file():
+            raise ValueError(f"output_dir is '{run}', which holds no run to resume (no config.json).")
+        before = json.loads(saved.read_text())
+        changed = [k for k in settings if k != "max_steps" and settings[k] != before.get(k)]
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"{name} is {settings[name]!r}, but the run in '{run}' was started with "
+                f"{before.get(name)!r}; resume with the same settings (only max_steps may differ)."
+            )
+        saved.write_text(json.dumps(settings, indent=2) + "\n")
+        found = [int(p.name.split("-")[1]) for p in run.glob("checkpoint-*") if p.is_dir()]
+        return run / f"checkpoint-{max(found)}" if found else None
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"output_dir is '{run}', which is a file; allowed is a folder.")
+    if run.exists() and any(run.iterdir()):
+        raise ValueError(
+            f"output_dir is '{run}', which is not empty; resume the run in it or name a new folder."
+        )
+    run.mkdir(parents=True, exist_ok=True)
+    saved.write_text(json.dumps(settings, indent=2) + "\n")
+    return None
+
+
+def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder under a temporary name, then rename, so that it is whole or absent."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def _save(run: Path, step: int, policy: Policy, optimizer) -> None:
+    """Checkpoint of trained weights and optimizer moments; the two newest are kept."""
+
+    def write(folder: Path) -> None:
+        save_file({k: v.detach().contiguous() for k, v in policy.trainable().items()},
+                  folder / "trainable.safetensors")  # fmt: skip
+        moments = {
+            f"{i}/{key}": value.contiguous()
+            for i, entry in optimizer.state_dict()["state"].items()
+            for key, value in entry.items()
+        }
+        save_file(moments, folder / "optimizer.safetensors")
+
+    _replace_folder(run / f"checkpoint-{step}", write)
+    steps = sorted(int(p.name.split("-")[1]) for p in run.glob("checkpoint-*"))
+    for old in steps[:-2]:
+        shutil.rmtree(run / f"checkpoint-{old}", ignore_errors=True)
+
+
+def _restore(checkpoint: Path, policy: Policy, optimizer, run: Path) -> int:
+    """Load a checkpoint, drop metrics of later steps, return the steps done."""
+    done = int(checkpoint.name.split("-")[1])
+    weights = load_file(checkpoint / "trainable.safetensors")
+    with torch.no_grad():
+        for name, parameter in policy.trainable().items():
+            parameter.copy_(weights[name])
+    state = optimizer.state_dict()
+    for name, value in load_file(checkpoint / "optimizer.safetensors").items():
+        index, key = name.split("/")
+        state["state"].setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict(state)
+    log = run / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= done:
+                kept.append(line)
+        except json.JSONDecodeError:  # the line that was being written when the run was killed
+            continue
+    temporary = log.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, log)
+    return done
