@@ -45,7 +45,7 @@ def group_advantage(rollouts: Rollouts) -> torch.Tensor:
 
 
 def exploration(rollouts: Rollouts) -> torch.Tensor:
-    """c_{i,t} = +pi_old(o_t) if o_i is correct, else -pi_old(o_t); (B, L) fp32 (paper, Section 4)."""
+    """c_{i,t} = +pi_old(o_t) if o_i is correct, else -pi_old(o_t), (B, L) fp32 (Section 4)."""
     sign = torch.where(rollouts.correct, 1.0, -1.0)[:, None]
     return sign * rollouts.old_logprobs.exp() * rollouts.completion_mask
 

@@ -74,8 +74,9 @@ def evaluate(
 
     Returns:
         ``{"pass@k", "length@k", "ratio@k" for each k, "length" (mean tokens of all completions),
-        "problems", "completions": [{"problem", "text", "correct", "tokens"}, ...]}``. Pass@k is the
-        unbiased estimator; Length@k is the mean length of the first k; Ratio@k is per token.
+        "problems", "intervals": {metric: [low, high]}, "completions": [{"problem", "text",
+        "correct", "tokens"}, ...]}``. Pass@k is the unbiased estimator; Length@k is the mean length
+        of the first k; Ratio@k is per token. Intervals are 95%, by bootstrap over the problems.
 
     Raises:
         ValueError: for an empty problem list or a k outside 1..num_generations.
@@ -110,11 +111,26 @@ def evaluate(
     right = torch.tensor([c["correct"] for c in completions]).view(len(problems), -1)
     tokens = torch.tensor([c["tokens"] for c in completions], dtype=torch.float64)
     tokens = tokens.view(len(problems), -1)
-    result: dict = {"problems": len(problems), "length": float(tokens.mean())}
+    # One bootstrap of the problems serves all metrics, so their intervals belong together.
+    generator = torch.Generator().manual_seed(0)
+    resample = torch.randint(len(problems), (1000, len(problems)), generator=generator)
+    result: dict = {"problems": len(problems), "intervals": {}}
+
+    def report(name: str, top: torch.Tensor, bottom: torch.Tensor | None = None) -> None:
+        bottom = torch.ones_like(top) if bottom is None else bottom
+        result[name] = float(top.mean() / bottom.mean())
+        draws = top[resample].mean(1) / bottom[resample].mean(1)
+        quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
+        result["intervals"][name] = torch.quantile(draws, quantiles).tolist()
+
+    report("length", tokens.mean(1))
     for k in ks:
-        passed = [pass_at_k(num_generations, int(c), k) for c in right.sum(1)]
-        result[f"pass@{k}"] = statistics.fmean(passed)
-        result[f"length@{k}"] = float(tokens[:, :k].mean())
-        result[f"ratio@{k}"] = result[f"pass@{k}"] / result[f"length@{k}"]
+        passed = torch.tensor(
+            [pass_at_k(num_generations, int(c), k) for c in right.sum(1)], dtype=torch.float64
+        )
+        length = tokens[:, :k].mean(1)
+        report(f"pass@{k}", passed)
+        report(f"length@{k}", length)
+        report(f"ratio@{k}", passed, length)
     result["completions"] = completions
     return result

@@ -1,4 +1,4 @@
-"""How much each token tells about the final answer: informativeness by early exit (paper, Section 4).
+"""How much each token tells about the answer: informativeness by early exit (paper, Section 4).
 
 The conditional mutual information s_{i,t} = I(y_i; o_{i,t} | q, o_{i,<t}) is estimated by its
 realised value
@@ -96,8 +96,8 @@ def early_answers(
         chunk_size: branches per row and forward pass; memory grows with it, results do not change.
 
     Yields:
-        ``(rows, logits)``: row numbers (b,) and logits (b, l + 1, V) whose entry t follows the first
-        t completion tokens; entries past a row's length mean nothing.
+        ``(rows, logits)``: row numbers (b,) and logits (b, l + 1, V) whose entry t follows the
+        first t completion tokens; entries past a row's length mean nothing.
     """
     start, k = rollouts.prompt_ids.shape[1] - 1, len(postfix)
     for trunk in trunk_blocks(model, rollouts, rows_per_block, need_logits=False):

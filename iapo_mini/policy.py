@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,5 +201,8 @@ def load_policy(
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        peft = get_peft_model(causal_lm, config)
+        with warnings.catch_warnings():
+            # peft asks transformers about gradient checkpointing by its older name.
+            warnings.simplefilter("ignore", FutureWarning)
+            peft = get_peft_model(causal_lm, config)
     return Policy(peft, tokenizer, None)

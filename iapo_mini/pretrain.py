@@ -1,7 +1,7 @@
 """How the embedded policy was made: ``python -m iapo_mini.pretrain`` remakes it from nothing.
 
-A Qwen2-architecture model learns to continue stories of the train stream with the world's own chains
-of thought. Two losses, one trunk pass:
+A Qwen2-architecture model learns to continue stories of the train stream with the world's own
+chains of thought. Two losses, one trunk pass:
 
 * next-token cross-entropy on the completion, and
 * **early exits**: at ``exits`` random prefixes of every chain a branch ``</think><answer>`` is
@@ -52,7 +52,9 @@ def build_tokenizer(n_stories: int = 6000) -> Qwen2Tokenizer:
     for problem in itertools.islice(stories("train", seed=0), n_stories):
         chain = "".join(s.text for s in chain_of_thought(problem, rng) if s.role != "format")
         texts += [problem.question, chain, "user\n", "assistant\n"]
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, vocab_size=4000, show_progress=False)
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        texts, vocab_size=4000, show_progress=False
+    )
     tokenizer.add_tokens([f" {n}" for n in range(100)])
     tokenizer.add_tokens([AddedToken(tag, special=False) for tag in TAGS])
     tokenizer.add_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
@@ -64,7 +66,7 @@ def build_tokenizer(n_stories: int = 6000) -> Qwen2Tokenizer:
 
 
 def build_model(tokenizer: Qwen2Tokenizer, seed: int, hidden: int, layers: int) -> Qwen2ForCausalLM:
-    """Randomly initialised tiny Qwen2 (tied embeddings, heads of 32, one KV head per query head)."""
+    """Randomly initialised tiny Qwen2: tied embeddings, heads of 32, a KV head per query head."""
     torch.manual_seed(seed)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = Qwen2Config(
@@ -90,8 +92,8 @@ def sample_batches(tokenizer, seed: int, batch_size: int, exits: int, skip: int 
     """Endless batches of right-padded (ids, completion start, length, exit positions, answers).
 
     Rows of similar length share a batch. Exit positions index the last trunk token a branch sees:
-    from the prompt's last token (no reasoning yet) to the closing ``<|im_end|>`` itself, so that every
-    prefix a rollout can contain has been practised.
+    from the prompt's last token (no reasoning yet) to the closing ``<|im_end|>`` itself, so that
+    every prefix a rollout can contain has been practised.
     """
     rng = random.Random(f"pretrain/{seed}")
     problems = stories("train", seed=seed + 1)
@@ -174,8 +176,8 @@ def pretrain(
     """Train the embedded policy and save it with its tokenizer to ``out`` (transformers format).
 
     Checkpoints go to ``out/checkpoint.pt`` (written to a temporary name and renamed); a killed run
-    started again with the same arguments goes on where it was. The log is ``out/pretrain_log.jsonl``:
-    one line per 50 steps with both losses (nats), learning rate, tokens/s and minutes.
+    started again with the same arguments goes on where it was. The log, ``out/pretrain_log.jsonl``,
+    has one line per 50 steps with both losses (nats), learning rate, tokens/s and minutes.
     """
     torch.set_num_threads(threads)
     out = Path(out)

@@ -30,7 +30,7 @@ def parse_answer(completion: str) -> str | None:
 
 
 def equal_answers(given: str, reference: str) -> bool:
-    """Whether two answers are the same number (72, 72.0, 1,234 and $5 are read), or the same text."""
+    """Whether two answers are the same number (72.0, 1,234 and $5 are read), or the same text."""
     values = []
     for text in (given, reference):
         text = text.strip().replace(",", "").removeprefix("$").strip()

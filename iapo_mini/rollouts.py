@@ -27,7 +27,7 @@ class Rollouts:
     Attributes:
         prompt_ids, prompt_mask: (B, P) long and bool, left-padded.
         completion_ids, completion_mask: (B, L) long and bool, right-padded.
-        old_logprobs: (B, L) fp32 nats, log pi_old(o_t | q, o_<t) at sampling temperature; 0 at padding.
+        old_logprobs: (B, L) fp32 nats, log pi_old(o_t | q, o_<t) at sampling temperature; padding 0.
         num_generations: G, completions per prompt; rows of one prompt are adjacent.
         finished: (B,) bool, whether the row ended by itself (False: cut at the length limit).
         rewards: (B,) fp32, filled in by ``rewards.score``.
@@ -178,7 +178,10 @@ def sample(
     attend[:, 0, 0, :width] = prompt_mask.repeat_interleave(num_generations, dim=0)
 
     ids = torch.full(
-        (total, max_completion_length), policy.tokenizer.pad_token_id, dtype=torch.long, device=device
+        (total, max_completion_length),
+        policy.tokenizer.pad_token_id,
+        dtype=torch.long,
+        device=device,
     )
     logprobs = torch.zeros(total, max_completion_length, device=device)
     lengths = torch.full((total,), max_completion_length, device=device)
@@ -276,7 +279,7 @@ def trunk_blocks(
         )
         position_ids = _positions(mask)
         owner = rows // group
-        cache = DynamicCache([(l.keys[owner], l.values[owner]) for l in prompts.layers])
+        cache = DynamicCache([(x.keys[owner], x.values[owner]) for x in prompts.layers])
         future = torch.ones(length, width + length, dtype=torch.bool, device=mask.device)
         logits = model(
             rollouts.completion_ids[rows, :length],

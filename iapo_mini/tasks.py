@@ -213,9 +213,7 @@ def _tell(rng: random.Random, start: int, operations: list[tuple[str, int]]) -> 
     return Problem(" ".join(told), str(value), tuple(steps), name, items)
 
 
-def stories(
-    split: str, seed: int = 0, min_steps: int = 2, max_steps: int = 6
-) -> Iterator[Problem]:
+def stories(split: str, seed: int = 0, min_steps: int = 2, max_steps: int = 6) -> Iterator[Problem]:
     """Endless, seeded stream of stories; streams of different splits never share arithmetic.
 
     Args:

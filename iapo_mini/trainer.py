@@ -192,9 +192,7 @@ def train(
             metrics = _metrics(step + 1, rollouts, advantages, stats, clock, policy, batch)
             log.write(json.dumps(metrics) + "\n")
             log.flush()
-            bar.set_postfix(
-                reward=f"{metrics['reward']:.2f}", length=f"{metrics['length']:.1f}"
-            )
+            bar.set_postfix(reward=f"{metrics['reward']:.2f}", length=f"{metrics['length']:.1f}")
             if on_step is not None:
                 on_step(metrics)
             if (step + 1) % config.save_steps == 0:
@@ -292,7 +290,9 @@ def _prepare(run: Path, config: TrainConfig, resume: bool) -> Path | None:
     saved = run / "config.json"
     if resume:
         if not saved.is_file():
-            raise ValueError(f"output_dir is '{run}', which holds no run to resume (no config.json).")
+            raise ValueError(
+                f"output_dir is '{run}', which holds no run to resume (no config.json)."
+            )
         before = json.loads(saved.read_text())
         changed = [k for k in settings if k != "max_steps" and settings[k] != before.get(k)]
         if changed:

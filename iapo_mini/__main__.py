@@ -1,0 +1,5 @@
+"""``python -m iapo_mini`` is the command line."""
+
+from iapo_mini.cli import main
+
+main()

@@ -1,0 +1,204 @@
+"""Command line: ``iapo-mini compare | train | evaluate | explain``. A thin door to the library."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import re
+import sys
+import typing
+from pathlib import Path
+
+# Read by the libraries when they are imported, hence before them.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+MODEL_HELP = "'embedded', a model folder, or a hub id"
+
+
+def _field_help(cls) -> dict[str, str]:
+    """Field name -> sentence, from the ``Attributes:`` block of a dataclass docstring."""
+    text = cls.__doc__.split("Attributes:")[1]
+    found = re.findall(r"^ {8}([\w, ]+): (.*(?:\n {10,}.*)*)", text, re.MULTILINE)
+    return {
+        name.strip(): re.sub(r"\s+", " ", sentence).replace("`", "").replace("%", "%%")
+        for names, sentence in found
+        for name in names.split(",")
+    }
+
+
+def _add_train_options(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of TrainConfig."""
+    from iapo_mini.trainer import TrainConfig
+
+    sentences, types = _field_help(TrainConfig), typing.get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        kind = types[field.name]
+        kind = float if kind not in (int, str) else kind
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=kind,
+            default=field.default,
+            metavar=kind.__name__.upper(),
+            help=sentences[field.name] + " (default: %(default)s)",
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="iapo-mini",
+        description="Information-aware policy optimization (IAPO) against GRPO, end to end.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    compare = commands.add_parser("compare", help="train GRPO and IAPO from one start and compare")
+    compare.add_argument(
+        "--preset", default="demo", help="quick (seconds), demo (ten minutes on two cores, one "
+        "seed) or full (five seeds); default: %(default)s",
+    )  # fmt: skip
+    compare.add_argument("--out", default="runs/compare", help="folder of the runs (%(default)s)")
+    compare.add_argument("--figures", default="figures", help="folder of figures (%(default)s)")
+    compare.add_argument("--parallel", type=int, help="processes at a time (default: one per core)")
+
+    train = commands.add_parser("train", help="train one policy")
+    train.add_argument("--out", required=True, help="folder of the run")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    _add_train_options(train)
+
+    evaluate = commands.add_parser("evaluate", help="Pass@k, Length@k and Ratio@k on stories")
+    evaluate.add_argument("--model", default="embedded", help=MODEL_HELP + " (%(default)s)")
+    evaluate.add_argument("--adapter", help="folder of a trained adapter (PEFT format)")
+    evaluate.add_argument("--split", default="test", help="train, tune or test (%(default)s)")
+    evaluate.add_argument("--problems", type=int, default=200, help="stories (%(default)s)")
+    evaluate.add_argument(
+        "--k", type=int, nargs="+", default=[1, 2, 4, 8],
+        help="values of k; the largest is the number of completions per story (1 2 4 8)",
+    )  # fmt: skip
+    evaluate.add_argument("--temperature", type=float, default=1.0, help="sampling (%(default)s)")
+    evaluate.add_argument("--seed", type=int, default=0, help="sampling seed (%(default)s)")
+    evaluate.add_argument("--out", help="results JSON; completions go beside it as JSONL")
+    evaluate.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+
+    explain = commands.add_parser("explain", help="show which tokens of an answer inform")
+    explain.add_argument("story", help="the question, in quotes; '-' draws a test story")
+    explain.add_argument("--model", default="embedded", help=MODEL_HELP + " (%(default)s)")
+    explain.add_argument("--adapter", help="folder of a trained adapter (PEFT format)")
+    explain.add_argument("--temperature", type=float, default=1.0, help="sampling (%(default)s)")
+    explain.add_argument("--seed", type=int, default=0, help="sampling seed (%(default)s)")
+    explain.add_argument("--out", default="figures/explain.png", help="heat map (%(default)s)")
+    explain.add_argument(
+        "--color", choices=("auto", "always", "never"), default="auto",
+        help="colour the terminal; 'never' prints nats beside the tokens (%(default)s)",
+    )  # fmt: skip
+    return parser
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from iapo_mini.experiments import compare, table
+
+    results = compare(args.preset, out=args.out, figures=args.figures, parallel=args.parallel)
+    print(table(results))
+    over = "seeds" if len(results["seeds"]) > 1 else "problems"
+    problems = results["config"]["evaluation"]["problems"]
+    print(f"\nMean and 95% interval over {over}; {problems} test stories, "
+          f"{len(results['seeds'])} training seed(s).")  # fmt: skip
+    where = Path(args.figures)
+    print(f"Every number: {where / 'results' / f'compare_{args.preset}.json'}")
+    for name in ("", "_training", "_roles"):
+        print(f"Figure: {where / f'compare_{args.preset}{name}.png'}")
+    best = Path(args.out) / args.preset / f"iapo-{results['seeds'][0]}" / "train" / "final"
+    print(f"Look at tokens: iapo-mini explain - --adapter {best}")
+
+
+def _train(args: argparse.Namespace) -> None:
+    from iapo_mini.trainer import TrainConfig, train
+
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    config = TrainConfig(**{name: getattr(args, name) for name in names})
+    try:
+        train(config, args.out, resume=args.resume)
+    except KeyboardInterrupt:
+        raise SystemExit("\nInterrupted; the same command with --resume goes on.") from None
+    print(f"Trained policy: {Path(args.out) / 'final'}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    import torch
+
+    from iapo_mini.evaluation import evaluate
+    from iapo_mini.experiments import versions, write_json
+    from iapo_mini.policy import load_policy
+    from iapo_mini.tasks import stories
+
+    torch.set_num_threads(args.threads)
+    stream = stories(args.split)
+    policy = load_policy(args.model, adapter=args.adapter, lora_rank=0)
+    result = evaluate(
+        policy,
+        list(itertools.islice(stream, args.problems)),
+        ks=args.k,
+        num_generations=max(args.k),
+        temperature=args.temperature,
+        seed=args.seed,
+    )
+    completions = result.pop("completions")
+    print("| k | Pass@k | Length@k (tokens) | Ratio@k (1/1000 tokens) |\n|---|---|---|---|")
+    for k in args.k:
+        cells = []
+        for name, digits, unit in (("pass", 3, 1), ("length", 1, 1), ("ratio", 2, 1000)):
+            low, high = result["intervals"][f"{name}@{k}"]
+            mean = result[f"{name}@{k}"]
+            cells.append(f"{unit * mean:.{digits}f} "
+                         f"[{unit * low:.{digits}f}, {unit * high:.{digits}f}]")  # fmt: skip
+        print(f"| {k} | " + " | ".join(cells) + " |")
+    print("\n95% intervals by bootstrap over problems.")
+    if args.out:
+        out = Path(args.out)
+        write_json(out, {**result, "config": vars(args), "versions": versions()})
+        lines = "".join(json.dumps(completion) + "\n" for completion in completions)
+        out.with_suffix(".jsonl").write_text(lines)
+        print(f"Results: {out}; completions: {out.with_suffix('.jsonl')}")
+
+
+def _explain(args: argparse.Namespace) -> None:
+    from iapo_mini.explain import explain, terminal_text
+    from iapo_mini.policy import load_policy
+    from iapo_mini.tasks import Problem, stories
+
+    if not args.story.strip():
+        raise ValueError("story is empty; give the question as text, or '-' for a test story.")
+    problem = Problem(args.story, "")
+    if args.story == "-":
+        problem = next(itertools.islice(stories("test"), args.seed, None))
+    policy = load_policy(args.model, adapter=args.adapter, lora_rank=0)
+    explained = explain(policy, problem, temperature=args.temperature, seed=args.seed)
+    color = args.color == "always" or (
+        args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    )
+    print(problem.question + (f" (answer: {problem.answer})" if problem.answer else "") + "\n")
+    print(terminal_text(explained, color))
+    print(f"\nAnswer entropy before reasoning {explained.entropies[0]:.2f} nats, at the end "
+          f"{explained.entropies[-1]:.2f} nats; {len(explained.tokens)} tokens.")  # fmt: skip
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    explained.figure().savefig(args.out, dpi=150)
+    print(f"Heat map: {args.out}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command; bad input ends with one sentence on stderr and exit status 2."""
+    args = _parser().parse_args(argv)
+    command = {"compare": _compare, "train": _train, "evaluate": _evaluate, "explain": _explain}
+    try:
+        command[args.command](args)
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        print(f"iapo-mini: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit("\nInterrupted; the same command goes on where it stopped.") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Look at one completion: its tokens, what each tells about the answer, the role of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from iapo_mini.information import answer_entropies, informativeness
+from iapo_mini.plots import token_heatmap
+from iapo_mini.policy import Policy
+from iapo_mini.rollouts import sample
+from iapo_mini.tasks import Problem, token_roles
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A completion token by token.
+
+    Attributes:
+        problem: what was asked.
+        tokens: n token texts, end-of-sequence left out.
+        informativeness: n values s_t, nats.
+        entropies: n + 1 answer entropies H(y | q, o_<=t), nats.
+        roles: n roles by the story world's grammar; None for other problems.
+    """
+
+    problem: Problem
+    tokens: list[str]
+    informativeness: list[float]
+    entropies: list[float]
+    roles: list[str] | None
+
+    def figure(self) -> Figure:
+        """Heat map of informativeness over the text (paper, Fig. 14)."""
+        title = f"Question: {self.problem.question[:150]}"
+        return token_heatmap(self.tokens, self.informativeness, self.roles, title)
+
+
+def explain(
+    policy: Policy, problem: Problem, *, temperature: float = 1.0, seed: int = 0
+) -> Explained:
+    """Sample one completion and estimate the informativeness of each of its tokens."""
+    rollouts = sample(policy, [problem], num_generations=1, temperature=temperature, seed=seed)
+    entropies = answer_entropies(policy, rollouts)
+    s = informativeness(entropies, rollouts.completion_mask)[0]
+    n = int(rollouts.lengths[0]) - int(rollouts.finished[0])
+    ids = rollouts.completion_ids[0, :n].tolist()
+    return Explained(
+        problem,
+        [policy.tokenizer.decode([i], skip_special_tokens=False) for i in ids],
+        s[:n].tolist(),
+        entropies[0, : n + 1].tolist(),
+        token_roles(policy.tokenizer, ids) if problem.steps else None,
+    )
+
+
+def terminal_text(explained: Explained, color: bool = True) -> str:
+    """The completion for a terminal: tokens on a coloured ground, or nats in brackets."""
+    if not color:
+        return "".join(
+            f"{token}[{s:+.2f}]" if abs(s) >= 0.1 else token
+            for token, s in zip(explained.tokens, explained.informativeness)
+        )
+    limit = max(0.1, *(abs(s) for s in explained.informativeness), 0.1)
+    out = []
+    for token, s in zip(explained.tokens, explained.informativeness):
+        r, g, b, _ = colormaps["RdBu"](0.5 + 0.5 * s / limit)
+        ink = "97" if r + g + b < 1.6 else "30"
+        ground = ";".join(str(round(255 * v)) for v in (r, g, b))
+        out.append(f"\x1b[{ink};48;2;{ground}m{token}\x1b[0m")
+    legend = f"blue lowers the answer entropy, red raises it; full colour is {limit:.2f} nats"
+    return "".join(out) + "\n\n" + legend

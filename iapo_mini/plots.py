@@ -1,0 +1,226 @@
+"""Figures: readable in print, safe for the colour-blind, units on every axis.
+
+Every function returns a ``matplotlib.figure.Figure``; nothing is shown or saved here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from iapo_mini.evaluation import mean_interval
+from iapo_mini.information import expected_calibration_error
+
+# Okabe and Ito's palette, and a second cue (line style, hatch) wherever colour tells things apart.
+COLORS = {
+    "start": "#7f7f7f", "grpo": "#0072B2", "iapo": "#D55E00",
+    "compute": "#009E73", "restate": "#56B4E9", "plan": "#E69F00", "check": "#CC79A7",
+    "hedge": "#F0E442", "conclude": "#0072B2", "format": "#bbbbbb", "other": "#000000",
+}  # fmt: skip
+STYLES = {"start": ":", "grpo": "--", "iapo": "-"}
+LABELS = {"start": "start policy", "grpo": "GRPO", "iapo": "IAPO"}
+
+
+def _band(ax, x, runs: Sequence[Sequence[float]], method: str) -> None:
+    """Mean over seeds with its 95% interval; a single seed is drawn alone."""
+    stats = np.array([mean_interval(values) for values in zip(*runs)])
+    color, label = COLORS.get(method, "black"), LABELS.get(method, method)
+    ax.plot(x, stats[:, 0], STYLES.get(method, "-."), color=color, label=label, lw=1.8)
+    if len(runs) > 1:
+        ax.fill_between(x, stats[:, 1], stats[:, 2], color=color, alpha=0.2, lw=0)
+
+
+def _smooth(values: Sequence[float], width: int = 5) -> np.ndarray:
+    """Centred running mean, shorter at the ends."""
+    values = np.asarray(values, dtype=float)
+    half = width // 2
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+
+
+def training_curves(curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]]) -> Figure:
+    """Length, accuracy and entropy of the training rollouts by step.
+
+    Args:
+        curves: method -> one mapping per seed, with ``"length"`` (tokens), ``"accuracy"`` (share)
+            and ``"entropy"`` (nats per token), a value per step.
+    """
+    fig = Figure(figsize=(10, 3.2), layout="constrained")
+    panels = (
+        ("length", "mean completion length (tokens)"),
+        ("accuracy", "accuracy (share of completions)"),
+        ("entropy", "policy entropy (nats per token)"),
+    )
+    for ax, (name, label) in zip(fig.subplots(1, 3), panels):
+        for method, runs in curves.items():
+            steps = min(len(run[name]) for run in runs)
+            _band(ax, range(1, steps + 1), [_smooth(r[name][:steps]) for r in runs], method)
+        ax.set_xlabel("training step")
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.3)
+        if name != "entropy":
+            ax.set_ylim(bottom=0)
+    fig.axes[0].legend(frameon=False)
+    return fig
+
+
+def comparison(methods: Mapping[str, Mapping], k: int = 8) -> Figure:
+    """Length, Pass@k and Ratio@k of each method as bars with 95% intervals, seeds as dots.
+
+    Args:
+        methods: method -> ``{"length": [per seed], "pass@k": [...], "ratio@k": [...]}``; with one
+            seed the intervals come from ``"intervals"``.
+    """
+    fig = Figure(figsize=(10, 3.2), layout="constrained")
+    panels = (
+        ("length", "mean length (tokens)"),
+        ("pass@1", "Pass@1"),
+        (f"pass@{k}", f"Pass@{k}"),
+        (f"ratio@{k}", f"Ratio@{k} (per token)"),
+    )
+    for ax, (name, label) in zip(fig.subplots(1, 4), panels):
+        for x, (method, result) in enumerate(methods.items()):
+            mean, low, high = interval_of(result, name)
+            ax.bar(x, mean, color=COLORS.get(method, "black"), alpha=0.75, width=0.7)
+            ax.errorbar(x, mean, [[mean - low], [high - mean]], color="black", capsize=4, lw=1.2)
+            dots = result[name]
+            if len(dots) > 1:
+                spread = x + np.linspace(-0.2, 0.2, len(dots))
+                ax.scatter(spread, dots, s=9, color="black", zorder=3)
+        ax.set_xticks(range(len(methods)), [LABELS.get(m, m).replace(" ", "\n") for m in methods])
+        ax.set_title(label, fontsize=10)
+        ax.grid(axis="y", alpha=0.3)
+        ax.set_axisbelow(True)
+    return fig
+
+
+def interval_of(result: Mapping, name: str) -> tuple[float, float, float]:
+    """``(mean, low, high)`` of a metric: over seeds, or over problems when there is one seed."""
+    values = result[name]
+    mean, low, high = mean_interval(values)
+    if len(values) == 1:
+        low, high = result["intervals"][0][name]
+    return mean, low, high
+
+
+def role_composition(methods: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Tokens per completion by role, stacked, one bar for each method.
+
+    Args:
+        methods: method -> role -> mean tokens per completion.
+    """
+    fig = Figure(figsize=(7, 0.7 * len(methods) + 1.4), layout="constrained")
+    ax = fig.subplots()
+    hatches = {"restate": "//", "plan": "..", "check": "xx", "hedge": "\\\\", "conclude": "oo"}
+    for y, counts in enumerate(methods.values()):
+        left = 0.0
+        for role, count in counts.items():
+            ax.barh(
+                y, count, left=left, color=COLORS[role], hatch=hatches.get(role), lw=0.4,
+                edgecolor="white", height=0.65, label=role if y == 0 else None,
+            )  # fmt: skip
+            left += count
+    ax.set_yticks(range(len(methods)), [LABELS.get(m, m) for m in methods])
+    ax.invert_yaxis()
+    ax.set_xlabel("tokens per completion")
+    ax.legend(ncols=4, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return fig
+
+
+def token_heatmap(
+    tokens: Sequence[str],
+    values: Sequence[float],
+    roles: Sequence[str] | None = None,
+    title: str = "",
+    columns: int = 84,
+) -> Figure:
+    """A completion as text, each token on a patch coloured by its value (paper, Fig. 14).
+
+    Args:
+        tokens: token texts, spaces included.
+        values: one value per token, nats.
+        roles: one role per token, drawn as a coloured line below it; optional.
+        title: figure title.
+        columns: characters per line.
+    """
+    limit = max(0.1, float(np.quantile(np.abs(values), 0.99)) if len(values) else 0.1)
+    norm, cmap = Normalize(-limit, limit), colormaps["RdBu"]
+    lines: list[list[int]] = [[]]
+    used = 0
+    for i, token in enumerate(tokens):
+        if used + len(token) > columns and lines[-1]:
+            lines.append([])
+            used = 0
+        lines[-1].append(i)
+        used += len(token)
+    fig = Figure(figsize=(10, 0.34 * len(lines) + 1.5), layout="constrained")
+    ax = fig.subplots()
+    for row, line in enumerate(lines):
+        x = 0
+        for i in line:
+            width = len(tokens[i])
+            color = cmap(norm(values[i]))
+            ax.fill_between([x, x + width], row - 0.36, row + 0.36, color=color, lw=0)
+            dark = sum(color[:3]) < 1.6
+            ax.text(x, row, tokens[i].replace("\n", " "), family="monospace", fontsize=8.2,
+                    va="center", color="white" if dark else "black", parse_math=False)  # fmt: skip
+            if roles is not None:
+                ends = [x + 0.15, x + width - 0.15]
+                ax.plot(ends, [row + 0.42] * 2, color=COLORS[roles[i]], lw=2)
+            x += width
+    ax.set_xlim(0, columns)
+    ax.set_ylim(len(lines) - 0.4, -0.6)
+    ax.axis("off")
+    ax.set_title(title, fontsize=10, loc="left")
+    bar = fig.colorbar(
+        ScalarMappable(norm, cmap), ax=ax, orientation="horizontal", fraction=0.06, aspect=50
+    )
+    bar.set_label("informativeness s (nats): blue lowers the answer entropy, red raises it")
+    if roles is not None:
+        seen = [r for r in COLORS if r in set(roles)]
+        handles = [ax.plot([], [], color=COLORS[r], lw=3, label=r)[0] for r in seen]
+        fig.legend(handles=handles, loc="outside upper right", ncols=len(seen), frameon=False,
+                   fontsize=8)  # fmt: skip
+    return fig
+
+
+def reliability(confidence, correct, entropy, bins: int = 10) -> Figure:
+    """Reliability diagram of forced answers, ECE and answer entropy along the chain.
+
+    Args:
+        confidence, entropy: (B, parts + 1); correct: (B, parts + 1) bool, from
+            ``information.exit_calibration``.
+    """
+    fig = Figure(figsize=(10, 3.3), layout="constrained")
+    left, middle, right = fig.subplots(1, 3)
+    flat_c, flat_k = confidence.flatten(), correct.flatten().float()
+    index = (flat_c * bins).long().clamp(max=bins - 1)
+    for b in range(bins):
+        inside = index == b
+        if inside.any():
+            x, y = float(flat_c[inside].mean()), float(flat_k[inside].mean())
+            size = 20 + 400 * float(inside.float().mean())
+            left.scatter(x, y, s=size, color="#0072B2", alpha=0.8)
+    left.plot([0, 1], [0, 1], "k:", lw=1)
+    left.set_xlabel("confidence of the forced answer")
+    left.set_ylabel("share that is right")
+    left.set_title("all prefixes (area: how many)", fontsize=10)
+    parts = confidence.shape[1]
+    x = np.linspace(0, 100, parts)
+    ece = [expected_calibration_error(confidence[:, i], correct[:, i]) for i in range(parts)]
+    middle.plot(x, ece, "o-", color="#0072B2")
+    middle.axhline(0.05, color="black", ls=":", lw=1)
+    middle.set_ylim(0, max(0.1, 1.1 * max(ece)))
+    middle.set_xlabel("share of the chain seen (%)")
+    middle.set_ylabel("expected calibration error")
+    right.plot(x, entropy.mean(0), "s-", color="#D55E00")
+    right.set_ylim(bottom=0)
+    right.set_xlabel("share of the chain seen (%)")
+    right.set_ylabel("answer entropy (nats)")
+    for ax in (left, middle, right):
+        ax.grid(alpha=0.3)
+    return fig
