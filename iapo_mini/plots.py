@@ -188,39 +188,48 @@ def token_heatmap(
     return fig
 
 
-def reliability(confidence, correct, entropy, bins: int = 10) -> Figure:
-    """Reliability diagram of forced answers, ECE and answer entropy along the chain.
+def reliability(written: Mapping, sampled: Mapping, bins: int = 10) -> Figure:
+    """Reliability diagram of forced answers, calibration error and answer entropy along the chain.
 
     Args:
-        confidence, entropy: (B, parts + 1); correct: (B, parts + 1) bool, from
-            ``information.exit_calibration``.
+        written, sampled: ``confidence``, ``correct`` and ``entropy``, each (B, parts + 1), from
+            ``information.exit_calibration``, on the world's chains and on the policy's own.
+        bins: equal-width confidence bins.
     """
     fig = Figure(figsize=(10, 3.3), layout="constrained")
     left, middle, right = fig.subplots(1, 3)
-    flat_c, flat_k = confidence.flatten(), correct.flatten().float()
-    index = (flat_c * bins).long().clamp(max=bins - 1)
-    for b in range(bins):
-        inside = index == b
-        if inside.any():
-            x, y = float(flat_c[inside].mean()), float(flat_k[inside].mean())
-            size = 20 + 400 * float(inside.float().mean())
-            left.scatter(x, y, s=size, color="#0072B2", alpha=0.8)
+    sets = (
+        ("world's chains, true answer", written, "#0072B2", "o"),
+        ("own chains, own final answer", sampled, "#D55E00", "s"),
+    )
+    for label, exits, color, marker in sets:
+        confidence, correct = exits["confidence"].flatten(), exits["correct"].flatten().float()
+        index = (confidence * bins).long().clamp(max=bins - 1)
+        inside = [index == b for b in range(bins) if (index == b).any()]
+        x = [float(confidence[i].mean()) for i in inside]
+        y = [float(correct[i].mean()) for i in inside]
+        size = [15 + 300 * float(i.float().mean()) for i in inside]
+        left.plot(x, y, color=color, lw=0.8)
+        left.scatter(x, y, s=size, color=color, marker=marker, alpha=0.8, label=label)
+        share = np.linspace(0, 100, exits["confidence"].shape[1])
+        ece = [
+            expected_calibration_error(exits["confidence"][:, t], exits["correct"][:, t])
+            for t in range(len(share))
+        ]
+        middle.plot(share, ece, marker + "-", color=color, ms=4)
+        right.plot(share, exits["entropy"].mean(0), marker + "-", color=color, ms=4, label=label)
     left.plot([0, 1], [0, 1], "k:", lw=1)
     left.set_xlabel("confidence of the forced answer")
     left.set_ylabel("share that is right")
     left.set_title("all prefixes (area: how many)", fontsize=10)
-    parts = confidence.shape[1]
-    x = np.linspace(0, 100, parts)
-    ece = [expected_calibration_error(confidence[:, i], correct[:, i]) for i in range(parts)]
-    middle.plot(x, ece, "o-", color="#0072B2")
     middle.axhline(0.05, color="black", ls=":", lw=1)
-    middle.set_ylim(0, max(0.1, 1.1 * max(ece)))
-    middle.set_xlabel("share of the chain seen (%)")
+    middle.set_ylim(bottom=0)
     middle.set_ylabel("expected calibration error")
-    right.plot(x, entropy.mean(0), "s-", color="#D55E00")
     right.set_ylim(bottom=0)
-    right.set_xlabel("share of the chain seen (%)")
     right.set_ylabel("answer entropy (nats)")
+    right.legend(frameon=False, fontsize=8)
+    for ax in (middle, right):
+        ax.set_xlabel("share of the chain seen (%)")
     for ax in (left, middle, right):
         ax.grid(alpha=0.3)
     return fig

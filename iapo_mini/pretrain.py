@@ -21,6 +21,7 @@ import math
 import os
 import random
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -28,8 +29,19 @@ from tokenizers import AddedToken
 from tqdm.auto import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from iapo_mini.information import branch_inputs
-from iapo_mini.tasks import MAX_VALUE, POSTFIX, chain_of_thought, render_prompt, stories
+from iapo_mini.information import branch_inputs, exit_calibration, expected_calibration_error
+from iapo_mini.plots import reliability
+from iapo_mini.policy import load_policy
+from iapo_mini.rewards import parse_answer, score
+from iapo_mini.rollouts import from_texts, sample
+from iapo_mini.tasks import (
+    MAX_VALUE,
+    POSTFIX,
+    chain_of_thought,
+    render_prompt,
+    stories,
+    token_roles,
+)
 
 # ChatML without a system turn: the embedded policy needs no instructions.
 CHAT_TEMPLATE = (
@@ -152,17 +164,37 @@ def losses(model, batch: dict[str, torch.Tensor], postfix: torch.Tensor):
     return lm, early
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then a cosine down to a fiftieth of the peak."""
+def build_optimizers(model: Qwen2ForCausalLM, lr: float) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings, norms and biases.
+
+    Muon reached AdamW's loss in two thirds of the steps here (figures/recipe_search.md).
+    """
+    matrices, rest = [], []
+    for name, parameter in model.named_parameters():
+        inner = parameter.ndim == 2 and "layers" in name
+        (matrices if inner else rest).append(parameter)
+    muon_lr = 10 * lr  # Muon's steps have unit spectral norm, AdamW's unit entries
+    return {
+        "adamw": torch.optim.AdamW(
+            [{"params": rest, "peak": lr}], lr=lr, betas=(0.9, 0.98), weight_decay=0.0
+        ),
+        "muon": torch.optim.Muon(
+            [{"params": matrices, "peak": muon_lr}], lr=muon_lr, weight_decay=0.01
+        ),
+    }
+
+
+def schedule(step: int, steps: int, warmup: int = 100) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine down to a fiftieth."""
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def pretrain(
     out: str | Path,
-    steps: int = 4000,
+    steps: int = 3000,
     batch_size: int = 64,
     exits: int = 8,
     exit_weight: float = 0.5,
@@ -184,14 +216,15 @@ def pretrain(
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed, hidden, layers)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizers = build_optimizers(model, lr)
     postfix = torch.tensor(tokenizer.encode(POSTFIX))
     checkpoint, log = out / "checkpoint.pt", out / "pretrain_log.jsonl"
     start, minutes = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state[name])
         start, minutes = state["step"], state["minutes"]
         kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= start]
         log.write_text("".join(line + "\n" for line in kept))
@@ -202,13 +235,15 @@ def pretrain(
     began, seen, totals = time.perf_counter(), 0, torch.zeros(2)
     for step in bar:
         batch = next(batches)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr)
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule(step, steps)
         lm, early = losses(model, batch, postfix)
-        optimizer.zero_grad()
+        model.zero_grad()
         (lm + exit_weight * early).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers.values():
+            optimizer.step()
         seen += batch["ids"].numel()
         totals += torch.stack([lm.detach(), early.detach()])
         if (step + 1) % 50 == 0 or step + 1 == steps:
@@ -218,7 +253,7 @@ def pretrain(
                 "step": step + 1,
                 "lm_loss": round(mean[0], 4),
                 "exit_loss": round(mean[1], 4),
-                "learning_rate": learning_rate(step, steps, lr),
+                "learning_rate": lr * schedule(step, steps),
                 "tokens_per_second": round(seen / elapsed),
                 "minutes": round(minutes + elapsed / 60, 2),
             }
@@ -229,10 +264,9 @@ def pretrain(
         if (step + 1) % checkpoint_every == 0:
             state = {
                 "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
                 "step": step + 1,
                 "minutes": minutes + (time.perf_counter() - began) / 60,
-            }
+            } | {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
             temporary = checkpoint.with_suffix(".tmp")
             torch.save(state, temporary)
             os.replace(temporary, checkpoint)
@@ -242,13 +276,72 @@ def pretrain(
     return out
 
 
+def report(folder: str | Path, figures: str | Path = "figures", n_stories: int = 300) -> dict:
+    """Judge a pretrained policy on the test stream: is it a fair start, are its exits calibrated?
+
+    Writes ``figures/results/policy.json`` and the reliability diagram ``figures/calibration.png``.
+    Early exits are asked at every tenth of the chain:
+
+    * ``ece``: on chains written by the world, against the true answer;
+    * ``ece_sampled``: on the policy's own samples, against the answer that the completion ends
+      with, which is the y of the paper's I(y; o_t | q, o_<t) (ill-formed completions left out);
+    * ``ece_sampled_truth``: the same samples against the true answer: what a chain with a mistake
+      in it does to the forced answer.
+
+    ``*_by_tenth`` is the error at each tenth alone, entropies are on the world's chains.
+    """
+    folder, figures = Path(folder), Path(figures)
+    policy = load_policy(str(folder), lora_rank=0)
+    problems = list(itertools.islice(stories("test", seed=0), n_stories))
+    rng = random.Random("report")
+    texts = ["".join(s.text for s in chain_of_thought(p, rng)) for p in problems]
+    written = from_texts(policy, problems, texts)
+    exits = exit_calibration(policy, written, [p.answer for p in problems])
+    own = score(sample(policy, problems, num_generations=4, seed=0), policy.tokenizer, problems)
+    ends = [parse_answer(text) for text in own.texts(policy.tokenizer)]
+    whole = torch.tensor([answer is not None for answer in ends])
+    own_exits = exit_calibration(policy, own, [answer or "0" for answer in ends])
+    truth_exits = exit_calibration(policy, own, [p.answer for p in problems for _ in range(4)])
+    own_exits = {name: values[whole] for name, values in own_exits.items()}
+    roles: Counter[str] = Counter()
+    for ids, mask in zip(own.completion_ids, own.completion_mask):
+        roles.update(token_roles(policy.tokenizer, ids[mask].tolist()))
+
+    def error(e: dict, at=slice(None)) -> float:
+        confidence, correct = e["confidence"][:, at], e["correct"][:, at]
+        return expected_calibration_error(confidence.flatten(), correct.flatten())
+
+    log = [json.loads(line) for line in (folder / "pretrain_log.jsonl").read_text().splitlines()]
+    tenths = range(exits["entropy"].shape[1])
+    result = {
+        "ece": error(exits),
+        "ece_by_tenth": [error(exits, t) for t in tenths],
+        "ece_sampled": error(own_exits),
+        "ece_sampled_by_tenth": [error(own_exits, t) for t in tenths],
+        "ece_sampled_truth": error(truth_exits),
+        "entropy_start_nats": float(exits["entropy"][:, 0].mean()),
+        "entropy_end_nats": float(exits["entropy"][:, -1].mean()),
+        "entropy_end_sampled_nats": float(own_exits["entropy"][:, -1].mean()),
+        "accuracy": float(own.correct.float().mean()),
+        "mean_length": float(own.lengths.float().mean()),
+        "share_not_compute": 1 - roles["compute"] / sum(roles.values()),
+        "megabytes": sum(f.stat().st_size for f in folder.iterdir()) / 1e6,
+        "train_minutes": log[-1]["minutes"],
+        "stories": n_stories,
+    }
+    (figures / "results").mkdir(parents=True, exist_ok=True)
+    (figures / "results" / "policy.json").write_text(json.dumps(result, indent=1) + "\n")
+    reliability(exits, own_exits).savefig(figures / "calibration.png", dpi=150)
+    return result
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line of ``python -m iapo_mini.pretrain``."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", default="runs/pretrain", help="folder for the policy and its log")
-    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=64, help="stories per step")
     parser.add_argument("--exits", type=int, default=8, help="early exits per story")
     parser.add_argument("--exit-weight", type=float, default=0.5, help="weight of the exit loss")
@@ -257,7 +350,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=4, help="decoder layers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    print(pretrain(**vars(parser.parse_args(argv))))
+    parser.add_argument(
+        "--report-only", action="store_true", help="judge the policy in --out, train nothing"
+    )
+    parser.add_argument("--figures", default="figures", help="where the report goes")
+    options = vars(parser.parse_args(argv))
+    report_only, figures = options.pop("report_only"), options.pop("figures")
+    if not report_only:
+        pretrain(**options)
+    torch.set_num_threads(options["threads"])
+    print(json.dumps(report(options["out"], figures), indent=1))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class Rollouts:
     Attributes:
         prompt_ids, prompt_mask: (B, P) long and bool, left-padded.
         completion_ids, completion_mask: (B, L) long and bool, right-padded.
-        old_logprobs: (B, L) fp32 nats, log pi_old(o_t | q, o_<t) at sampling temperature; padding 0.
+        old_logprobs: (B, L) fp32 nats, log pi_old(o_t | q, o_<t) of the tempered policy; padding 0.
         num_generations: G, completions per prompt; rows of one prompt are adjacent.
         finished: (B,) bool, whether the row ended by itself (False: cut at the length limit).
         rewards: (B,) fp32, filled in by ``rewards.score``.
@@ -227,6 +227,36 @@ def sample(
         old_logprobs=logprobs[:, :longest] * mask,
         num_generations=num_generations,
         finished=finished,
+    )
+
+
+def from_texts(policy: Policy, problems: list[Problem], completions: list[str]) -> Rollouts:
+    """Rollouts made of given completions, one for each problem, as if the policy had written them.
+
+    Args:
+        policy: its tokenizer is used; the end-of-sequence token is appended to each completion.
+        problems: N problems.
+        completions: N texts.
+
+    Returns:
+        Rollouts with B = N rows, ``num_generations`` 1 and ``old_logprobs`` all zero.
+    """
+    prompt_ids, prompt_mask = encode_prompts(policy, problems)
+    eos = int(policy.eos_ids[0])
+    rows = [[*policy.tokenizer.encode(t, add_special_tokens=False), eos] for t in completions]
+    length = max(map(len, rows))
+    pad = policy.tokenizer.pad_token_id
+    ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=policy.device)
+    lengths = torch.tensor([len(row) for row in rows], device=policy.device)
+    mask = torch.arange(length, device=policy.device) < lengths[:, None]
+    return Rollouts(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=ids,
+        completion_mask=mask,
+        old_logprobs=torch.zeros(ids.shape, device=policy.device),
+        num_generations=1,
+        finished=torch.ones(len(rows), dtype=torch.bool, device=policy.device),
     )
 
 

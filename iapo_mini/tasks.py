@@ -28,7 +28,7 @@ ROLES = ("compute", "restate", "plan", "check", "hedge", "conclude")
 that a policy wrote outside the world's grammar has the role ``"other"``."""
 
 SPLITS = ("train", "tune", "test")
-MAX_VALUE = 60
+MAX_VALUE = 99
 """Largest value a quantity takes in a story (inclusive)."""
 
 POSTFIX = "</think><answer>"
@@ -160,12 +160,12 @@ def _apply(value: int, op: str, operand: int) -> int:
 
 def _draw_skeleton(rng: random.Random, n_steps: int) -> tuple[int, list[tuple[str, int]]]:
     """Start value and ``n_steps`` (op, operand) pairs, every value in 1..MAX_VALUE."""
-    value = start = rng.randint(3, 40)
+    value = start = rng.randint(3, 60)
     operations = []
     for _ in range(n_steps):
         choices = {
-            "+": [n for n in range(2, 21) if value + n <= MAX_VALUE],
-            "-": [n for n in range(2, 21) if value - n >= 1],
+            "+": [n for n in range(2, 31) if value + n <= MAX_VALUE],
+            "-": [n for n in range(2, 31) if value - n >= 1],
             "*": [n for n in (2, 3, 4) if value * n <= MAX_VALUE],
             "/": [n for n in (2, 3, 4, 5) if value % n == 0 and value > n],
         }

@@ -1,0 +1,31 @@
+# Everything runs in .venv, made on first use; `make clean` removes it.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+
+.PHONY: demo full test lint policy notebooks clean
+
+demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy, compare them (ten minutes)
+	$(RUN) iapo_mini compare --preset demo
+
+full: $(VENV)/ready  ## the same with five seeds (what the README reports)
+	$(RUN) iapo_mini compare --preset full
+
+test: $(VENV)/ready  ## every test, the notebooks included
+	$(RUN) ruff check .
+	$(RUN) pytest
+	$(RUN) pytest --nbval --nbval-sanitize-with notebooks/nbval.cfg notebooks
+
+policy: $(VENV)/ready  ## remake the embedded policy and its report into runs/
+	$(RUN) iapo_mini.pretrain --out runs/pretrain
+
+notebooks: $(VENV)/ready  ## run the notebooks and keep their outputs
+	$(RUN) jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+$(VENV)/ready: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --requirement requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,110 @@
+"""Shared fixtures: tiny policies made on the spot; no test needs a download or shipped weights."""
+
+import copy
+import os
+import random
+
+# Set before transformers is imported: a test that asks for an unknown model must not wait for a
+# network, and must not depend on one.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from helpers import TRIVIAL, redraw
+from hypothesis import HealthCheck, settings
+
+from iapo_mini.policy import Policy, load_policy
+from iapo_mini.pretrain import build_model, build_tokenizer
+from iapo_mini.tasks import render_prompt, stories
+
+settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    """One thread and fixed seeds for each test, whatever ran before it."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer(n_stories=300)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tokenizer, tmp_path_factory):
+    """Folder of a random Qwen2 whose predictions depend strongly on the whole context."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.set_num_threads(1)
+    model = redraw(build_model(tokenizer, seed=0, hidden=64, layers=2))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def base_policy(tiny_folder):
+    """The tiny policy without an adapter. Shared: tests read it and never train it."""
+    return load_policy(tiny_folder, lora_rank=0)
+
+
+@pytest.fixture
+def lora_policy(tiny_folder):
+    """The tiny policy with a fresh adapter, which changes nothing until it is perturbed."""
+    return load_policy(tiny_folder, lora_rank=4)
+
+
+@pytest.fixture
+def stopping_policy(base_policy):
+    """The tiny policy with a sixth of the vocabulary as stop tokens: rows end at many lengths."""
+    policy = Policy(copy.deepcopy(base_policy.model), base_policy.tokenizer)
+    size = policy.model.config.vocab_size
+    eos = policy.tokenizer.eos_token_id
+    policy.model.generation_config.eos_token_id = sorted({eos, *range(5, size, 6)})
+    return policy
+
+
+@pytest.fixture(scope="session")
+def schooled_folder(tokenizer, tmp_path_factory):
+    """Folder of a tiny policy that writes short answers, so that rewards vary and training moves.
+
+    It answers any prompt with ``<think> n.</think><answer> n</answer>``, n from 4 to 7 by chance,
+    and leaves out the closing tag three times in ten. A random policy earns the same reward for
+    everything, and a test that trains it would compare runs in which nothing happens.
+    """
+    folder = tmp_path_factory.mktemp("schooled")
+    torch.set_num_threads(1)
+    model = build_model(tokenizer, seed=0, hidden=64, layers=2)
+    rng, told = random.Random(0), stories("train", seed=9)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        rows = []
+        for problem in [next(told) for _ in range(8)] + [rng.choice(TRIVIAL) for _ in range(8)]:
+            n, end = rng.randint(4, 7), "" if rng.random() < 0.3 else "</answer>"
+            completion = f"<think> {n}.</think><answer> {n}{end}{tokenizer.eos_token}"
+            rows.append(
+                (tokenizer.encode(render_prompt(tokenizer, problem)), tokenizer.encode(completion))
+            )
+        width = max(len(p) + len(c) for p, c in rows)
+        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+        labels = torch.full((len(rows), width), -100)
+        for i, (prompt, completion) in enumerate(rows):
+            end = len(prompt) + len(completion)
+            ids[i, :end] = torch.tensor(prompt + completion)
+            labels[i, len(prompt) : end] = torch.tensor(completion)
+        model(ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,232 @@
+"""Token advantages against plain Python with loops and the statistics module."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from helpers import make_rollouts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iapo_mini.advantages import (
+    ADVANTAGES,
+    EPS,
+    NEEDS_INFORMATION,
+    exploration,
+    group_advantage,
+    grpo,
+    iapo,
+    normalize,
+)
+
+
+def norm(population):
+    """norm(x, v) of the paper for every x of v, with a sample deviation plus 1e-4."""
+    if len(population) < 2 or min(population) == max(population):
+        return [0.0] * len(population)
+    mean, std = statistics.fmean(population), statistics.stdev(population)
+    return [(x - mean) / (std + 1e-4) for x in population]
+
+
+def plain_grpo(r):
+    rows, group = [], r.num_generations
+    rewards = r.rewards.tolist()
+    for i in range(len(rewards)):
+        first = i - i % group
+        a = norm(rewards[first : first + group])[i - first]
+        rows.append([a] * int(r.lengths[i]))
+    return rows
+
+
+def plain_iapo(r, alpha, beta):
+    rows = []
+    for i, base in enumerate(plain_grpo(r)):
+        n = len(base)
+        s = r.informativeness[i, :n].tolist()
+        sign = 1 if r.correct[i] else -1
+        c = [sign * math.exp(x) for x in r.old_logprobs[i, :n].tolist()]
+        rows.append([a + alpha * u + beta * v for a, u, v in zip(base, norm(s), norm(c))])
+    return rows
+
+
+def check(found, rows):
+    assert found.dtype == torch.float32
+    for i, row in enumerate(rows):
+        assert found[i, : len(row)].tolist() == pytest.approx(row, rel=1e-3, abs=1e-4)
+        assert not found[i, len(row) :].any()
+
+
+def scored(lengths, group, rewards, informativeness, old_probabilities, right=0, junk=0.0):
+    """Rollouts with given numbers; padding of the per-token fields is filled with ``junk``."""
+    r = make_rollouts([3] * (len(lengths) // group), lengths, group, right=right)
+    r.rewards = torch.tensor(rewards)
+    r.correct = r.rewards > 1
+    r.informativeness = torch.full(r.completion_ids.shape, junk)
+    r.old_logprobs = torch.full(r.completion_ids.shape, junk)
+    for i, n in enumerate(lengths):
+        r.informativeness[i, :n] = torch.tensor(informativeness[i])
+        r.old_logprobs[i, :n] = torch.tensor(old_probabilities[i]).log()
+    return r
+
+
+@st.composite
+def rollouts(draw):
+    """Random groups, ragged lengths. Values lie on a grid: populations are flat or clearly not."""
+    group = draw(st.integers(2, 4))
+    lengths = draw(st.lists(st.integers(1, 7), min_size=group, max_size=3 * group))
+    lengths = lengths[: len(lengths) // group * group]
+    rewards = [draw(st.sampled_from([-1.5, -0.5, 1.5])) for _ in lengths]
+    information = [[draw(st.integers(-40, 40)) / 10 for _ in range(n)] for n in lengths]
+    probabilities = [[draw(st.integers(1, 50)) / 50 for _ in range(n)] for n in lengths]
+    right, junk = draw(st.integers(0, 3)), draw(st.sampled_from([0.0, 5.0]))
+    return scored(lengths, group, rewards, information, probabilities, right, junk)
+
+
+def example(**changes):
+    fields = dict(
+        lengths=[3, 2, 4, 1],
+        group=2,
+        rewards=[1.5, -0.5, -1.5, 1.5],
+        informativeness=[[1.0, 0.0, -0.5], [0.2, 0.4], [0.0, 0.0, 0.0, 2.0], [0.7]],
+        old_probabilities=[[0.9, 0.1, 0.5], [0.2, 0.8], [0.5, 0.25, 0.5, 1.0], [0.3]],
+    )
+    return scored(**{**fields, **changes})
+
+
+def test_grpo_by_hand():
+    """Two rewards 1.5 and -0.5: mean 0.5, sample deviation sqrt(2)."""
+    a = 1 / (math.sqrt(2) + 1e-4)
+    b = 1.5 / (1.5 * math.sqrt(2) + 1e-4)
+    expected = [[a] * 3 + [0], [-a] * 2 + [0] * 2, [-b] * 4, [b] + [0] * 3]
+    torch.testing.assert_close(grpo(example()), torch.tensor(expected))
+
+
+def test_iapo_by_hand():
+    r = example()
+    check(iapo(r, 0.0, 0.0), plain_grpo(r))
+    check(iapo(r, 1.0, 0.1), plain_iapo(r, 1.0, 0.1))
+    # One number worked out on paper: row 1, token 0. s = 0.2, 0.4 and c = -0.2, -0.8.
+    s = -0.1 / (0.1 * math.sqrt(2) + 1e-4)
+    c = 0.3 / (0.3 * math.sqrt(2) + 1e-4)
+    a = -1 / (math.sqrt(2) + 1e-4)
+    assert float(iapo(r, 2.0, 0.5)[1, 0]) == pytest.approx(a + 2 * s + 0.5 * c, rel=1e-4)
+
+
+@settings(max_examples=60)
+@given(rollouts(), st.sampled_from([0.0, 1e-4, 0.3, 2.0]), st.sampled_from([0.0, 0.1, 1.0]))
+def test_advantages_equal_the_plain_reference(r, alpha, beta):
+    check(grpo(r), plain_grpo(r))
+    check(iapo(r, alpha, beta), plain_iapo(r, alpha, beta))
+
+
+@settings(max_examples=60)
+@given(rollouts())
+def test_without_extra_terms_iapo_is_grpo_to_the_last_bit(r):
+    assert torch.equal(iapo(r, 0.0, 0.0), grpo(r))
+
+
+def test_padding_is_in_no_population():
+    """The same rollouts with more columns, and with any numbers in them."""
+    expected = iapo(example(), 1.0, 1.0)
+    for right, junk in [(3, 0.0), (0, 9.0), (2, -9.0)]:
+        found = iapo(example(right=right, junk=junk), 1.0, 1.0)
+        torch.testing.assert_close(found[:, :4], expected)
+        assert not found[:, 4:].any()
+
+
+def test_equal_rewards_give_no_advantage():
+    # 0.1 is no binary fraction, so its mean is rounded.
+    for value in (1.5, -1.5, 0.1):
+        found = grpo(example(rewards=[value] * 4))
+        assert torch.equal(found, torch.zeros_like(found))
+
+
+def test_constant_rows_give_no_information_term():
+    information = [[0.1] * 3, [0.3] * 2, [-0.7] * 4, [0.7]]
+    r = example(informativeness=information)
+    assert torch.equal(iapo(r, 5.0, 0.0), grpo(r))
+
+
+def test_constant_confidence_gives_no_exploration_term():
+    r = example(old_probabilities=[[0.3] * 3, [0.7] * 2, [1.0] * 4, [0.1]])
+    assert torch.equal(iapo(r, 0.0, 5.0), grpo(r))
+
+
+def test_single_tokens_get_the_group_advantage_alone():
+    r = example(
+        lengths=[1] * 4, informativeness=[[2.0], [1.0], [3.0], [0.0]], old_probabilities=[[0.5]] * 4
+    )
+    found = iapo(r, 3.0, 3.0)
+    assert found.isfinite().all()
+    assert torch.equal(found, grpo(r))
+
+
+def test_exploration_is_signed_by_correctness():
+    """+pi_old in correct completions, -pi_old in the others, nothing at padding."""
+    expected = [
+        [0.9, 0.1, 0.5, 0],
+        [-0.2, -0.8, 0, 0],
+        [-0.5, -0.25, -0.5, -1.0],
+        [0.3, 0, 0, 0],
+    ]
+    torch.testing.assert_close(exploration(example()), torch.tensor(expected))
+
+
+def test_exploration_reinforces_confidence_when_right_and_punishes_it_when_wrong():
+    r = example()
+    term = iapo(r, 0.0, 1.0) - grpo(r)
+    assert term[0, 0] > term[0, 2] > term[0, 1]  # correct, probabilities 0.9, 0.5, 0.1
+    assert term[1, 0] > term[1, 1]  # wrong, probabilities 0.2, 0.8
+
+
+def test_informative_tokens_get_more():
+    r = example()
+    term = iapo(r, 1.0, 0.0) - grpo(r)
+    assert term[0, 0] > term[0, 1] > term[0, 2]
+    # A normalised term moves credit between the tokens of a completion and adds none.
+    torch.testing.assert_close(term.sum(1), torch.zeros(4), atol=1e-5, rtol=0)
+
+
+def test_group_advantage_stays_within_the_group():
+    """A third group's rewards do not move the first two."""
+    r = example()
+    before = group_advantage(r)
+    r.rewards[2:] = torch.tensor([1.5, -0.5])
+    assert torch.equal(group_advantage(r)[:2], before[:2])
+    assert not torch.equal(group_advantage(r)[2:], before[2:])
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(-100, 100), min_size=1, max_size=8), st.integers(0, 3))
+def test_normalize(values, masked):
+    numbers = torch.tensor([*values, *[77] * masked]) / 8
+    mask = torch.arange(len(numbers)) < len(values)
+    expected = norm([v / 8 for v in values])
+    found = normalize(numbers, mask)
+    assert found[: len(values)].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert not found[len(values) :].any()
+
+
+def test_normalize_of_nothing_is_zero():
+    values = torch.tensor([[3.0, 4.0], [1.0, 2.0]])
+    mask = torch.tensor([[False, False], [True, False]])
+    assert torch.equal(normalize(values, mask), torch.zeros(2, 2))
+
+
+def test_normalize_floor_bounds_the_gain():
+    values = torch.tensor([0.0, 0.2])
+    found = normalize(values, floor=1.0)
+    torch.testing.assert_close(found, torch.tensor([-0.1, 0.1]) / (1 + EPS))
+    # A deviation above the floor is not touched.
+    assert torch.equal(normalize(10 * values, floor=1.0), normalize(10 * values))
+
+
+def test_methods_by_name():
+    r = example()
+    assert torch.equal(ADVANTAGES["grpo"](r, 1.0, 1.0), grpo(r))
+    assert torch.equal(ADVANTAGES["iapo"](r, 1.0, 1.0), iapo(r, 1.0, 1.0))
+    # GRPO runs must not pay for, nor need, the estimate.
+    r.informativeness = None
+    assert "grpo" not in NEEDS_INFORMATION and "iapo" in NEEDS_INFORMATION
+    ADVANTAGES["grpo"](r, 1.0, 1.0)

@@ -1,0 +1,140 @@
+"""Pass@k, Length@k, Ratio@k and their intervals."""
+
+import itertools
+import math
+import statistics
+
+import pytest
+from helpers import TRIVIAL
+
+from iapo_mini.evaluation import evaluate, mean_interval, pass_at_k
+from iapo_mini.policy import load_policy
+from iapo_mini.rewards import reward
+from iapo_mini.tasks import Problem
+
+
+@pytest.fixture(scope="module")
+def policy(schooled_folder):
+    return load_policy(schooled_folder, lora_rank=0)
+
+
+def run(policy, **changes):
+    options = dict(ks=(1, 2, 4), num_generations=4, max_completion_length=12, progress=False)
+    return evaluate(policy, [*TRIVIAL, TRIVIAL[0]], **{**options, **changes})
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_completion():
+    for n in range(1, 8):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                subsets = list(itertools.combinations(range(n), k))
+                passed = sum(any(i < c for i in subset) for subset in subsets)
+                assert pass_at_k(n, c, k) == pytest.approx(passed / len(subsets)), (n, c, k)
+
+
+@pytest.mark.parametrize("k", [0, -1, 5])
+def test_pass_at_k_beyond_the_sample_is_refused(k):
+    with pytest.raises(ValueError, match=f"k is {k}"):
+        pass_at_k(4, 2, k)
+
+
+@pytest.mark.parametrize(("n", "t"), [(2, 12.706), (5, 2.776), (10, 2.262), (31, 2.042)])
+def test_interval_is_students(n, t):
+    values = [0.1 * i * i for i in range(n)]
+    mean, low, high = mean_interval(values)
+    half = t * statistics.stdev(values) / math.sqrt(n)
+    assert mean == pytest.approx(sum(values) / n)
+    assert (low, high) == pytest.approx((mean - half, mean + half))
+
+
+def test_interval_by_hand():
+    """1, 2, 3, 4, 5: mean 3, deviation sqrt(2.5), half width 2.776 sqrt(2.5 / 5) = 1.963."""
+    assert mean_interval([1, 2, 3, 4, 5]) == pytest.approx((3, 1.037, 4.963), abs=1e-3)
+
+
+@pytest.mark.parametrize(("n", "t"), [(32, 2.040), (61, 2.000), (121, 1.980), (1001, 1.962)])
+def test_interval_of_many_values(n, t):
+    values = [float(i % 2) for i in range(n)]
+    mean, _, high = mean_interval(values)
+    assert (high - mean) / statistics.stdev(values) * math.sqrt(n) == pytest.approx(t, abs=0.005)
+
+
+def test_interval_of_one_value_is_unknown():
+    mean, low, high = mean_interval([0.5])
+    assert mean == 0.5 and math.isnan(low) and math.isnan(high)
+
+
+def test_interval_of_equal_values_is_a_point():
+    assert mean_interval([0.25] * 3) == (0.25, 0.25, 0.25)
+
+
+def test_metrics_follow_from_the_completions(policy):
+    """Everything reported is recomputed from the listed completions."""
+    result = run(policy)
+    assert result["problems"] == 3
+    completions = result["completions"]
+    assert [c["problem"] for c in completions] == [0] * 4 + [1] * 4 + [2] * 4
+    for c in completions:
+        assert c["correct"] is reward(c["text"], "5")[1]
+        assert 1 <= c["tokens"] <= 12
+    rows = [completions[i : i + 4] for i in (0, 4, 8)]
+    assert result["length"] == pytest.approx(statistics.fmean(c["tokens"] for c in completions))
+    for k in (1, 2, 4):
+        passed = [
+            statistics.fmean(
+                any(c["correct"] for c in subset) for subset in itertools.combinations(row, k)
+            )
+            for row in rows
+        ]
+        lengths = [c["tokens"] for row in rows for c in row[:k]]
+        assert result[f"pass@{k}"] == pytest.approx(statistics.fmean(passed))
+        assert result[f"length@{k}"] == pytest.approx(statistics.fmean(lengths))
+        ratio = statistics.fmean(passed) / statistics.fmean(lengths)
+        assert result[f"ratio@{k}"] == pytest.approx(ratio)
+    # Some right, some wrong, or nothing was tested.
+    assert 0 < result["pass@1"] < 1 and result["pass@1"] < result["pass@4"]
+
+
+def test_tokens_count_the_end_of_the_sequence(policy):
+    for c in run(policy, max_completion_length=60)["completions"]:
+        ids = policy.tokenizer.encode(c["text"])
+        assert c["tokens"] == len(ids) + 1
+
+
+def test_equal_seeds_give_equal_results(policy):
+    assert run(policy, seed=1) == run(policy, seed=1)
+    assert run(policy, seed=1)["completions"] != run(policy, seed=2)["completions"]
+
+
+def test_batches_draw_different_completions(policy):
+    """Each batch has its own seed: equal problems in two batches are not the same sample twice."""
+    result = evaluate(
+        policy, [TRIVIAL[0]] * 2, ks=(1,), num_generations=16, batch_size=16,
+        max_completion_length=12, progress=False,
+    )  # fmt: skip
+    texts = [c["text"] for c in result["completions"]]
+    assert texts[:16] != texts[16:]
+    assert result["problems"] == 2 and len(texts) == 32
+
+
+def test_a_batch_smaller_than_a_group_still_holds_one_problem(policy):
+    assert len(run(policy, batch_size=1)["completions"]) == 12
+
+
+@pytest.mark.parametrize("k", [0, -1, 5])
+def test_bad_k_is_refused(policy, k):
+    with pytest.raises(ValueError, match=f"k is {k}; allowed are 1 to num_generations = 4"):
+        run(policy, ks=(1, k))
+
+
+def test_no_problems_are_refused(policy):
+    with pytest.raises(ValueError, match="problems is empty"):
+        evaluate(policy, [])
+
+
+def test_a_policy_that_is_never_right_scores_zero(base_policy):
+    result = evaluate(
+        base_policy, [Problem("1 + 1?", "2")], ks=(1, 2), num_generations=2,
+        max_completion_length=4, progress=False,
+    )  # fmt: skip
+    assert result["pass@2"] == result["ratio@2"] == 0.0

@@ -1,0 +1,246 @@
+"""Loading, LoRA, the reference policy, the merged copy for inference, and refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import perturb_lora, redraw
+from transformers import AutoModelForCausalLM
+
+from iapo_mini.policy import load_policy
+from iapo_mini.pretrain import build_model
+
+IDS = torch.tensor([[5, 17, 300, 42, 8, 99]])
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+@pytest.fixture
+def perturbed(lora_policy):
+    return perturb_lora(lora_policy)
+
+
+def copied(folder, target):
+    shutil.copytree(folder, target)
+    return Path(target)
+
+
+def refusal(model, **kwargs):
+    """The message with which loading is refused: one sentence that names what was given."""
+    with pytest.raises(ValueError) as caught:
+        load_policy(str(model), **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".")
+    return message
+
+
+def test_a_folder_loads_to_the_weights_that_were_saved(tiny_folder, base_policy):
+    saved = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+    assert torch.equal(logits(base_policy.model), logits(saved))
+    assert not base_policy.uses_lora
+    assert base_policy.tokenizer.padding_side == "left"
+    assert base_policy.tokenizer.pad_token_id is not None
+
+
+def test_full_fine_tuning_trains_everything_and_lora_only_the_adapter(base_policy, lora_policy):
+    everything = {n for n, _ in base_policy.model.named_parameters()}
+    assert set(base_policy.trainable()) == everything
+    assert lora_policy.uses_lora
+    assert all("lora_" in n for n in lora_policy.trainable())
+    # Both matrices on each of the 7 linear layers of 2 blocks.
+    assert len(lora_policy.trainable()) == 2 * 7 * 2
+    assert {p.shape[0] for n, p in lora_policy.trainable().items() if "lora_A" in n} == {4}
+
+
+def test_a_new_adapter_changes_nothing(lora_policy, base_policy):
+    assert torch.equal(logits(lora_policy.model.eval()), logits(base_policy.model))
+
+
+def test_lora_initialisation_follows_the_seed_alone(tiny_folder):
+    torch.manual_seed(1)
+    one = load_policy(tiny_folder, seed=0).trainable()
+    torch.manual_seed(2)
+    again, other = load_policy(tiny_folder, seed=0), load_policy(tiny_folder, seed=3)
+    assert all(torch.equal(p, again.trainable()[n]) for n, p in one.items())
+    assert not all(torch.equal(p, other.trainable()[n]) for n, p in one.items())
+
+
+def test_lora_alpha_scales_the_adapter(tiny_folder, base_policy):
+    policies = [load_policy(tiny_folder, lora_rank=4, lora_alpha=a) for a in (8, None, 0)]
+    double, default, none = (logits(perturb_lora(p).model.eval()) for p in policies)
+    assert torch.equal(double, default)
+    assert not torch.allclose(double, none, atol=0.1)
+    assert torch.equal(none, logits(base_policy.model))
+
+
+def test_reference_is_the_base_with_the_adapter_off(perturbed, base_policy):
+    adapted = logits(perturbed.model.eval())
+    base = logits(base_policy.model)
+    assert not torch.allclose(adapted, base, atol=0.1)
+    with perturbed.reference() as reference:
+        assert torch.equal(logits(reference), base)
+    # Afterwards the adapter is on again.
+    assert torch.equal(logits(perturbed.model), adapted)
+
+
+def test_reference_of_full_fine_tuning_is_a_frozen_copy(tiny_folder, base_policy):
+    policy = load_policy(tiny_folder, lora_rank=0, keep_reference=True)
+    with torch.no_grad():
+        for p in policy.trainable().values():
+            p.mul_(1.1)
+    base = logits(base_policy.model)
+    assert not torch.allclose(logits(policy.model), base, atol=0.1)
+    with policy.reference() as reference:
+        assert torch.equal(logits(reference), base)
+        assert not any(p.requires_grad for p in reference.parameters())
+
+
+def test_no_reference_was_kept(base_policy):
+    with pytest.raises(ValueError, match="keep_reference=True"), base_policy.reference():
+        pass
+
+
+def test_inference_equals_the_adapters_forward_and_follows_its_weights(perturbed):
+    """The merged copy must be refreshed: sampling from last step's policy would be off-policy."""
+    before = logits(perturbed.for_inference())
+    torch.testing.assert_close(before, logits(perturbed.model), atol=1e-5, rtol=0)
+    perturb_lora(perturbed, seed=2)
+    after = logits(perturbed.for_inference())
+    torch.testing.assert_close(after, logits(perturbed.model), atol=1e-5, rtol=0)
+    assert not torch.allclose(before, after, atol=0.1)
+
+
+def test_inference_leaves_the_policy_as_it_was(perturbed):
+    weights = {n: p.clone() for n, p in perturbed.model.named_parameters()}
+    merged = perturbed.for_inference()
+    assert not merged.training and not any(p.requires_grad for p in merged.parameters())
+    for name, p in perturbed.model.named_parameters():
+        assert torch.equal(p, weights[name]), name
+    assert perturbed.trainable()
+
+
+def test_inference_without_lora_is_the_model_itself(base_policy):
+    assert base_policy.for_inference() is base_policy.model
+
+
+def test_adapter_round_trip_is_exact(perturbed, tiny_folder, tmp_path):
+    perturbed.save(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    loaded = load_policy(tiny_folder, adapter=tmp_path / "adapter")
+    assert set(loaded.trainable()) == set(perturbed.trainable())
+    for name, p in perturbed.trainable().items():
+        assert torch.equal(loaded.trainable()[name], p), name
+    assert torch.equal(logits(loaded.model.eval()), logits(perturbed.model.eval()))
+
+
+def test_full_model_round_trip_is_exact(tiny_folder, tmp_path):
+    policy = load_policy(tiny_folder, lora_rank=0)
+    redraw(policy.model, seed=5)
+    policy.save(tmp_path / "full")
+    loaded = load_policy(str(tmp_path / "full"), lora_rank=0)
+    assert torch.equal(logits(loaded.model), logits(policy.model))
+    text = "<think> Mia has 12 apples.</think>"
+    assert loaded.tokenizer.encode(text) == policy.tokenizer.encode(text)
+
+
+def test_stop_tokens_come_from_the_generation_config(lora_policy):
+    eos = lora_policy.tokenizer.eos_token_id
+    assert lora_policy.eos_ids.tolist() == [eos]
+    lora_policy.model.generation_config.eos_token_id = [3, eos]
+    assert lora_policy.eos_ids.tolist() == [3, eos]
+    lora_policy.model.generation_config.eos_token_id = None
+    assert lora_policy.eos_ids.tolist() == [eos]
+
+
+def test_a_folder_that_is_missing_is_refused(tmp_path):
+    message = refusal(tmp_path / "nowhere")
+    assert f"model is '{tmp_path / 'nowhere'}'" in message and "config.json" in message
+
+
+def test_a_relative_folder_that_is_missing_is_refused():
+    assert "model is './nowhere'" in refusal("./nowhere")
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path):
+    assert "config.json" in refusal(tmp_path)
+
+
+def test_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert "model is " in refusal(tmp_path / "file")
+
+
+def test_a_folder_without_weights_is_refused(tiny_folder, tmp_path):
+    folder = copied(tiny_folder, tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    assert "safetensors" in refusal(folder)
+
+
+def test_pickled_weights_are_never_read(tiny_folder, tmp_path):
+    """Unpickling runs code from the file, so a pickle is refused even where it would load."""
+    folder = copied(tiny_folder, tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    message = refusal(folder)
+    assert str(folder) in message and "pickled weights are never loaded" in message
+
+
+def test_truncated_weights_are_refused(tiny_folder, tmp_path):
+    """What a broken download or a full disk leaves."""
+    folder = copied(tiny_folder, tmp_path / "m")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:10_000])
+    assert f"model is '{folder}'" in refusal(folder)
+
+
+def test_a_broken_config_is_refused(tiny_folder, tmp_path):
+    folder = copied(tiny_folder, tmp_path / "m")
+    (folder / "config.json").write_text('{"model_type": "qwen2",')
+    assert f"model is '{folder}'" in refusal(folder)
+
+
+def test_a_model_that_is_no_causal_lm_is_refused(tiny_folder, tmp_path):
+    folder = copied(tiny_folder, tmp_path / "m")
+    (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    assert f"model is '{folder}'" in refusal(folder)
+
+
+def test_an_unknown_hub_id_is_refused():
+    assert "model is 'nobody/no-such-model'" in refusal("nobody/no-such-model")
+
+
+def test_a_missing_adapter_is_refused(tiny_folder, tmp_path):
+    message = refusal(tiny_folder, adapter=tmp_path / "none")
+    assert f"adapter is '{tmp_path / 'none'}'" in message
+    assert "adapter_model.safetensors" in message
+
+
+def test_a_pickled_adapter_is_refused(tiny_folder, perturbed, tmp_path):
+    perturbed.save(tmp_path / "a")
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    torch.save({}, tmp_path / "a" / "adapter_model.bin")
+    assert "adapter is " in refusal(tiny_folder, adapter=tmp_path / "a")
+
+
+def test_an_adapter_without_config_is_refused(tiny_folder, perturbed, tmp_path):
+    perturbed.save(tmp_path / "a")
+    (tmp_path / "a" / "adapter_config.json").unlink()
+    assert f"adapter is '{tmp_path / 'a'}'" in refusal(tiny_folder, adapter=tmp_path / "a")
+
+
+def test_an_adapter_of_another_model_is_refused(tokenizer, perturbed, tmp_path):
+    perturbed.save(tmp_path / "a")
+    build_model(tokenizer, seed=0, hidden=32, layers=2).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    assert "adapter is " in refusal(tmp_path / "other", adapter=tmp_path / "a")
+
+
+@pytest.mark.parametrize("rank", [-1, -8])
+def test_a_negative_rank_is_refused(tiny_folder, rank):
+    assert f"lora_rank is {rank}" in refusal(tiny_folder, lora_rank=rank)

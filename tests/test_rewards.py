@@ -1,0 +1,167 @@
+"""Rewards: format (+0.5 / -0.5) plus correctness (+1 / -1)."""
+
+import pytest
+import torch
+from helpers import make_rollouts
+from hypothesis import given
+from hypothesis import strategies as st
+
+from iapo_mini.rewards import equal_answers, parse_answer, reward, score
+from iapo_mini.tasks import Problem
+
+RIGHT, WRONG, ILL_FORMED = (1.5, True), (-0.5, False), (-1.5, False)
+PIECES = ["<think>", "</think>", "<answer>", "</answer>", " 72", "72.0", "$", ",", ".", "-", "\n"]
+TEXT = st.text(max_size=40) | st.lists(
+    st.sampled_from(PIECES) | st.text(max_size=4), max_size=12
+).map("".join)
+
+
+def said(answer):
+    return f"<think> so it is.</think><answer>{answer}</answer>"
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        (said(" 72"), RIGHT),
+        (said("72"), RIGHT),
+        (said("\n72\n"), RIGHT),
+        (said(" 71"), WRONG),
+        (said(" -72"), WRONG),
+        (said(""), WRONG),
+        (said(" "), WRONG),
+        (said(" seventy-two"), WRONG),
+        (said(" 72 apples"), WRONG),
+        (said(" 71 72"), WRONG),
+        (said(" 70 + 2"), WRONG),
+        (said(" 72%"), WRONG),
+        # Space and line breaks between the parts, before and after.
+        ("<think>a</think>\n<answer>72</answer>", RIGHT),
+        ("<think>a</think> \n\t <answer>72</answer>", RIGHT),
+        ("\n <think>a</think><answer>72</answer> \n", RIGHT),
+        ("<think>a\nb</think><answer>72</answer>", RIGHT),
+        ("<think></think><answer>72</answer>", RIGHT),
+        # Anything else around or between the parts.
+        ("Sure! <think>a</think><answer>72</answer>", ILL_FORMED),
+        ("<think>a</think> So: <answer>72</answer>", ILL_FORMED),
+        ("<think>a</think><answer>72</answer> Done.", ILL_FORMED),
+        # Order and number of the parts.
+        ("<answer>72</answer><think>a</think>", ILL_FORMED),
+        ("<think>a</think><answer>72</answer><answer>72</answer>", ILL_FORMED),
+        ("<think>a</think><answer>71</answer><answer>72</answer>", ILL_FORMED),
+        ("<think>a</think><think>b</think><answer>72</answer>", ILL_FORMED),
+        # One inside the other.
+        ("<think>a<answer>72</answer></think>", ILL_FORMED),
+        ("<think>a<answer>72</answer></think><answer>72</answer>", ILL_FORMED),
+        ("<think><think>a</think></think><answer>72</answer>", ILL_FORMED),
+        ("<think>a</think><answer><think>72</think></answer>", ILL_FORMED),
+        ("<think>a</think><answer><answer>72</answer></answer>", ILL_FORMED),
+        # Missing tags.
+        ("", ILL_FORMED),
+        ("72", ILL_FORMED),
+        ("<answer>72</answer>", ILL_FORMED),
+        ("<think>a</think>", ILL_FORMED),
+        ("<think>a</think>72", ILL_FORMED),
+        ("<think>a</think><answer>72", ILL_FORMED),
+        ("<think>a</think>72</answer>", ILL_FORMED),
+        ("a</think><answer>72</answer>", ILL_FORMED),
+        ("<think>a<answer>72</answer>", ILL_FORMED),
+        ("<THINK>a</THINK><ANSWER>72</ANSWER>", ILL_FORMED),
+    ],
+)
+def test_reward_of_a_completion(completion, expected):
+    assert reward(completion, "72") == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "reference", "equal"),
+    [
+        ("72", "72", True),
+        ("72.0", "72", True),
+        ("72", "72.00", True),
+        ("072", "72", True),
+        (" 72 ", "72", True),
+        ("1,234", "1234", True),
+        ("1234", "1,234", True),
+        ("$5", "5", True),
+        ("$ 5", "5", True),
+        ("$1,234.50", "1234.5", True),
+        ("-3", "-3", True),
+        ("-0", "0", True),
+        ("72.5", "72", False),
+        ("72", "73", False),
+        ("7", "72", False),
+        ("72", "7", False),
+        ("0.1", "0.10000000000000001", False),
+        # Exact far beyond what a float can hold.
+        ("9" * 30, "9" * 30, True),
+        ("9" * 30, "9" * 29 + "8", False),
+        ("9" * 30 + ".0", "9" * 30, True),
+        ("9" * 200, "9" * 200, True),
+        ("9" * 200, "9" * 199 + "8", False),
+        # Not numbers here: nothing is evaluated, and Python's own number words are only words.
+        ("2+3", "5", False),
+        ("1e1", "10", False),
+        ("1_0", "10", False),
+        ("0x10", "16", False),
+        ("nan", "nan", True),
+        ("inf", "5", False),
+        ("5", "inf", False),
+        ("50%", "50", False),
+        ("Paris", "Paris", True),
+        ("Paris", "paris", False),
+        ("Paris", "72", False),
+        ("", "72", False),
+        ("", "", False),
+        (" ", " ", False),
+        ("$", "72", False),
+        (",", "", False),
+    ],
+)
+def test_equal_answers(given, reference, equal):
+    assert equal_answers(given, reference) is equal
+
+
+@given(TEXT, st.sampled_from(["72", "5", "", "Paris"]))
+def test_any_text_has_a_reward_and_only_equal_answers_are_right(text, reference):
+    value, correct = reward(text, reference)
+    answer = parse_answer(text)
+    if answer is None:
+        assert (value, correct) == ILL_FORMED
+    else:
+        assert correct is equal_answers(answer, reference)
+        assert value == (1.5 if correct else -0.5)
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_tags_around_any_text_make_it_well_formed(thought, answer):
+    """The answer comes back as it stands, whatever it says, short of tags."""
+    assert parse_answer(f"<think>{thought}</think><answer>{answer}</answer>") == answer.strip()
+
+
+@given(st.integers(), st.integers())
+def test_integers_are_right_when_equal(a, b):
+    assert reward(said(f" {a}"), str(b))[1] is (a == b)
+    assert reward(said(f" {a:,}"), str(a)) == RIGHT
+
+
+def test_long_hostile_text_is_judged_quickly():
+    """What a policy at its length limit may write; a pattern that backtracks would hang here."""
+    for text in ("<think>" * 500, "<think></think><answer>" * 300, said("9" * 5000), "<" * 5000):
+        assert reward(text, "72")[1] is False
+
+
+def test_score_gives_each_row_the_answer_of_its_own_problem(tokenizer):
+    rollouts = make_rollouts([3, 4], [1] * 4, group=2)
+    texts = [said(" 5"), said(" 7"), said(" 7"), "7"]
+    ids = [[*tokenizer.encode(t), tokenizer.eos_token_id] for t in texts]
+    width = max(map(len, ids))
+    rollouts.completion_ids = torch.tensor(
+        [row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids]
+    )
+    rollouts.completion_mask = torch.tensor([[t < len(row) for t in range(width)] for row in ids])
+    scored = score(rollouts, tokenizer, [Problem("a", "5"), Problem("b", "7")])
+    assert scored.rewards.tolist() == [1.5, -0.5, 1.5, -1.5]
+    assert scored.rewards.dtype == torch.float32
+    assert scored.correct.tolist() == [True, False, True, False]
+    assert rollouts.rewards is None

@@ -1,0 +1,423 @@
+"""The training loop: repeatable to the last bit, resumable after a kill, strict about its inputs."""
+
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TRIVIAL, perturb_lora
+
+import iapo_mini
+from iapo_mini.policy import load_policy
+from iapo_mini.tasks import ROLES, stories
+from iapo_mini.trainer import TrainConfig, train
+
+# Argument 1: the settings as JSON; 2: the run folder. The pause after each step leaves the test
+# time to see that the step is logged and to kill the process before the run is over.
+SCRIPT = """
+import json, sys, time
+from iapo_mini.trainer import TrainConfig, train
+
+if __name__ == "__main__":
+    config = TrainConfig(**json.loads(sys.argv[1]))
+    train(config, sys.argv[2], progress=False, on_step=lambda metrics: time.sleep(0.5))
+"""
+
+
+@pytest.fixture
+def config(schooled_folder):
+    return TrainConfig(
+        method="iapo",
+        model=schooled_folder,
+        learning_rate=5e-3,
+        warmup_steps=2,
+        max_steps=4,
+        prompts_per_step=2,
+        num_generations=2,
+        max_completion_length=12,
+        lora_rank=4,
+        micro_batch_size=2,
+        save_steps=2,
+        threads=1,
+    )
+
+
+def run(config, folder, **kwargs):
+    return train(config, folder, progress=False, **kwargs)
+
+
+def metrics(folder):
+    """The logged lines without what depends on the clock."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    timing = ("seconds_", "tokens_per_second")
+    return [{k: v for k, v in json.loads(x).items() if not k.startswith(timing)} for x in lines]
+
+
+def weights(folder):
+    """Bytes of the trained weights that a run has saved."""
+    (file,) = (Path(folder) / "final").glob("*.safetensors")
+    return file.read_bytes()
+
+
+def assert_same_run(one, other):
+    assert metrics(one) == metrics(other)
+    assert weights(one) == weights(other)
+
+
+def interrupt(config, folder, step):
+    """Train and stop right after this step is logged, before it could be saved."""
+
+    def stop(line):
+        if line["step"] == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, folder, on_step=stop)
+
+
+def wait_for_lines(file, n, process, seconds=90):
+    give_up = time.monotonic() + seconds
+    while not file.exists() or len(file.read_text().splitlines()) < n:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < give_up, "the run logged too little in time"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("method", ["grpo", "iapo"])
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_two_runs_are_identical(config, tmp_path, method, lora_rank):
+    config = replace(config, method=method, lora_rank=lora_rank)
+    for name, seed in (("a", 1), ("b", 2)):
+        torch.manual_seed(seed)  # whatever the state of the global generator
+        run(config, tmp_path / name)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    # Something happened in them: rewards varied and moved the weights.
+    lines = metrics(tmp_path / "a")
+    assert [x["step"] for x in lines] == [1, 2, 3, 4]
+    assert any(x["grad_norm"] > 1e-2 for x in lines)
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert all(x["kl"] > 1e-6 for x in lines[2:])
+
+
+def test_another_seed_is_another_run(config, tmp_path):
+    run(config, tmp_path / "a")
+    run(replace(config, seed=1), tmp_path / "b")
+    assert metrics(tmp_path / "a")[0]["length"] != metrics(tmp_path / "b")[0]["length"]
+    assert weights(tmp_path / "a") != weights(tmp_path / "b")
+
+
+def test_killed_run_resumes_to_the_same_numbers(config, tmp_path):
+    """A real kill: no handler runs, nothing is flushed or closed."""
+    config = replace(config, max_steps=8)
+    run(config, tmp_path / "whole")
+
+    script, killed = tmp_path / "script.py", tmp_path / "killed"
+    script.write_text(SCRIPT)
+    path = [str(Path(iapo_mini.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    process = subprocess.Popen(
+        [sys.executable, str(script), json.dumps(asdict(config)), str(killed)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for_lines(killed / "metrics.jsonl", 5, process)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode != 0
+    assert not (killed / "final").exists()
+    # The steps up to the kill are those of the whole run already.
+    before = metrics(killed)
+    assert before == metrics(tmp_path / "whole")[: len(before)] and 5 <= len(before) < 8
+
+    run(config, killed, resume=True)
+    assert_same_run(killed, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_interrupted_run_resumes_to_the_same_numbers(config, tmp_path, step, lora_rank):
+    """Before the first checkpoint, just before one is written, and after it."""
+    config = replace(config, lora_rank=lora_rank)
+    run(config, tmp_path / "whole")
+    interrupt(config, tmp_path / "stopped", step)
+    run(config, tmp_path / "stopped", resume=True)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_run_with_given_problems_resumes_where_it_was_in_them(config, tmp_path):
+    problems = list(itertools.islice(stories("train", seed=3), 3))  # no multiple of a step's two
+    run(config, tmp_path / "whole", problems=problems)
+    run(replace(config, max_steps=2), tmp_path / "short", problems=problems)
+    run(config, tmp_path / "short", problems=problems, resume=True)
+    assert_same_run(tmp_path / "short", tmp_path / "whole")
+
+
+def test_half_written_files_of_a_kill_are_dropped(config, tmp_path):
+    run(config, tmp_path / "whole")
+    folder = tmp_path / "stopped"
+    interrupt(config, folder, 3)
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 4, "lo')
+    # A checkpoint is written under a temporary name; a kill leaves it there, incomplete.
+    (folder / ".checkpoint-4.tmp").mkdir()
+    (folder / ".checkpoint-4.tmp" / "trainable.safetensors").write_bytes(b"half")
+    run(config, folder, resume=True)
+    assert_same_run(folder, tmp_path / "whole")
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_resuming_a_finished_run_changes_nothing(config, tmp_path):
+    run(config, tmp_path / "a")
+    before = metrics(tmp_path / "a"), weights(tmp_path / "a")
+    run(config, tmp_path / "a", resume=True)
+    assert (metrics(tmp_path / "a"), weights(tmp_path / "a")) == before
+
+
+def test_checkpoints_come_every_save_steps_and_two_are_kept(config, tmp_path):
+    run(replace(config, max_steps=7), tmp_path / "a")
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoint-4",
+        "checkpoint-6",
+        "final",
+    }
+
+
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_final_folder_loads_to_the_trained_policy(config, tmp_path, lora_rank):
+    trained = run(replace(config, lora_rank=lora_rank), tmp_path / "a")
+    final = str(tmp_path / "a" / "final")
+    if lora_rank:
+        loaded = load_policy(config.model, adapter=final)
+    else:
+        loaded = load_policy(final, lora_rank=0)
+    ids = torch.tensor([[4, 8, 15, 16, 23, 42]])
+    with torch.no_grad():
+        expected = trained.for_inference()(ids).logits
+        assert torch.equal(loaded.for_inference()(ids).logits, expected)
+        start = load_policy(config.model, lora_rank=0).model(ids).logits
+    assert not torch.allclose(expected, start, atol=1e-3)
+    assert not trained.model.training
+
+
+def test_a_given_policy_is_trained_in_place(config, tmp_path):
+    policy = load_policy(config.model, lora_rank=4)
+    before = {n: p.clone() for n, p in policy.trainable().items()}
+    assert run(config, tmp_path / "a", policy=policy) is policy
+    assert any(not torch.equal(p, before[n]) for n, p in policy.trainable().items())
+
+
+def test_the_base_weights_stay_as_they_are(config, tmp_path):
+    """LoRA trains the adapter alone; the reference depends on it."""
+    policy = load_policy(config.model, lora_rank=4)
+    frozen = {n: p.clone() for n, p in policy.model.named_parameters() if not p.requires_grad}
+    run(config, tmp_path / "a", policy=policy)
+    after = dict(policy.model.named_parameters())
+    assert all(torch.equal(after[n], p) for n, p in frozen.items())
+
+
+def test_iapo_without_its_terms_is_grpo(config, tmp_path):
+    run(replace(config, method="iapo", alpha=0.0, beta=0.0), tmp_path / "iapo")
+    run(replace(config, method="grpo"), tmp_path / "grpo")
+    run(replace(config, method="iapo", alpha=1.0, beta=0.0), tmp_path / "alpha")
+    run(replace(config, method="iapo", alpha=0.0, beta=1.0), tmp_path / "beta")
+    assert weights(tmp_path / "iapo") == weights(tmp_path / "grpo")
+    assert weights(tmp_path / "alpha") != weights(tmp_path / "grpo")
+    assert weights(tmp_path / "beta") != weights(tmp_path / "grpo")
+
+
+@pytest.mark.parametrize("method", ["grpo", "iapo"])
+def test_reward_rises(config, tmp_path, method):
+    """On two problems with the same answer a policy that guesses learns to be right."""
+    config = replace(
+        config, method=method, alpha=0.1, max_steps=12, num_generations=8, micro_batch_size=16
+    )
+    run(config, tmp_path / "a", problems=TRIVIAL)
+    rewards = [x["reward"] for x in metrics(tmp_path / "a")]
+    assert statistics.fmean(rewards[-3:]) > statistics.fmean(rewards[:3]) + 0.5
+
+
+def test_metrics_agree_with_each_other(config, tmp_path):
+    seen = []
+    config = replace(config, num_generations=4)
+    run(config, tmp_path / "a", on_step=seen.append)
+    lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(x) for x in lines] == seen
+    for x in seen:
+        # -1.5 ill-formed, -0.5 well-formed but wrong, 1.5 right.
+        assert x["reward"] == pytest.approx(-1.5 + x["format"] + 2 * x["accuracy"], abs=1e-6)
+        assert 1 <= x["length"] <= config.max_completion_length
+        assert 0 <= x["truncated"] <= 1 and 0 <= x["zero_variance_groups"] <= 1
+        assert 0 < x["entropy"] < math.log(900)
+        assert x["informativeness"] is not None
+        counted = sum(x[f"tokens/{role}"] for role in ROLES)
+        assert 0 < counted < x["length"]  # the tags have a role of their own
+        assert all(f"advantage/{role}" in x for role in ROLES)
+        assert all(value > 0 for name, value in x.items() if name.startswith("seconds_"))
+    assert {x["format"] for x in seen} != {0.0}
+
+
+def test_grpo_runs_do_not_estimate_information(config, tmp_path):
+    run(replace(config, method="grpo"), tmp_path / "a")
+    for x in metrics(tmp_path / "a"):
+        assert x["informativeness"] is None
+        assert not any(name.startswith("informativeness/") for name in x)
+
+
+def test_problems_that_are_no_stories_have_no_roles(config, tmp_path):
+    run(config, tmp_path / "a", problems=TRIVIAL)
+    assert not any("/" in name for x in metrics(tmp_path / "a") for name in x)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_micro_batches_do_not_change_a_step(config, tmp_path, aggregation):
+    """The same step in one piece and in four; the adapter is perturbed so that the KL term counts."""
+    found = []
+    for size in (2, 100):
+        policy = perturb_lora(load_policy(config.model, lora_rank=4), scale=0.05)
+        setting = replace(
+            config,
+            micro_batch_size=size,
+            prompts_per_step=4,
+            max_steps=1,
+            kl_coef=0.5,
+            aggregation=aggregation,
+        )
+        run(setting, tmp_path / str(size), policy=policy)
+        found += metrics(tmp_path / str(size))
+    parts, whole = found
+    assert whole["kl"] > 1e-3 and whole["grad_norm"] > 1e-2
+    for name in ("loss", "grad_norm", "kl", "entropy", "clip_ratio"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
+
+
+def test_later_passes_over_a_batch_move_on(config, tmp_path):
+    """With two passes the second sees the policy after the first, away from the reference."""
+    config = replace(config, max_steps=1, num_generations=8, warmup_steps=0)
+    run(config, tmp_path / "one")
+    run(replace(config, num_iterations=2), tmp_path / "two")
+    assert metrics(tmp_path / "one")[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics(tmp_path / "two")[0]["kl"] > 1e-6
+
+
+def test_token_mean_trains_otherwise_than_sequence_mean(config, tmp_path):
+    run(config, tmp_path / "a")
+    run(replace(config, aggregation="token"), tmp_path / "b")
+    assert weights(tmp_path / "a") != weights(tmp_path / "b")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(config, tmp_path):
+    policy = load_policy(config.model, lora_rank=4)
+    with torch.no_grad():
+        next(iter(policy.trainable().values())).fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="learning_rate"):
+        run(config, tmp_path / "a", policy=policy)
+    assert not (tmp_path / "a" / "final").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("method", "ppo"),
+        ("aggregation", "mean"),
+        ("alpha", -0.1),
+        ("alpha", math.nan),
+        ("alpha", math.inf),
+        ("beta", -1),
+        ("beta", math.nan),
+        ("kl_coef", -0.001),
+        ("learning_rate", 0),
+        ("learning_rate", math.nan),
+        ("temperature", 0.0),
+        ("temperature", -1.0),
+        ("max_grad_norm", 0),
+        ("epsilon", 0),
+        ("epsilon", math.nan),
+        ("epsilon_high", 0),
+        ("num_generations", 1),
+        ("num_generations", 2.5),
+        ("num_generations", math.nan),
+        ("prompts_per_step", 0),
+        ("max_steps", 0),
+        ("num_iterations", 0),
+        ("max_completion_length", 0),
+        ("micro_batch_size", 0),
+        ("warmup_steps", -1),
+        ("lora_rank", -1),
+        ("save_steps", 0),
+        ("threads", 0),
+    ],
+)
+def test_bad_settings_are_refused(field, value):
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(**{field: value})
+    message = str(caught.value)
+    assert message.startswith(f"{field} is {value!r}; allowed are") and "\n" not in message
+
+
+def test_limits_themselves_are_allowed():
+    TrainConfig(alpha=0, beta=0, kl_coef=0, warmup_steps=0, lora_rank=0, num_generations=2)
+    TrainConfig(epsilon_high=0.28)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("learning_rate", 0.1), ("seed", 7), ("alpha", 0.0), ("method", "grpo"), ("threads", 2)],
+)
+def test_resume_with_another_setting_is_refused(config, tmp_path, field, value):
+    run(config, tmp_path / "a")
+    before = metrics(tmp_path / "a"), weights(tmp_path / "a")
+    with pytest.raises(ValueError, match=f"{field} is {value!r}, but .* {getattr(config, field)!r}"):
+        run(replace(config, **{field: value}), tmp_path / "a", resume=True)
+    assert (metrics(tmp_path / "a"), weights(tmp_path / "a")) == before
+
+
+def test_resume_of_nothing_is_refused(config, tmp_path):
+    with pytest.raises(ValueError, match="output_dir is .* no run to resume"):
+        run(config, tmp_path / "nowhere", resume=True)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_folder_in_use_is_refused(config, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="output_dir is .* not empty"):
+        run(config, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_file_as_folder_is_refused(config, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="output_dir is .* is a file"):
+        run(config, tmp_path / "file")
+    with pytest.raises(OSError):
+        run(config, tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permissions do not bind this user"
+)
+def test_a_read_only_place_is_refused(config, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(OSError):
+            run(config, tmp_path / "a")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_no_problems_are_refused(config, tmp_path):
+    with pytest.raises(ValueError, match="problems is empty"):
+        run(config, tmp_path / "a", problems=[])
+    assert not (tmp_path / "a").exists()
