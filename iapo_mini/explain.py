@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 
 from matplotlib import colormaps
@@ -34,7 +35,7 @@ class Explained:
 
     def figure(self) -> Figure:
         """Heat map of informativeness over the text (paper, Fig. 14)."""
-        title = f"Question: {self.problem.question[:150]}"
+        title = textwrap.fill(f"Question: {self.problem.question}", 110)
         return token_heatmap(self.tokens, self.informativeness, self.roles, title)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -170,6 +171,7 @@ def load_policy(
     # Weight-loading bars and advice lines of the libraries would drown our own output.
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         causal_lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)

@@ -39,9 +39,10 @@ class TrainConfig:
     """Settings of one run; names as in TRL where TRL has the same thing.
 
     Attributes:
-        method: a key of ``advantages.ADVANTAGES``.
+        method: advantage rule, a key of ``advantages.ADVANTAGES`` (``grpo``, ``iapo``).
         model: ``"embedded"``, a model folder or a hub id.
-        alpha, beta: weights of the informativeness and the exploration term (paper's symbols).
+        alpha: weight of the informativeness term (paper's symbol).
+        beta: weight of the exploration term (paper's symbol; not the KL weight).
         learning_rate: AdamW step size after warm-up (betas 0.9 and 0.99 as in the paper).
         warmup_steps: steps of linear warm-up.
         max_steps: optimisation steps, one batch of rollouts each.
@@ -50,7 +51,8 @@ class TrainConfig:
         num_iterations: passes over each batch of rollouts.
         max_completion_length: tokens at which a completion is cut.
         temperature: sampling temperature.
-        epsilon, epsilon_high: clip range; None above means the same as below.
+        epsilon: clip range of the importance ratio below 1.
+        epsilon_high: clip range above 1; None means the same as below.
         kl_coef: weight of KL(pi || pi_ref), nats per token (the paper's beta_KL).
         aggregation: ``"sequence"`` (GRPO) or ``"token"`` (DAPO) mean of the loss.
         lora_rank: rank of the adapter; 0 trains all weights.

@@ -1,4 +1,4 @@
-"""The training loop: repeatable to the last bit, resumable after a kill, strict about its inputs."""
+"""The training loop: repeatable to the last bit, resumable after a kill, strict about inputs."""
 
 import itertools
 import json
@@ -280,12 +280,19 @@ def test_problems_that_are_no_stories_have_no_roles(config, tmp_path):
     assert not any("/" in name for x in metrics(tmp_path / "a") for name in x)
 
 
+@pytest.mark.parametrize(
+    "names", [("loss", "grad_norm"), ("kl", "entropy")], ids=["update", "report"]
+)
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])
-def test_micro_batches_do_not_change_a_step(config, tmp_path, aggregation):
-    """The same step in one piece and in four; the adapter is perturbed so that the KL term counts."""
+def test_micro_batches_do_not_change_a_step(config, tmp_path, aggregation, names):
+    """One step whole and in parts, from a perturbed adapter, so that the KL term counts.
+
+    The settings say that micro-batches are about memory alone: neither the update nor what is
+    reported of it (nats per token) may depend on them.
+    """
     found = []
     for size in (2, 100):
-        policy = perturb_lora(load_policy(config.model, lora_rank=4), scale=0.05)
+        policy = perturb_lora(load_policy(config.model, lora_rank=4), scale=0.3)
         setting = replace(
             config,
             micro_batch_size=size,
@@ -298,7 +305,7 @@ def test_micro_batches_do_not_change_a_step(config, tmp_path, aggregation):
         found += metrics(tmp_path / str(size))
     parts, whole = found
     assert whole["kl"] > 1e-3 and whole["grad_norm"] > 1e-2
-    for name in ("loss", "grad_norm", "kl", "entropy", "clip_ratio"):
+    for name in names:
         assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
 
 
@@ -378,27 +385,28 @@ def test_limits_themselves_are_allowed():
 def test_resume_with_another_setting_is_refused(config, tmp_path, field, value):
     run(config, tmp_path / "a")
     before = metrics(tmp_path / "a"), weights(tmp_path / "a")
-    with pytest.raises(ValueError, match=f"{field} is {value!r}, but .* {getattr(config, field)!r}"):
+    message = rf"{field} is {value!r}, but .* {getattr(config, field)!r}"
+    with pytest.raises(ValueError, match=message):
         run(replace(config, **{field: value}), tmp_path / "a", resume=True)
     assert (metrics(tmp_path / "a"), weights(tmp_path / "a")) == before
 
 
 def test_resume_of_nothing_is_refused(config, tmp_path):
-    with pytest.raises(ValueError, match="output_dir is .* no run to resume"):
+    with pytest.raises(ValueError, match=r"output_dir is .* no run to resume"):
         run(config, tmp_path / "nowhere", resume=True)
     assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_folder_in_use_is_refused(config, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="output_dir is .* not empty"):
+    with pytest.raises(ValueError, match=r"output_dir is .* not empty"):
         run(config, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_a_file_as_folder_is_refused(config, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="output_dir is .* is a file"):
+    with pytest.raises(ValueError, match=r"output_dir is .* is a file"):
         run(config, tmp_path / "file")
     with pytest.raises(OSError):
         run(config, tmp_path / "file" / "run")
