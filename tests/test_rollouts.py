@@ -280,6 +280,8 @@ def test_dropping_finished_rows_changes_no_other_row(stopping_policy):
                 running[i] = row[-1] not in stop
     expected = [row[start:] for row, start in zip(rows, starts)]
     assert [unpadded(rollouts, i)[1].tolist() for i in range(len(rows))] == expected
+    plain = plain_logprobs(model, rollouts, temperature=0.9)
+    torch.testing.assert_close(rollouts.old_logprobs, plain, atol=1e-4, rtol=0)
     # Rows dropped out early and others ran on.
     assert min(map(len, expected)) < limit / 4 and max(map(len, expected)) > limit / 2
 

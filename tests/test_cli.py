@@ -1,0 +1,129 @@
+"""The command line as a process: what a person types, what comes back, how bad input ends."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SMALL = ["--max-steps", "1", "--prompts-per-step", "2", "--num-generations", "2", "--threads", "1"]
+
+
+def run(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "iapo_mini", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+    )
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """One `compare --preset quick`, shared by the tests that look at what it leaves."""
+    folder = tmp_path_factory.mktemp("compare")
+    arguments = ["compare", "--preset", "quick", "--out", folder / "runs"]
+    arguments += ["--figures", folder / "figures", "--parallel", "2"]
+    return folder, arguments, run(*arguments)
+
+
+def test_compare_prints_the_table_and_writes_what_it_names(compared):
+    folder, _, done = compared
+    assert done.returncode == 0, done.stderr
+    for row in ("| start policy |", "| GRPO |", "| IAPO |", "Pass@8", "Length@8", "Ratio@8"):
+        assert row in done.stdout
+    results = json.loads((folder / "figures/results/compare_quick.json").read_text())
+    assert results["seeds"] == [0]
+    for method in ("start", "grpo", "iapo"):
+        for metric in ("length", "pass@1", "pass@8", "ratio@8"):
+            assert len(results["methods"][method][metric]) == 1
+    assert results["config"]["iapo"]["alpha"] > 0
+    assert results["versions"]["torch"]
+    for name in ("", "_training", "_roles"):
+        assert (folder / f"figures/compare_quick{name}.png").stat().st_size > 10_000
+    assert (folder / "runs/quick/iapo-0/train/final/adapter_model.safetensors").is_file()
+
+
+def test_compare_again_keeps_finished_runs(compared):
+    folder, arguments, _ = compared
+    results = folder / "figures/results/compare_quick.json"
+    before = results.read_text()
+    made = (folder / "runs/quick/grpo-0/result.json").stat().st_mtime_ns
+    results.unlink()
+    assert run(*arguments).returncode == 0
+    assert (folder / "runs/quick/grpo-0/result.json").stat().st_mtime_ns == made
+    assert results.read_text() == before
+
+
+def test_evaluate_reads_the_trained_adapter(compared, tmp_path):
+    folder, _, _ = compared
+    adapter = folder / "runs/quick/iapo-0/train/final"
+    done = run("evaluate", "--adapter", adapter, "--problems", 3, "--k", 1, 2, "--threads", 1,
+               "--out", tmp_path / "e.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Ratio@k" in done.stdout
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["length@2"] > 0 and len(result["intervals"]["pass@1"]) == 2
+    lines = (tmp_path / "e.jsonl").read_text().splitlines()
+    assert len(lines) == 6 and json.loads(lines[0])["text"].startswith("<think>")
+
+
+def test_train_then_resume(tmp_path):
+    out = tmp_path / "run"
+    assert run("train", "--out", out, *SMALL, "--save-steps", 1).returncode == 0
+    more = [*SMALL, "--save-steps", "1"]
+    more[1] = "2"
+    done = run("train", "--out", out, *more, "--resume")
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
+
+
+def test_explain_prints_tokens_and_saves_the_heat_map(tmp_path):
+    story = "Mia has 12 apples. She buys 5 more. How many apples does Mia have now?"
+    done = run("explain", story, "--out", tmp_path / "h.png", "--color", "never")
+    assert done.returncode == 0, done.stderr
+    assert story in done.stdout and "<think>" in done.stdout and "nats" in done.stdout
+    assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")
+    colored = run("explain", story, "--out", tmp_path / "h.png", "--color", "always")
+    assert "\x1b[" in colored.stdout
+
+
+@pytest.mark.parametrize("command", ["compare", "train", "evaluate", "explain"])
+def test_help_names_defaults(command):
+    done = run(command, "--help")
+    assert done.returncode == 0
+    assert "default" in done.stdout or "(" in done.stdout
+
+
+BAD = [
+    (["train", "--out", "x", "--method", "ppo"], "method"),
+    (["train", "--out", "x", "--alpha", "-1"], "alpha"),
+    (["train", "--out", "x", "--num-generations", "1"], "num_generations"),
+    (["train", "--out", "x", "--learning-rate", "nan"], "learning_rate"),
+    (["train", "--out", "x", "--model", "."], "model"),
+    (["train", "--out", "x", "--resume"], "output_dir"),
+    (["train", "--out", "file/x"], "file"),
+    (["compare", "--preset", "huge"], "preset"),
+    (["compare", "--preset", "quick", "--parallel", "0"], "parallel"),
+    (["compare", "--preset", "quick", "--figures", "file"], "file"),
+    (["evaluate", "--problems", "0"], "problems"),
+    (["evaluate", "--k", "0"], "k is 0"),
+    (["evaluate", "--split", "dev"], "split"),
+    (["evaluate", "--adapter", "."], "adapter"),
+    (["explain", "  "], "story"),
+]
+
+
+@pytest.mark.parametrize("arguments, named", BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_sentence_and_status_two(arguments, named, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("iapo-mini: ") and named in lines[0]
+    assert not (tmp_path / "x" / "metrics.jsonl").exists()
