@@ -132,7 +132,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     from iapo_mini.experiments import versions, write_json
     from iapo_mini.policy import load_policy
     from iapo_mini.tasks import stories
+    from iapo_mini.trainer import writable_folder
 
+    if args.out:
+        writable_folder(Path(args.out).parent, "out")
     torch.set_num_threads(args.threads)
     stream = stories(args.split)
     policy = load_policy(args.model, adapter=args.adapter, lora_rank=0)
@@ -167,9 +170,11 @@ def _explain(args: argparse.Namespace) -> None:
     from iapo_mini.explain import explain, terminal_text
     from iapo_mini.policy import load_policy
     from iapo_mini.tasks import Problem, stories
+    from iapo_mini.trainer import writable_folder
 
     if not args.story.strip():
         raise ValueError("story is empty; give the question as text, or '-' for a test story.")
+    writable_folder(Path(args.out).parent, "out")
     problem = Problem(args.story, "")
     if args.story == "-":
         problem = next(itertools.islice(stories("test"), args.seed, None))
@@ -182,7 +187,6 @@ def _explain(args: argparse.Namespace) -> None:
     print(terminal_text(explained, color))
     print(f"\nAnswer entropy before reasoning {explained.entropies[0]:.2f} nats, at the end "
           f"{explained.entropies[-1]:.2f} nats; {len(explained.tokens)} tokens.")  # fmt: skip
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     explained.figure().savefig(args.out, dpi=150)
     print(f"Heat map: {args.out}")
 

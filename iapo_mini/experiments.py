@@ -39,7 +39,7 @@ from iapo_mini import plots
 from iapo_mini.evaluation import evaluate
 from iapo_mini.policy import load_policy
 from iapo_mini.tasks import ROLES, stories, token_roles
-from iapo_mini.trainer import TrainConfig, train
+from iapo_mini.trainer import TrainConfig, train, writable_folder
 
 RECIPES: dict[str, dict] = {
     "grpo": {"method": "grpo"},
@@ -232,7 +232,8 @@ def compare(
         raise ValueError(f"parallel is {parallel}; allowed are 1 and above.")
     sizes, figures = PRESETS[preset], Path(figures)
     recipes = RECIPES if recipes is None else recipes
-    (figures / "results").mkdir(parents=True, exist_ok=True)
+    writable_folder(figures / "results", "figures")
+    writable_folder(Path(out), "out")
     jobs = _jobs(sizes, Path(out) / preset, split, recipes)
     _run_all(jobs, parallel or os.cpu_count() or 1)
     results = collect(jobs, sizes, split, [START, *recipes])

@@ -18,6 +18,7 @@ import huggingface_hub
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 EMBEDDED = "embedded"
@@ -27,6 +28,13 @@ _EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 # Below this many parameters a second, merged copy of the weights is cheap and makes sampling and
 # the estimator about twice as fast as going through the adapter's extra layers.
 _MERGED_COPY_LIMIT = 50_000_000
+
+
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":. ")
 
 
 @dataclass
@@ -175,8 +183,8 @@ def load_policy(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         causal_lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except _LOAD_ERRORS as error:
+        reason = _first_line(error)
         raise ValueError(
             f"model is '{model}' and can't be loaded ({reason}); allowed are '{EMBEDDED}', a "
             "folder written by save_pretrained, or a hub id that this machine can reach."
@@ -191,7 +199,13 @@ def load_policy(
                 f"adapter is '{adapter}', which has no adapter_model.safetensors; allowed is a "
                 "folder in PEFT format, such as the one a training run writes."
             )
-        peft = PeftModel.from_pretrained(causal_lm, adapter, is_trainable=True)
+        try:
+            peft = PeftModel.from_pretrained(causal_lm, adapter, is_trainable=True)
+        except _LOAD_ERRORS as error:
+            raise ValueError(
+                f"adapter is '{adapter}' and can't be loaded onto '{model}' "
+                f"({_first_line(error)}); allowed is an adapter trained on this model."
+            ) from error
         return Policy(peft, tokenizer, frozen)
     if lora_rank == 0:
         return Policy(causal_lm, tokenizer, frozen)

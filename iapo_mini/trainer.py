@@ -16,7 +16,9 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +89,13 @@ class TrainConfig:
     threads: int = 2
 
     def __post_init__(self) -> None:
+        for field, kind in typing.get_type_hints(TrainConfig).items():
+            value = getattr(self, field)
+            wanted = (int,) if kind is int else (str,) if kind is str else (int, float)
+            optional = value is None and field == "epsilon_high"
+            if not optional and (not isinstance(value, wanted) or isinstance(value, bool)):
+                names = " or ".join(t.__name__ for t in wanted)
+                raise ValueError(f"{field} is {value!r}; allowed is a value of type {names}.")
         choices = {"method": tuple(ADVANTAGES), "aggregation": AGGREGATIONS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -135,7 +144,7 @@ def train(
 
     Raises:
         ValueError: an empty problem list, a folder that is in use, or a resume with another config.
-        OSError: when ``output_dir`` can't be written.
+            Also when ``output_dir`` can't be written.
     """
     if problems is not None and not problems:
         raise ValueError("problems is empty; at least one problem is needed to train.")
@@ -154,7 +163,8 @@ def train(
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
     )
-    done = _restore(checkpoint, policy, optimizer, run) if checkpoint else 0
+    done = _restore(checkpoint, policy, optimizer) if checkpoint else 0
+    _trim_log(run / "metrics.jsonl", done)
     stream = stories("train", config.seed) if problems is None else itertools.cycle(problems)
     stream = itertools.islice(stream, done * config.prompts_per_step, None)
     advantage_of = ADVANTAGES[config.method]
@@ -229,10 +239,12 @@ def _update(policy, optimizer, parameters, rollouts: Rollouts, advantages, confi
             aggregation=config.aggregation,
         )  # fmt: skip
         (loss * share).backward()
-        stats["loss"] = loss.item()
         stats["entropy"] = float(entropies.sum() / part.completion_mask.sum())
+        # Token means are weighed by tokens, the loss as its aggregation asks.
+        weight = int(part.completion_mask.sum()) / tokens
         for name, value in stats.items():
-            totals[name] = totals.get(name, 0.0) + share * value
+            totals[name] = totals.get(name, 0.0) + weight * value
+        totals["loss"] = totals.get("loss", 0.0) + share * loss.item()
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     totals["grad_norm"] = float(norm)
     if not math.isfinite(totals["grad_norm"]):
@@ -303,18 +315,33 @@ def _prepare(run: Path, config: TrainConfig, resume: bool) -> Path | None:
                 f"{name} is {settings[name]!r}, but the run in '{run}' was started with "
                 f"{before.get(name)!r}; resume with the same settings (only max_steps may differ)."
             )
-        saved.write_text(json.dumps(settings, indent=2) + "\n")
+        _replace_text(saved, json.dumps(settings, indent=2) + "\n")
         found = [int(p.name.split("-")[1]) for p in run.glob("checkpoint-*") if p.is_dir()]
         return run / f"checkpoint-{max(found)}" if found else None
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"output_dir is '{run}', which is a file; allowed is a folder.")
-    if run.exists() and any(run.iterdir()):
+    writable_folder(run, "output_dir")
+    if any(run.iterdir()):
         raise ValueError(
             f"output_dir is '{run}', which is not empty; resume the run in it or name a new folder."
         )
-    run.mkdir(parents=True, exist_ok=True)
-    saved.write_text(json.dumps(settings, indent=2) + "\n")
+    _replace_text(saved, json.dumps(settings, indent=2) + "\n")
     return None
+
+
+def writable_folder(folder: Path, name: str) -> None:
+    """Make a folder and make sure that something can be written there, before any long work.
+
+    Raises:
+        ValueError: naming the argument ``name`` and the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name} is '{folder}', where nothing can be written ({error.strerror}); "
+            "allowed is a folder you may write to."
+        ) from error
 
 
 def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -346,9 +373,8 @@ def _save(run: Path, step: int, policy: Policy, optimizer) -> None:
         shutil.rmtree(run / f"checkpoint-{old}", ignore_errors=True)
 
 
-def _restore(checkpoint: Path, policy: Policy, optimizer, run: Path) -> int:
-    """Load a checkpoint, drop metrics of later steps, return the steps done."""
-    done = int(checkpoint.name.split("-")[1])
+def _restore(checkpoint: Path, policy: Policy, optimizer) -> int:
+    """Load weights and optimizer moments of a checkpoint, return the steps done."""
     weights = load_file(checkpoint / "trainable.safetensors")
     with torch.no_grad():
         for name, parameter in policy.trainable().items():
@@ -358,16 +384,23 @@ def _restore(checkpoint: Path, policy: Policy, optimizer, run: Path) -> int:
         index, key = name.split("/")
         state["state"].setdefault(int(index), {})[key] = value
     optimizer.load_state_dict(state)
-    log = run / "metrics.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
+    return int(checkpoint.name.split("-")[1])
+
+
+def _trim_log(log: Path, done: int) -> None:
+    """Drop metrics of steps that will be made again, and a line that a kill cut short."""
     kept = []
-    for line in lines:
+    for line in log.read_text().splitlines() if log.exists() else []:
         try:
             if json.loads(line)["step"] <= done:
-                kept.append(line)
-        except json.JSONDecodeError:  # the line that was being written when the run was killed
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
             continue
-    temporary = log.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, log)
-    return done
+    _replace_text(log, "".join(kept))
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename, so that it is whole or as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -106,15 +106,17 @@ BAD = [
     (["train", "--out", "x", "--learning-rate", "nan"], "learning_rate"),
     (["train", "--out", "x", "--model", "."], "model"),
     (["train", "--out", "x", "--resume"], "output_dir"),
-    (["train", "--out", "file/x"], "file"),
+    (["train", "--out", "file/x"], "output_dir"),
     (["compare", "--preset", "huge"], "preset"),
     (["compare", "--preset", "quick", "--parallel", "0"], "parallel"),
-    (["compare", "--preset", "quick", "--figures", "file"], "file"),
+    (["compare", "--preset", "quick", "--figures", "file"], "figures"),
     (["evaluate", "--problems", "0"], "problems"),
     (["evaluate", "--k", "0"], "k is 0"),
     (["evaluate", "--split", "dev"], "split"),
     (["evaluate", "--adapter", "."], "adapter"),
     (["explain", "  "], "story"),
+    (["explain", "How many?", "--out", "file/h.png"], "out"),
+    (["evaluate", "--out", "file/e.json"], "out"),
 ]
 
 

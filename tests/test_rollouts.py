@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from iapo_mini.information import answer_entropies
 from iapo_mini.policy import load_policy
-from iapo_mini.rollouts import encode_prompts, sample, token_logprobs
+from iapo_mini.rollouts import encode_prompts, from_texts, sample, token_logprobs
 from iapo_mini.tasks import Problem, render_prompt, stories
 
 # Prompts of different lengths, so that left-padding is at work everywhere.
@@ -294,6 +294,24 @@ def test_texts_keep_tags_and_leave_out_the_end(tokenizer):
     rollouts.completion_mask = torch.ones(2, len(ids), dtype=torch.bool)
     rollouts.completion_mask[1, 3:] = False
     assert rollouts.texts(tokenizer) == [text, "<think> 3."]
+
+
+def test_given_texts_become_rollouts(base_policy):
+    """As if the policy had written them: its tokens, an end, and the prompt of the problem."""
+    written = ["<think> 3.</think><answer> 3</answer>", "hm", ""]
+    rollouts = from_texts(base_policy, PROBLEMS[:3], written)
+    tokenizer, eos = base_policy.tokenizer, base_policy.tokenizer.eos_token_id
+    for i, text in enumerate(written):
+        prompt, completion = unpadded(rollouts, i)
+        assert tokenizer.decode(prompt) == render_prompt(tokenizer, PROBLEMS[i])
+        assert completion.tolist() == [*tokenizer.encode(text), eos]
+    assert rollouts.texts(tokenizer) == written
+    assert rollouts.num_generations == 1 and rollouts.finished.all()
+    # They go through the rest of the pipeline.
+    with torch.no_grad():
+        logprobs, _ = token_logprobs(base_policy.model, rollouts)
+        plain = plain_logprobs(base_policy.model, rollouts)
+    torch.testing.assert_close(logprobs, plain, atol=1e-4, rtol=0)
 
 
 def test_rows_cuts_whole_groups_to_their_longest():

@@ -1,0 +1,63 @@
+"""The recipe of the embedded policy: resumable, and its two losses are what they claim to be."""
+
+import subprocess
+import sys
+import time
+
+import torch
+from safetensors.torch import load_file
+
+from iapo_mini.pretrain import build_model, build_tokenizer, losses, pretrain, sample_batches
+from iapo_mini.tasks import POSTFIX
+
+SMALL = {"steps": 12, "batch_size": 4, "exits": 2, "hidden": 32, "layers": 1, "threads": 1}
+
+
+def test_killed_pretraining_resumes_to_the_same_weights(tmp_path):
+    whole = pretrain(tmp_path / "whole", **SMALL, checkpoint_every=2)
+    # Slowed down after each checkpoint, so that the kill lands in the middle of the run.
+    code = (
+        "import time; from iapo_mini import pretrain as p; torch_save = p.torch.save\n"
+        "def slow(*a):\n    torch_save(*a); time.sleep(0.3)\n"
+        "p.torch.save = slow; "
+        f"p.pretrain({str(tmp_path / 'killed')!r}, **{SMALL!r}, checkpoint_every=2)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    limit = time.time() + 120
+    while not checkpoint.exists() and process.poll() is None and time.time() < limit:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert checkpoint.exists() and not (tmp_path / "killed" / "model.safetensors").exists()
+    killed = pretrain(tmp_path / "killed", **SMALL, checkpoint_every=2)
+    a, b = (load_file(folder / "model.safetensors") for folder in (whole, killed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not (killed / "checkpoint.pt").exists()
+
+
+def test_losses_equal_a_row_by_row_run():
+    tokenizer = build_tokenizer(n_stories=200)
+    model = build_model(tokenizer, seed=0, hidden=32, layers=2)
+    batch = next(sample_batches(tokenizer, seed=0, batch_size=3, exits=4))
+    postfix = torch.tensor(tokenizer.encode(POSTFIX))
+    lm, early = losses(model, batch, postfix)
+    token_losses, exit_losses = [], []
+    for ids, labels, ends, answer in zip(*(batch[k] for k in ("ids", "labels", "ends", "answers"))):
+        log_p = torch.log_softmax(model(ids[None]).logits[0], dim=-1)
+        for t in (labels != -100).nonzero()[:, 0].tolist():
+            token_losses.append(-log_p[t - 1, labels[t]])
+        for end in ends.tolist():
+            forced = model(torch.cat([ids[: end + 1], postfix])[None]).logits[0, -1]
+            exit_losses.append(-torch.log_softmax(forced, dim=-1)[answer])
+    assert torch.allclose(lm, torch.stack(token_losses).mean(), atol=1e-5)
+    assert torch.allclose(early, torch.stack(exit_losses).mean(), atol=1e-5)
+
+
+def test_exit_loss_does_not_train_the_policy_to_stop_early():
+    """No branch token is a next-token target: the completion labels are the chain's alone."""
+    tokenizer = build_tokenizer(n_stories=200)
+    batch = next(sample_batches(tokenizer, seed=0, batch_size=4, exits=3))
+    close = tokenizer.encode("</think>")[0]
+    for labels in batch["labels"]:
+        assert int((labels == close).sum()) == 1
