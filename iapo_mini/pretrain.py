@@ -202,8 +202,8 @@ def schedule(step: int, steps: int, warmup: int = 100) -> float:
 
 def pretrain(
     out: str | Path,
-    steps: int = 2400,
-    batch_size: int = 64,
+    steps: int = 1600,
+    batch_size: int = 48,
     exits: int = 8,
     exit_weight: float = 0.5,
     lr: float = 2e-3,
@@ -349,8 +349,8 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", default="runs/pretrain", help="folder for the policy and its log")
-    parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, default=64, help="stories per step")
+    parser.add_argument("--steps", type=int, default=1600, help="optimiser steps")
+    parser.add_argument("--batch-size", type=int, default=48, help="stories per step")
     parser.add_argument("--exits", type=int, default=8, help="early exits per story")
     parser.add_argument("--exit-weight", type=float, default=0.5, help="weight of the exit loss")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")

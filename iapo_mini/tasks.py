@@ -11,8 +11,9 @@ Three choices matter for the science, and each is deliberate:
   of the numbers and operations alone, so a test story is never a renamed training story.
 * **Wordiness is drawn once per chain** (:func:`chain_of_thought`), so completions of one prompt
   differ widely in length while they compute the same thing.
-* **A step can be written tersely, as an equation, or as prose.** The terse form states the result
-  first, so the token where a writer chooses to be brief is also the token that carries information.
+* **A step can be an equation, prose, or a bare result.** The bare result ("35 apples.") is the
+  shortest and needs the arithmetic done in the head, which a small policy often gets wrong: being
+  brief is a temptation here, not only a virtue.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ROLES = ("compute", "restate", "plan", "check", "hedge", "conclude")
 that a policy wrote outside the world's grammar has the role ``"other"``."""
 
 SPLITS = ("train", "tune", "test")
-MAX_VALUE = 99
+MAX_VALUE = 60
 """Largest value a quantity takes in a story (inclusive)."""
 
 POSTFIX = "</think><answer>"
@@ -160,12 +161,12 @@ def _apply(value: int, op: str, operand: int) -> int:
 
 def _draw_skeleton(rng: random.Random, n_steps: int) -> tuple[int, list[tuple[str, int]]]:
     """Start value and ``n_steps`` (op, operand) pairs, every value in 1..MAX_VALUE."""
-    value = start = rng.randint(3, 60)
+    value = start = rng.randint(3, 40)
     operations = []
     for _ in range(n_steps):
         choices = {
-            "+": [n for n in range(2, 31) if value + n <= MAX_VALUE],
-            "-": [n for n in range(2, 31) if value - n >= 1],
+            "+": [n for n in range(2, 10) if value + n <= MAX_VALUE],
+            "-": [n for n in range(2, 10) if value - n >= 1],
             "*": [n for n in (2, 3, 4) if value * n <= MAX_VALUE],
             "/": [n for n in (2, 3, 4, 5) if value % n == 0 and value > n],
         }
@@ -280,11 +281,11 @@ def chain_of_thought(
             say("hedge", _HEDGE)
         equation = f"{step.before} {step.op} {step.operand} = {step.result}"
         form = rng.random()
-        if form < 0.6 - 0.4 * w:
+        if form < 0.16 - 0.12 * w:
             out.append(Segment(f" {step.result} {problem.items}.", "compute"))
-        elif form < 0.9 - 0.4 * w:
+        elif form < 0.78 - 0.30 * w:
             out.append(Segment(f" {equation}.", "compute"))
-        elif form < 0.95 - 0.2 * w:
+        elif form < 0.89 - 0.17 * w:
             opener = rng.choice(("That makes", "This gives"))
             out.append(Segment(f" {opener} {equation} {problem.items}.", "compute"))
         else:
