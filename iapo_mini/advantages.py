@@ -13,15 +13,12 @@ EPS = 1e-4
 """Added to a standard deviation before dividing, as GRPO code does (paper, released code; TRL)."""
 
 
-def normalize(
-    values: torch.Tensor, mask: torch.Tensor | None = None, floor: float = 0.0
-) -> torch.Tensor:
+def normalize(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """norm(x, v) = (x - mean v) / std v along the last dimension (paper, Section 4).
 
     Args:
         values: (..., N) float.
         mask: (..., N) bool, the population; None means all. Masked-out entries give 0.
-        floor: smallest standard deviation to divide by, in the unit of ``values``.
 
     Returns:
         (..., N) fp32. The standard deviation is the sample's (n - 1), plus ``EPS``, as in TRL. A
@@ -35,7 +32,7 @@ def normalize(
     std = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     # Rounding leaves a constant population a deviation of about 1e-7 of its size.
     flat = (std <= 1e-6 * (1 + mean.abs())) | (count < 2)
-    return (centred / (std.clamp(min=floor) + EPS)).masked_fill(flat, 0.0)
+    return (centred / (std + EPS)).masked_fill(flat, 0.0)
 
 
 def group_advantage(rollouts: Rollouts) -> torch.Tensor:
@@ -70,39 +67,13 @@ def iapo(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
         (B, L) fp32.
     """
     mask = rollouts.completion_mask
-    information = normalize(rollouts.informativeness, mask)
-    confidence = normalize(exploration(rollouts), mask)
-    return grpo(rollouts) + alpha * information + beta * confidence
+    token_terms = alpha * normalize(rollouts.informativeness, mask)
+    token_terms = token_terms + beta * normalize(exploration(rollouts), mask)
+    return grpo(rollouts) + token_terms
 
 
-def information_to_go(rollouts: Rollouts, gamma: float = 0.8) -> torch.Tensor:
-    """sum_{u >= t} gamma^(u - t) s_{i,u}: what a token and the few after it tell, (B, L) nats.
-
-    gamma = 0 is the paper's s. Above 0 the first words of a sentence share in the information of
-    the result the sentence arrives at; gamma = 0.8 looks about five tokens ahead.
-    """
-    out = torch.zeros_like(rollouts.informativeness)
-    ahead = out[:, 0]
-    for t in reversed(range(out.shape[1])):
-        ahead = rollouts.informativeness[:, t] + gamma * ahead
-        out[:, t] = ahead
-    return out
-
-
-def iapo_togo(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
-    """Our variant of IAPO: the informativeness term is ``information_to_go``; all else is the same.
-
-    The paper credits the token that carries information. But length is decided where a sentence is
-    begun, and the first word of a computing sentence tells as little as that of filler.
-    """
-    mask = rollouts.completion_mask
-    information = normalize(information_to_go(rollouts) * mask, mask)
-    confidence = normalize(exploration(rollouts), mask)
-    return grpo(rollouts) + alpha * information + beta * confidence
-
-
-ADVANTAGES = {"grpo": grpo, "iapo": iapo, "iapo_togo": iapo_togo}
+ADVANTAGES = {"grpo": grpo, "iapo": iapo}
 """Method name -> advantage function; all take ``(rollouts, alpha, beta)``."""
 
-NEEDS_INFORMATION = frozenset({"iapo", "iapo_togo"})
+NEEDS_INFORMATION = frozenset({"iapo"})
 """Methods that read ``rollouts.informativeness``; for the others it is never estimated."""

@@ -19,12 +19,11 @@ from iapo_mini.information import expected_calibration_error
 # Okabe and Ito's palette, and a second cue (line style, hatch) wherever colour tells things apart.
 COLORS = {
     "start": "#7f7f7f", "grpo": "#0072B2", "iapo": "#D55E00",
-    "iapo_togo": "#009E73",
     "compute": "#009E73", "restate": "#56B4E9", "plan": "#E69F00", "check": "#CC79A7",
     "hedge": "#F0E442", "conclude": "#0072B2", "format": "#bbbbbb", "other": "#000000",
 }  # fmt: skip
-STYLES = {"start": ":", "grpo": "--", "iapo": "-", "iapo_togo": "-."}
-LABELS = {"start": "start policy", "grpo": "GRPO", "iapo": "IAPO", "iapo_togo": "IAPO-to-go (ours)"}
+STYLES = {"start": ":", "grpo": "--", "iapo": "-"}
+LABELS = {"start": "start policy", "grpo": "GRPO", "iapo": "IAPO"}
 
 
 def _band(ax, x, runs: Sequence[Sequence[float]], method: str) -> None:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from iapo_mini.advantages import (
     ADVANTAGES,
-    EPS,
     NEEDS_INFORMATION,
     exploration,
     group_advantage,
@@ -212,14 +211,6 @@ def test_normalize_of_nothing_is_zero():
     values = torch.tensor([[3.0, 4.0], [1.0, 2.0]])
     mask = torch.tensor([[False, False], [True, False]])
     assert torch.equal(normalize(values, mask), torch.zeros(2, 2))
-
-
-def test_normalize_floor_bounds_the_gain():
-    values = torch.tensor([0.0, 0.2])
-    found = normalize(values, floor=1.0)
-    torch.testing.assert_close(found, torch.tensor([-0.1, 0.1]) / (1 + EPS))
-    # A deviation above the floor is not touched.
-    assert torch.equal(normalize(10 * values, floor=1.0), normalize(10 * values))
 
 
 def test_methods_by_name():
