@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo full test lint policy notebooks clean
+.PHONY: demo full long test lint policy notebooks clean
 
-demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy, compare them (ten minutes)
+demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy, compare them (under ten minutes)
 	$(RUN) iapo_mini compare --preset demo
 
 full: $(VENV)/ready  ## the same with five seeds (what the README reports)
@@ -14,7 +14,10 @@ full: $(VENV)/ready  ## the same with five seeds (what the README reports)
 test: $(VENV)/ready  ## every test, the notebooks included
 	$(RUN) ruff check .
 	$(RUN) pytest
-	$(RUN) pytest --nbval --nbval-sanitize-with notebooks/nbval.cfg notebooks
+	$(RUN) pytest --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval.cfg notebooks
+
+long: $(VENV)/ready  ## three seeds, 60 steps
+	$(RUN) iapo_mini compare --preset long
 
 policy: $(VENV)/ready  ## remake the embedded policy and its report into runs/
 	$(RUN) iapo_mini.pretrain --out runs/pretrain

@@ -56,8 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser("compare", help="train GRPO and IAPO from one start and compare")
     compare.add_argument(
-        "--preset", default="demo", help="quick (seconds), demo (ten minutes on two cores, one "
-        "seed) or full (five seeds); default: %(default)s",
+        "--preset", default="demo",
+        help="quick (seconds), demo (three seeds, under ten minutes on two cores), full (five "
+        "seeds, the README's table) or long (three seeds, 60 steps); default: %(default)s",
     )  # fmt: skip
     compare.add_argument("--out", default="runs/compare", help="folder of the runs (%(default)s)")
     compare.add_argument("--figures", default="figures", help="folder of figures (%(default)s)")

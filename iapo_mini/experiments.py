@@ -55,6 +55,7 @@ class Preset:
     Attributes:
         seeds: one training run per method and seed.
         max_steps: training steps.
+        alpha: weight of IAPO's informativeness term; longer runs are stable only at a smaller one.
         prompts_per_step: prompts per training step, eight completions each.
         problems: test stories, the same for every run.
         num_generations: completions per test story.
@@ -63,16 +64,18 @@ class Preset:
 
     seeds: tuple[int, ...]
     max_steps: int
-    prompts_per_step: int
+    alpha: float
     problems: int
+    prompts_per_step: int = 12
     num_generations: int = 8
     ks: tuple[int, ...] = (1, 2, 4, 8)
 
 
 PRESETS = {
-    "quick": Preset(seeds=(0,), max_steps=2, prompts_per_step=2, problems=4),
-    "demo": Preset(seeds=(0,), max_steps=80, prompts_per_step=12, problems=200),
-    "full": Preset(seeds=(0, 1, 2, 3, 4), max_steps=80, prompts_per_step=12, problems=300),
+    "quick": Preset(seeds=(0,), max_steps=2, alpha=0.4, problems=4, prompts_per_step=2),
+    "demo": Preset(seeds=(0, 1, 2), max_steps=22, alpha=0.4, problems=200),
+    "full": Preset(seeds=(0, 1, 2, 3, 4), max_steps=22, alpha=0.4, problems=300),
+    "long": Preset(seeds=(0, 1, 2), max_steps=60, alpha=0.2, problems=300),
 }
 START = "start"
 
@@ -133,6 +136,7 @@ def _jobs(preset: Preset, out: Path, split: str, recipes: dict[str, dict]) -> li
             if recipe is not None:
                 settings = {
                     "max_steps": preset.max_steps,
+                    "alpha": preset.alpha,
                     "prompts_per_step": preset.prompts_per_step,
                     "seed": seed,
                     "threads": 1,

@@ -104,7 +104,8 @@ def interval_of(result: Mapping, name: str) -> tuple[float, float, float]:
     mean, low, high = mean_interval(values)
     if len(values) == 1:
         low, high = result["intervals"][0][name]
-    return mean, low, high
+    # Student's t knows no bounds, a share does.
+    return (mean, max(low, 0.0), min(high, 1.0)) if name.startswith("pass") else (mean, low, high)
 
 
 def role_composition(methods: Mapping[str, Mapping[str, float]]) -> Figure:

@@ -67,9 +67,9 @@ class TrainConfig:
 
     method: str = "iapo"
     model: str = EMBEDDED
-    alpha: float = 1.0
-    beta: float = 0.1
-    learning_rate: float = 1e-3
+    alpha: float = 0.2
+    beta: float = 0.05
+    learning_rate: float = 7e-4
     warmup_steps: int = 5
     max_steps: int = 60
     prompts_per_step: int = 12
