@@ -169,7 +169,7 @@ def _run_all(jobs: list[dict], parallel: int) -> None:
         write_json(saved, job)
         waiting.append(job)
     steps = sum((j["config"] or {"max_steps": 1})["max_steps"] for j in waiting)
-    bar = tqdm(total=steps, unit="step", desc=f"{len(waiting)} runs")
+    bar = tqdm(total=steps, unit="step", desc=f"{len(waiting)} runs", disable=not waiting)
     running: dict[subprocess.Popen, Path] = {}
     counted: dict[Path, int] = {}
     # One thread for each process: two processes beat two threads on models this small.
