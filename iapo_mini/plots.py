@@ -64,7 +64,8 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]
         ax.grid(alpha=0.3)
         if name != "entropy":
             ax.set_ylim(bottom=0)
-    fig.axes[0].legend(frameon=False)
+    if curves:
+        fig.axes[0].legend(frameon=False)
     return fig
 
 
