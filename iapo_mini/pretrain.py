@@ -234,7 +234,8 @@ def pretrain(
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state[name])
         start, minutes = state["step"], state["minutes"]
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= start]
+        lines = log.read_text().splitlines() if log.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= start]
         log.write_text("".join(line + "\n" for line in kept))
     elif log.exists():
         log.unlink()

@@ -309,7 +309,12 @@ def trunk_blocks(
         )
         position_ids = _positions(mask)
         owner = rows // group
-        cache = DynamicCache([(x.keys[owner], x.values[owner]) for x in prompts.layers])
+        cache = DynamicCache(
+            [
+                (x.keys.index_select(0, owner), x.values.index_select(0, owner))
+                for x in prompts.layers
+            ]
+        )
         future = torch.ones(length, width + length, dtype=torch.bool, device=mask.device)
         logits = model(
             rollouts.completion_ids[rows, :length],

@@ -95,7 +95,7 @@ class TrainConfig:
             optional = value is None and field == "epsilon_high"
             if not optional and (not isinstance(value, wanted) or isinstance(value, bool)):
                 names = " or ".join(t.__name__ for t in wanted)
-                raise ValueError(f"{field} is {value!r}; allowed is a value of type {names}.")
+                raise ValueError(f"{field} is {value!r}; allowed are values of type {names}.")
         choices = {"method": tuple(ADVANTAGES), "aggregation": AGGREGATIONS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
