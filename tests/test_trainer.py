@@ -107,6 +107,14 @@ def test_two_runs_are_identical(config, tmp_path, method, lora_rank):
     assert all(x["kl"] > 1e-6 for x in lines[2:])
 
 
+def test_two_runs_on_two_threads_are_identical(tmp_path):
+    """Large enough for operations to be split over threads; backward sums keep their order."""
+    config = TrainConfig(max_steps=2, prompts_per_step=4, warmup_steps=0, threads=2)
+    for name in ("a", "b"):
+        run(config, tmp_path / name)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
 def test_another_seed_is_another_run(config, tmp_path):
     run(config, tmp_path / "a")
     run(replace(config, seed=1), tmp_path / "b")
