@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python -m
 
 .PHONY: demo full long test lint policy notebooks clean
 
-demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy, compare them (under ten minutes)
+demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy, compare them, three seeds (about six minutes)
 	$(RUN) iapo_mini compare --preset demo
 
 full: $(VENV)/ready  ## the same with five seeds (what the README reports)

@@ -168,8 +168,10 @@ def _run_all(jobs: list[dict], parallel: int) -> None:
             )
         write_json(saved, job)
         waiting.append(job)
-    steps = sum((j["config"] or {"max_steps": 1})["max_steps"] for j in waiting)
-    bar = tqdm(total=steps, unit="step", desc=f"{len(waiting)} runs", disable=not waiting)
+    sizes = {Path(j["run"]): (j["config"] or {"max_steps": 1})["max_steps"] for j in waiting}
+    bar = tqdm(
+        total=sum(sizes.values()), unit="step", desc=f"{len(waiting)} runs", disable=not waiting
+    )
     running: dict[subprocess.Popen, Path] = {}
     counted: dict[Path, int] = {}
     # One thread for each process: two processes beat two threads on models this small.
@@ -191,6 +193,7 @@ def _run_all(jobs: list[dict], parallel: int) -> None:
                 if process.poll() is None:
                     continue
                 del running[process]
+                bar.update(sizes[run] - done)  # the start policy trains nothing
                 if process.returncode != 0:
                     lines = (run / "log.txt").read_text().strip().splitlines() or ["no message"]
                     raise RuntimeError(f"the run in '{run}' failed: {lines[-1]}")
