@@ -285,7 +285,7 @@ def pretrain(
     return out
 
 
-def report(folder: str | Path, figures: str | Path = "figures", n_stories: int = 300) -> dict:
+def report(folder: str | Path, figures: str | Path = "figures", n_stories: int = 1000) -> dict:
     """Judge a pretrained policy on the test stream: is it a fair start, are its exits calibrated?
 
     Writes ``figures/results/policy.json`` and the reliability diagram ``figures/calibration.png``.
