@@ -39,7 +39,7 @@ from iapo_mini import plots
 from iapo_mini.evaluation import evaluate
 from iapo_mini.policy import load_policy
 from iapo_mini.tasks import ROLES, stories, token_roles
-from iapo_mini.trainer import TrainConfig, train, writable_folder
+from iapo_mini.trainer import TrainConfig, replace_text, train, writable_folder
 
 RECIPES: dict[str, dict] = {
     "grpo": {"method": "grpo"},
@@ -89,9 +89,7 @@ def versions() -> dict[str, str]:
 def write_json(path: Path, content: dict) -> None:
     """Write JSON whole or not at all (temporary name, then rename)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def run_job(job: dict) -> None:

@@ -315,7 +315,7 @@ def _prepare(run: Path, config: TrainConfig, resume: bool) -> Path | None:
                 f"{name} is {settings[name]!r}, but the run in '{run}' was started with "
                 f"{before.get(name)!r}; resume with the same settings (only max_steps may differ)."
             )
-        _replace_text(saved, json.dumps(settings, indent=2) + "\n")
+        replace_text(saved, json.dumps(settings, indent=2) + "\n")
         found = [int(p.name.split("-")[1]) for p in run.glob("checkpoint-*") if p.is_dir()]
         return run / f"checkpoint-{max(found)}" if found else None
     writable_folder(run, "output_dir")
@@ -323,7 +323,7 @@ def _prepare(run: Path, config: TrainConfig, resume: bool) -> Path | None:
         raise ValueError(
             f"output_dir is '{run}', which is not empty; resume the run in it or name a new folder."
         )
-    _replace_text(saved, json.dumps(settings, indent=2) + "\n")
+    replace_text(saved, json.dumps(settings, indent=2) + "\n")
     return None
 
 
@@ -396,10 +396,10 @@ def _trim_log(log: Path, done: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             continue
-    _replace_text(log, "".join(kept))
+    replace_text(log, "".join(kept))
 
 
-def _replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, then rename, so that it is whole or as it was."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
