@@ -8,61 +8,41 @@ realised value
 where H(y | prefix) is the entropy of the policy's next-token distribution after the prefix is
 closed by a postfix that forces an answer now, ``</think><answer>``. Its mean over o_t is the
 conditional mutual information, and the values of one completion telescope to H at its start minus
-H at its end.
+H at its end (chain rule).
 
-The estimate means something only if the policy is calibrated when it is forced to answer early;
-the embedded policy is trained to be (``iapo_mini.pretrain``), and ``exit_calibration`` measures it.
+The same holds for every potential U_t that is known before and after a token, and this module
+offers four; :func:`informativeness` turns each into values per token:
+
+* :func:`answer_entropies`: entropy of the answer's first token (the paper's);
+* :func:`answer_surprisals`: -log p(y | q, o_<=t) of the whole answer string the completion ends
+  with, so that the drop is the pointwise information;
+* :func:`candidate_logprobs`: the distribution over a given set of answers, and its entropy;
+* next-token entropy, :func:`next_token_informativeness` (the paper's IAPO-NE): not about the
+  answer at all.
+
+:func:`belief_shift` is a fifth: how far a token moves the distribution over candidates. The
+estimates mean something only if the policy is calibrated when it is forced to answer early
+(:mod:`iapo_mini.calibration`). What each measures, and when it lies: docs/estimators.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
+from iapo_mini import prefixes
 from iapo_mini.policy import Policy
-from iapo_mini.rollouts import Rollouts, trunk_blocks
+from iapo_mini.rollouts import Rollouts
 from iapo_mini.tasks import POSTFIX
 
-METHODS = ("packed", "naive")
+METHODS = (*prefixes.METHODS, "strided")
 
 
-def branch_inputs(
-    trunk_mask: torch.Tensor,
-    position_ids: torch.Tensor,
-    ends: torch.Tensor,
-    postfix: torch.Tensor,
-) -> dict[str, torch.Tensor]:
-    """Model inputs that append one postfix branch after each of C trunk positions of every row.
-
-    All branches of a row form one sequence of C * K tokens behind the trunk's KV cache. A branch
-    sees the real trunk tokens up to its own end and its own earlier tokens; its position ids go on
-    from that end. So C early answers cost one forward pass and no copy of the cache.
-
-    Args:
-        trunk_mask: (B, T) bool, real tokens of the cached trunk.
-        position_ids: (B, T) long, position of every trunk token.
-        ends: (B, C) long, index into the trunk of the last token each branch follows.
-        postfix: (K,) long.
-
-    Returns:
-        ``input_ids`` (B, C*K), ``attention_mask`` (B, 1, C*K, T + C*K) bool, ``position_ids``
-        (B, C*K). The last token of branch j is at index j*K + K - 1.
-    """
-    (rows, branches), k = ends.shape, len(postfix)
-    device = trunk_mask.device
-    trunk = trunk_mask[:, None] & (
-        torch.arange(trunk_mask.shape[1], device=device) <= ends[:, :, None]
-    )
-    number = torch.arange(branches * k, device=device) // k
-    own = (number[:, None] == number).tril()
-    mask = torch.cat([trunk.repeat_interleave(k, dim=1), own.expand(rows, -1, -1)], dim=2)
-    positions = position_ids.gather(1, ends)[:, :, None] + 1 + torch.arange(k, device=device)
-    return {
-        "input_ids": postfix.repeat(rows, branches),
-        "attention_mask": mask[:, None],
-        "position_ids": positions.flatten(1),
-    }
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Shannon entropy in nats of softmax(logits) over the last dimension, computed in fp32."""
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    return -torch.linalg.vecdot(log_p.exp(), log_p)
 
 
 def encode_postfix(policy: Policy, postfix: str = POSTFIX) -> torch.Tensor:
@@ -73,163 +53,269 @@ def encode_postfix(policy: Policy, postfix: str = POSTFIX) -> torch.Tensor:
     return torch.tensor(ids, device=policy.device)
 
 
-def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Shannon entropy in nats of softmax(logits) over the last dimension, computed in fp32."""
-    log_p = torch.log_softmax(logits.float(), dim=-1)
-    return -(log_p.exp() * log_p).sum(-1)
+def sentence_ends(policy: Policy, rollouts: Rollouts) -> torch.Tensor:
+    """(B, L + 1) bool: prefixes that end with a sentence, a line or a tag, and the first and last.
 
-
-def early_answers(
-    model,
-    rollouts: Rollouts,
-    postfix: torch.Tensor,
-    rows_per_block: int = 16,
-    chunk_size: int = 256,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Next-token logits after every prefix of every completion, closed by the postfix (packed).
-
-    Args:
-        model: causal LM with a KV cache and 4-D attention masks.
-        rollouts: whole groups.
-        postfix: (K,) long.
-        rows_per_block: completions handled at once.
-        chunk_size: branches per row and forward pass; memory grows with it, results do not change.
-
-    Yields:
-        ``(rows, logits)``: row numbers (b,) and logits (b, l + 1, V) whose entry t follows the
-        first t completion tokens; entries past a row's length mean nothing.
+    A token ends a sentence when its text ends with one of ``. ! ? >`` or a line break.
     """
-    start, k = rollouts.prompt_ids.shape[1] - 1, len(postfix)
-    for trunk in trunk_blocks(model, rollouts, rows_per_block, need_logits=False):
-        out, stop = [], trunk.mask.shape[1]
-        for first in range(start, stop, chunk_size):
-            n = min(chunk_size, stop - first)
-            ends = torch.arange(first, first + n, device=postfix.device).expand(len(trunk.rows), -1)
-            inputs = branch_inputs(trunk.mask, trunk.position_ids, ends, postfix)
-            last = torch.arange(k - 1, n * k, k, device=postfix.device)
-            out.append(model(past_key_values=trunk.cache, logits_to_keep=last, **inputs).logits)
-            trunk.cache.crop(-n * k)
-        yield trunk.rows, torch.cat(out, dim=1)
+    vocabulary = torch.unique(rollouts.completion_ids)
+    texts = policy.tokenizer.batch_decode(vocabulary[:, None], skip_special_tokens=False)
+    last = [text.rstrip(" ")[-1:] for text in texts]
+    ends = vocabulary[[c in set(".!?>\n") and c != "" for c in last]]
+    out = torch.isin(rollouts.completion_ids, ends) & rollouts.completion_mask
+    out = torch.nn.functional.pad(out, (1, 0), value=True)
+    return out.scatter_(1, rollouts.lengths[:, None], True)
 
 
-@torch.no_grad()
-def _naive_entropies(model, rollouts: Rollouts, postfix: torch.Tensor) -> torch.Tensor:
-    """The definition: one full forward pass per row and prefix, nothing shared, nothing padded."""
-    rows, length = rollouts.completion_ids.shape
-    out = torch.zeros(rows, length + 1, device=rollouts.completion_ids.device)
-    for i in range(rows):
-        prompt = rollouts.prompt_ids[i][rollouts.prompt_mask[i]]
-        completion = rollouts.completion_ids[i][rollouts.completion_mask[i]]
-        for t in range(len(completion) + 1):
-            ids = torch.cat([prompt, completion[:t], postfix])
-            out[i, t] = entropy(model(ids[None]).logits[0, -1])
-    return out
+def _prefixes_asked(policy: Policy, rollouts: Rollouts, stride: int | str) -> torch.Tensor:
+    """(B, L + 1) bool: every ``stride``-th prefix, or the sentence ends, and each row's last."""
+    if stride == "sentence":
+        return sentence_ends(policy, rollouts)
+    if not isinstance(stride, int) or stride < 1:
+        raise ValueError(f"stride is {stride!r}; allowed are 1 and above, or 'sentence'.")
+    t = torch.arange(rollouts.completion_ids.shape[1] + 1, device=rollouts.lengths.device)
+    return (t % stride == 0) | (t == rollouts.lengths[:, None])
 
 
-@torch.no_grad()
+def _spread(values: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """Fill the prefixes between two asked ones on the straight line between their values.
+
+    So a segment's drop is exact and every token of the segment gets an equal share of it.
+    """
+    t = torch.arange(values.shape[1], device=values.device).expand_as(values)
+    before = torch.where(asked, t, -1).cummax(1).values.clamp(min=0)
+    after = torch.where(asked, t, values.shape[1]).flip(1).cummin(1).values.flip(1)
+    after = torch.where(after < values.shape[1], after, before)
+    share = (t - before) / (after - before).clamp(min=1)
+    left, right = values.gather(1, before), values.gather(1, after)
+    return torch.where(asked, values, left + (right - left) * share)
+
+
+def _potential(
+    policy, rollouts, suffix, read, keep, method, stride, memory_mb, chunk_size
+) -> torch.Tensor:
+    """One number (nats) for every prefix, (B, L + 1); padding 0."""
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; allowed are {', '.join(METHODS)}.")
+    asked = None
+    if method == "strided":
+        method, asked = "packed", _prefixes_asked(policy, rollouts, stride)
+    found = prefixes.ask(
+        policy.for_inference(), rollouts, suffix, read, keep=keep, asked=asked, method=method,
+        memory_mb=memory_mb, chunk_size=chunk_size,
+    )[..., 0]  # fmt: skip
+    t = torch.arange(found.shape[1], device=found.device)
+    found = found if asked is None else _spread(found, asked & (t <= rollouts.lengths[:, None]))
+    return found * (t <= rollouts.lengths[:, None])
+
+
 def answer_entropies(
     policy: Policy,
     rollouts: Rollouts,
     postfix: str = POSTFIX,
     *,
     method: str = "packed",
-    rows_per_block: int = 16,
-    chunk_size: int = 256,
+    stride: int | str = 4,
+    memory_mb: float = 256.0,
+    chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """H(y | q, o_<=t) for every prefix of every completion.
+    """H(y | q, o_<=t) for every prefix of every completion (paper, Section 4, "Early exit").
 
     Args:
         policy: the policy that is forced to answer.
         rollouts: B completions in whole groups.
         postfix: text that forces an answer.
-        method: ``"packed"`` (one trunk pass, all branches behind its KV cache) or ``"naive"`` (the
-            definition, re-running each prefix; for checks).
-        rows_per_block: completions handled at once.
-        chunk_size: branches per row and forward pass.
+        method: ``"packed"`` (one trunk pass, all branches behind its keys and values),
+            ``"cached"`` (a copy of the cache for each prefix, as the paper describes), ``"naive"``
+            (the definition, re-running each prefix), or ``"strided"`` (packed, but only some
+            prefixes are asked; the drop between two of them is exact and spread evenly over the
+            tokens between).
+        stride: for ``"strided"``: ask after every so many tokens, or at ``"sentence"`` ends.
+        memory_mb: memory beside the model that this may take, MiB; results do not depend on it.
+        chunk_size: branches at a time instead of what ``memory_mb`` allows.
 
     Returns:
         (B, L + 1) fp32 nats; column t is the entropy after t completion tokens, column 0 before
         any. Columns past a row's length are 0.
 
     Raises:
-        ValueError: for an unknown method, an empty postfix or a non-positive size.
+        ValueError: for an unknown method, an empty postfix, a stride or size out of range.
     """
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; allowed are {', '.join(METHODS)}.")
-    for name, value in (("rows_per_block", rows_per_block), ("chunk_size", chunk_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; allowed are 1 and above.")
-    model, ids = policy.for_inference(), encode_postfix(policy, postfix)
-    if method == "naive":
-        return _naive_entropies(model, rollouts, ids)
-    rows, length = rollouts.completion_ids.shape
-    out = torch.zeros(rows, length + 1, device=rollouts.completion_ids.device)
-    for block, logits in early_answers(model, rollouts, ids, rows_per_block, chunk_size):
-        out[block, : logits.shape[1]] = entropy(logits)
-    reached = torch.arange(length + 1, device=out.device) <= rollouts.lengths[:, None]
-    return out * reached
+    suffix = encode_postfix(policy, postfix)
+
+    def read(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return entropy(logits)
+
+    return _potential(policy, rollouts, suffix, read, 1, method, stride, memory_mb, chunk_size)
 
 
-def informativeness(entropies: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
-    """s_{i,t} = H(y | q, o_<t) - H(y | q, o_<=t) (paper, "Early exit").
+def final_answers(policy: Policy, rollouts: Rollouts) -> list[str | None]:
+    """The text between the last ``<answer>`` and its ``</answer>`` of each row, spaces kept.
+
+    None for a completion that gives no answer.
+    """
+    out: list[str | None] = []
+    for text in rollouts.texts(policy.tokenizer):
+        _, opened, rest = text.rpartition("<answer>")
+        answer, closed, _ = rest.partition("</answer>")
+        out.append(answer if opened and closed and answer.strip() else None)
+    return out
+
+
+def answer_surprisals(
+    policy: Policy,
+    rollouts: Rollouts,
+    answers: Sequence[str | None] | None = None,
+    postfix: str = POSTFIX,
+    *,
+    method: str = "packed",
+    stride: int | str = 4,
+    memory_mb: float = 256.0,
+    chunk_size: int | None = None,
+) -> torch.Tensor:
+    """-log p(y | q, o_<=t) of a whole answer string after every prefix, teacher-forced.
+
+    The drop at a token, ``informativeness(surprisals, mask)``, is the pointwise information
+    log p(y | q, o_<=t) - log p(y | q, o_<t). All tokens of an answer count, so an answer of several
+    tokens costs one more branch token for each beyond the first; one of a single token costs
+    nothing over the entropy.
 
     Args:
-        entropies: (B, L + 1) nats, from :func:`answer_entropies`.
+        answers: B texts, as they stand after the postfix (leading space included); None leaves a
+            row at 0. Default: the answer each completion ends with (:func:`final_answers`). To tell
+            "7" from the beginning of "72", let the texts end with ``</answer>``.
+        policy, rollouts, postfix, method, stride, memory_mb, chunk_size: as for
+            :func:`answer_entropies`.
+
+    Returns:
+        (B, L + 1) fp32 nats, 0 past a row's length.
+
+    Raises:
+        ValueError: for a wrong number of answers, one without tokens, or as above.
+    """
+    answers = final_answers(policy, rollouts) if answers is None else list(answers)
+    if len(answers) != len(rollouts.lengths):
+        raise ValueError(
+            f"answers has {len(answers)} entries; allowed is one for each of the "
+            f"{len(rollouts.lengths)} rows."
+        )
+    start = encode_postfix(policy, postfix)
+    ids = [
+        policy.tokenizer.encode(answer, add_special_tokens=False) if answer is not None else None
+        for answer in answers
+    ]
+    if [] in ids:
+        raise ValueError("answers holds a text without tokens; allowed are texts of at least one.")
+    width = max((len(x) for x in ids if x), default=1)
+    padded = [(x or []) + [0] * (width - len(x or [])) for x in ids]
+    targets = torch.tensor(padded, device=start.device)
+    lengths = torch.tensor([len(x or []) for x in ids], device=start.device)
+    real = torch.arange(width, device=start.device) < lengths[:, None]
+    suffix = torch.cat([start.expand(len(ids), -1), targets[:, :-1]], dim=1)
+
+    def read(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        log_p = torch.log_softmax(logits.float(), dim=-1)
+        log_p = log_p.gather(2, targets[rows][..., None])[..., 0]
+        return -(log_p * real[rows]).sum(1, keepdim=True)
+
+    return _potential(policy, rollouts, suffix, read, width, method, stride, memory_mb, chunk_size)
+
+
+def candidate_logprobs(
+    policy: Policy,
+    rollouts: Rollouts,
+    candidates: Sequence[str],
+    postfix: str = POSTFIX,
+    *,
+    method: str = "packed",
+    memory_mb: float = 256.0,
+) -> torch.Tensor:
+    """Log-distribution over a given set of answers after every prefix, renormalised over the set.
+
+    Its entropy, ``entropy(candidate_logprobs(...))``, is the answer entropy without the mass that
+    the policy puts on things that are no answers. Candidates of one token each are read from one
+    pass; otherwise there is a pass for each candidate.
+
+    Args:
+        candidates: C >= 2 different texts, as they stand after the postfix.
+        policy, rollouts, postfix, method, memory_mb: as for :func:`answer_entropies`.
+
+    Returns:
+        (B, L + 1, C) fp32 nats; past a row's length, uniform.
+
+    Raises:
+        ValueError: for fewer than two candidates, or two with the same tokens.
+    """
+    ids = [tuple(policy.tokenizer.encode(c, add_special_tokens=False)) for c in candidates]
+    if len(ids) < 2 or len(set(ids)) < len(ids) or () in ids:
+        raise ValueError(
+            f"candidates is {list(candidates)!r}; allowed are two or more texts that differ "
+            "in their tokens."
+        )
+    if all(len(x) == 1 for x in ids):
+        tokens = torch.tensor(ids, device=policy.device)[:, 0]
+        found = prefixes.ask(
+            policy.for_inference(), rollouts, encode_postfix(policy, postfix),
+            lambda rows, logits: logits[:, 0].float().index_select(1, tokens),
+            method=method, memory_mb=memory_mb,
+        )  # fmt: skip
+    else:
+        found = -torch.stack(
+            [
+                answer_surprisals(
+                    policy, rollouts, [c] * len(rollouts.lengths), postfix, method=method,
+                    memory_mb=memory_mb,
+                )
+                for c in candidates
+            ],
+            dim=-1,
+        )  # fmt: skip
+    return torch.log_softmax(found, dim=-1)
+
+
+def informativeness(potential: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+    """s_{i,t} = H(y | q, o_<t) - H(y | q, o_<=t) (paper, "Early exit"), for any potential.
+
+    Args:
+        potential: (B, L + 1) nats: :func:`answer_entropies` (the paper), :func:`answer_surprisals`
+            (pointwise information) or the entropy of :func:`candidate_logprobs`.
         completion_mask: (B, L) bool.
 
     Returns:
-        (B, L) fp32 nats, 0 at padding; each row sums to its first minus its last entropy.
+        (B, L) fp32 nats, 0 at padding; each row sums to its first minus its last potential.
     """
-    return (entropies[:, :-1] - entropies[:, 1:]) * completion_mask
+    return (potential[:, :-1] - potential[:, 1:]) * completion_mask
 
 
-def expected_calibration_error(
-    confidence: torch.Tensor, correct: torch.Tensor, bins: int = 15
-) -> float:
-    """Expected calibration error: mean |accuracy - confidence| over equal-width confidence bins.
+def belief_shift(logprobs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+    """KL(p(y | q, o_<=t) || p(y | q, o_<t)): how far each token moves the belief about the answer.
+
+    Its mean over o_t is the conditional mutual information, as that of the entropy drop is, but it
+    is never negative: a step that turns one guess into another, equally unsure one counts here.
 
     Args:
-        confidence: (N,) in 0..1; correct: (N,) bool or 0/1; bins: number of bins.
-    """
-    confidence, correct = confidence.double(), correct.double()
-    index = (confidence * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins, dtype=torch.double).index_add(0, index, correct - confidence)
-    return float(gap.abs().sum() / len(confidence))
-
-
-@torch.no_grad()
-def exit_calibration(
-    policy: Policy, rollouts: Rollouts, answers: Sequence[str], parts: int = 10
-) -> dict[str, torch.Tensor]:
-    """What the policy answers when forced to, after every ``1/parts`` of each completion.
-
-    The forced answer is one token here, as in the story world.
-
-    Args:
-        policy: the policy that is forced to answer.
-        rollouts: B completions in whole groups (sampled, or written by the world).
-        answers: B reference answers, one for each row.
-        parts: how many equal parts the chain is cut into; parts + 1 prefixes are asked.
+        logprobs: (B, L + 1, C) from :func:`candidate_logprobs`.
+        completion_mask: (B, L) bool.
 
     Returns:
-        ``confidence`` (B, parts + 1) probability of the most likely forced answer, ``correct``
-        (B, parts + 1) bool, ``entropy`` (B, parts + 1) nats.
+        (B, L) fp32 nats, 0 at padding.
     """
-    model, postfix = policy.for_inference(), encode_postfix(policy)
-    truth = [policy.tokenizer.encode(f" {a}", add_special_tokens=False)[0] for a in answers]
-    shape = (len(answers), parts + 1)
-    out = {
-        "confidence": torch.zeros(shape),
-        "correct": torch.zeros(shape, dtype=torch.bool),
-        "entropy": torch.zeros(shape),
-    }
-    for rows, logits in early_answers(model, rollouts, postfix):
-        fraction = torch.arange(parts + 1, device=logits.device) / parts
-        at = (rollouts.lengths[rows, None] * fraction).round().long()
-        logits = logits.gather(1, at[..., None].expand(-1, -1, logits.shape[2]))
-        p, guess = torch.softmax(logits.float(), dim=-1).max(-1)
-        target = torch.tensor([truth[row] for row in rows.tolist()], device=guess.device)
-        out["confidence"][rows.cpu()] = p.cpu()
-        out["correct"][rows.cpu()] = (guess == target[:, None]).cpu()
-        out["entropy"][rows.cpu()] = entropy(logits).cpu()
-    return out
+    before, after = logprobs[:, :-1], logprobs[:, 1:]
+    return (after.exp() * (after - before)).sum(-1) * completion_mask
+
+
+def next_token_informativeness(
+    entropies: torch.Tensor, completion_mask: torch.Tensor
+) -> torch.Tensor:
+    """H(o_t | q, o_<t) - H(o_{t+1} | q, o_<=t): the paper's ablation IAPO-NE.
+
+    Args:
+        entropies: (B, L) nats, entropy of the distribution each token was drawn from, from
+            ``rollouts.token_logprobs``. Nothing follows the last token: its second term is 0.
+        completion_mask: (B, L) bool.
+
+    Returns:
+        (B, L) fp32 nats, 0 at padding.
+    """
+    following = torch.nn.functional.pad((entropies * completion_mask)[:, 1:], (0, 1))
+    return (entropies - following) * completion_mask

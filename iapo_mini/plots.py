@@ -13,8 +13,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from iapo_mini.calibration import expected_calibration_error
 from iapo_mini.evaluation import mean_interval
-from iapo_mini.information import expected_calibration_error
 
 # Okabe and Ito's palette, and a second cue (line style, hatch) wherever colour tells things apart.
 COLORS = {
@@ -190,21 +190,18 @@ def token_heatmap(
     return fig
 
 
-def reliability(written: Mapping, sampled: Mapping, bins: int = 10) -> Figure:
+def reliability(sets: Mapping[str, Mapping], bins: int = 10) -> Figure:
     """Reliability diagram of forced answers, calibration error and answer entropy along the chain.
 
     Args:
-        written, sampled: ``confidence``, ``correct`` and ``entropy``, each (B, parts + 1), from
-            ``information.exit_calibration``, on the world's chains and on the policy's own.
+        sets: label -> ``confidence``, ``correct`` and ``entropy``, each (B, parts + 1), from
+            ``calibration.exit_calibration``.
         bins: equal-width confidence bins.
     """
     fig = Figure(figsize=(10, 3.3), layout="constrained")
     left, middle, right = fig.subplots(1, 3)
-    sets = (
-        ("world's chains, true answer", written, "#0072B2", "o"),
-        ("own chains, own final answer", sampled, "#D55E00", "s"),
-    )
-    for label, exits, color, marker in sets:
+    looks = zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "osD^")
+    for (label, exits), (color, marker) in zip(sets.items(), looks):
         confidence, correct = exits["confidence"].flatten(), exits["correct"].flatten().float()
         index = (confidence * bins).long().clamp(max=bins - 1)
         inside = [index == b for b in range(bins) if (index == b).any()]
@@ -229,7 +226,8 @@ def reliability(written: Mapping, sampled: Mapping, bins: int = 10) -> Figure:
     middle.set_ylabel("expected calibration error")
     right.set_ylim(bottom=0)
     right.set_ylabel("answer entropy (nats)")
-    right.legend(frameon=False, fontsize=8)
+    if len(sets) > 1:
+        right.legend(frameon=False, fontsize=8)
     for ax in (middle, right):
         ax.set_xlabel("share of the chain seen (%)")
     for ax in (left, middle, right):

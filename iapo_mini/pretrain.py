@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken
 from tqdm.auto import tqdm
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from iapo_mini.information import branch_inputs, exit_calibration, expected_calibration_error
+from iapo_mini.calibration import exit_calibration, exit_loss, expected_calibration_error
 from iapo_mini.plots import reliability
 from iapo_mini.policy import load_policy
 from iapo_mini.rewards import parse_answer, score
@@ -156,19 +156,11 @@ def losses(model, batch: dict[str, torch.Tensor], postfix: torch.Tensor):
     lm = torch.nn.functional.cross_entropy(
         trunk.logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten()
     )
-    trunk_mask = torch.ones_like(ids, dtype=torch.bool)
+    mask = torch.ones_like(ids, dtype=torch.bool)
     position_ids = torch.arange(ids.shape[1]).expand_as(ids)
-    branch = branch_inputs(trunk_mask, position_ids, ends, postfix)
-    k = len(postfix)
-    # Detached: exits learn to read what the chain has worked out so far. With gradients into the
-    # trunk the policy would learn to solve stories in its head, before the chain says anything.
-    cache = DynamicCache(
-        [(x.keys.detach(), x.values.detach()) for x in trunk.past_key_values.layers]
+    early = exit_loss(
+        model, trunk.past_key_values, mask, position_ids, ends, postfix, batch["answers"]
     )
-    hidden = model.model(past_key_values=cache, **branch).last_hidden_state
-    logits = model.lm_head(hidden[:, k - 1 :: k]).float()
-    targets = batch["answers"][:, None].expand(ends.shape)
-    early = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     return lm, early
 
 
@@ -340,7 +332,8 @@ def report(folder: str | Path, figures: str | Path = "figures", n_stories: int =
     }
     (figures / "results").mkdir(parents=True, exist_ok=True)
     (figures / "results" / "policy.json").write_text(json.dumps(result, indent=1) + "\n")
-    reliability(exits, own_exits).savefig(figures / "calibration.png", dpi=150)
+    sets = {"world's chains, true answer": exits, "own chains, own final answer": own_exits}
+    reliability(sets).savefig(figures / "calibration.png", dpi=150)
     return result
 
 

@@ -33,6 +33,9 @@ class Rollouts:
         rewards: (B,) fp32, filled in by ``rewards.score``.
         correct: (B,) bool, filled in by ``rewards.score``.
         informativeness: (B, L) fp32 nats, s_{i,t}, filled in by ``information.informativeness``.
+        cache: for each row and layer the keys and values of its prompt and completion, each
+            (S, key-value heads, D), rotated as the model does; kept by ``sample`` on request, so
+            that the estimator need not run the trunk again. Stale once the policy has changed.
     """
 
     prompt_ids: torch.Tensor
@@ -45,6 +48,7 @@ class Rollouts:
     rewards: torch.Tensor | None = None
     correct: torch.Tensor | None = None
     informativeness: torch.Tensor | None = None
+    cache: list[list[tuple[torch.Tensor, torch.Tensor]]] | None = None
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -60,6 +64,8 @@ class Rollouts:
             if isinstance(value, torch.Tensor):
                 value = value[start:stop]
                 fields[name] = value[:, :width] if name in cut else value
+        if self.cache is not None:
+            fields["cache"] = self.cache[start:stop]
         return replace(self, **fields)
 
     def texts(self, tokenizer) -> list[str]:
@@ -117,6 +123,33 @@ def encode_prompts(policy: Policy, problems: list[Problem]) -> tuple[torch.Tenso
     return batch["input_ids"], batch["attention_mask"].bool()
 
 
+def model_mask(model, mask: torch.Tensor) -> torch.Tensor:
+    """A bool 4-D attention mask in the form this model's attention takes.
+
+    ``sdpa`` takes bool. ``eager`` adds the mask to the scores, where True would silently count 1.
+    """
+    if model.config._attn_implementation == "sdpa":
+        return mask
+    lowest = torch.finfo(model.dtype).min
+    return torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, lowest)
+
+
+def sliding_window(config) -> int | None:
+    """Tokens the narrowest attention layer looks back; None when all look back to the start."""
+    layers = DynamicCache(config=config).layers
+    return min((x.sliding_window for x in layers if hasattr(x, "sliding_window")), default=None)
+
+
+def _check_window(model, length: int) -> None:
+    """Our 4-D masks look back to the start, so a shorter window would silently be ignored."""
+    window = sliding_window(model.config)
+    if window is not None and window < length:
+        raise ValueError(
+            f"the model's sliding window is {window} tokens, prompt and completion are up to "
+            f"{length}; allowed are sequences within the window."
+        )
+
+
 def _positions(mask: torch.Tensor) -> torch.Tensor:
     """Position ids that count real tokens only, (rows, width)."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
@@ -131,6 +164,7 @@ def sample(
     max_completion_length: int = 224,
     temperature: float = 1.0,
     seed: int = 0,
+    keep_cache: bool = False,
 ) -> Rollouts:
     """Sample ``num_generations`` completions for each problem from the policy.
 
@@ -144,6 +178,7 @@ def sample(
         max_completion_length: tokens after which a row is cut.
         temperature: softmax temperature > 0; ``old_logprobs`` are those of the tempered policy.
         seed: equal seeds give equal completions on the same machine.
+        keep_cache: keep the keys and values of every row in ``Rollouts.cache``.
 
     Raises:
         ValueError: when an argument is out of range or ``problems`` is empty.
@@ -161,6 +196,7 @@ def sample(
     model, device = policy.for_inference(), policy.device
     prompt_ids, prompt_mask = encode_prompts(policy, problems)
     total, width = len(problems) * num_generations, prompt_ids.shape[1]
+    _check_window(model, width + max_completion_length)
     generator = torch.Generator(device).manual_seed(seed)
 
     cache = Cache(layer_class_to_replicate=_GrowingLayer)
@@ -187,6 +223,19 @@ def sample(
     lengths = torch.full((total,), max_completion_length, device=device)
     active = torch.arange(total, device=device)  # rows of the full batch still in the cache
     running = torch.ones(total, dtype=torch.bool, device=device)  # of those, not yet ended
+    kept: list | None = [None] * total if keep_cache else None
+    padding = (width - positions).tolist()
+
+    def keep_keys(rows: torch.Tensor) -> None:
+        """Copy the real columns of these rows of the cache."""
+        for j in rows.tolist() if keep_cache else ():
+            i = int(active[j])
+            real = slice(padding[i], width + int(lengths[i]))
+            kept[i] = [
+                tuple(x[j, :, real].clone().transpose(0, 1) for x in (y.keys, y.values))
+                for y in cache.layers
+            ]
+
     for t in range(max_completion_length):
         uniform = torch.rand(total, generator=generator, device=device)[active]
         log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
@@ -201,20 +250,27 @@ def sample(
         lengths[active[ended]] = t + 1
         running &= ~ended
         left = int(running.sum())
-        if left == 0 or t + 1 == max_completion_length:
+        done = left == 0 or t + 1 == max_completion_length
+        if done and not keep_cache:
             break
-        if left <= 0.8 * len(active):
-            keep = running.nonzero()[:, 0]
+        if left <= 0.8 * len(active) and not done:
+            # A row whose cache is kept stays until its last token has been through the model.
+            staying = running | ended if keep_cache else running
+            keep_keys((~staying).nonzero()[:, 0])
+            keep = staying.nonzero()[:, 0]
             cache.batch_select_indices(keep)
             active, token, running = active[keep], token[keep], running[keep]
             attend, positions = attend[keep], positions[keep]
         logits = model(
             token,
-            attention_mask=attend[..., : width + t + 1],
+            attention_mask=model_mask(model, attend[..., : width + t + 1]),
             position_ids=(positions + t)[:, None],
             past_key_values=cache,
             logits_to_keep=1,
         ).logits[:, -1]
+        if done:
+            keep_keys(torch.arange(len(active)))
+            break
 
     longest = int(lengths.max())
     mask = torch.arange(longest, device=device) < lengths[:, None]
@@ -227,6 +283,7 @@ def sample(
         old_logprobs=logprobs[:, :longest] * mask,
         num_generations=num_generations,
         finished=finished,
+        cache=kept,
     )
 
 
@@ -280,7 +337,11 @@ class Trunk:
 
 
 def trunk_blocks(
-    model, rollouts: Rollouts, rows_per_block: int, need_logits: bool = True
+    model,
+    rollouts: Rollouts,
+    rows_per_block: int,
+    need_logits: bool = True,
+    rows: list[int] | None = None,
 ) -> Iterator[Trunk]:
     """Run every prompt once per group and every completion once, in blocks of similar length.
 
@@ -292,23 +353,32 @@ def trunk_blocks(
         rollouts: whole groups.
         rows_per_block: completions per forward pass.
         need_logits: whether to make logits of all positions.
+        rows: numbers of the rows to run; default all.
+
+    Raises:
+        ValueError: for a model whose sliding window is shorter than the sequences.
     """
     group, width = rollouts.num_generations, rollouts.prompt_ids.shape[1]
+    _check_window(model, width + rollouts.completion_ids.shape[1])
+    chosen = torch.arange(len(rollouts.lengths)) if rows is None else torch.tensor(rows)
+    chosen = chosen.to(rollouts.lengths.device)
+    groups, owners = torch.unique(chosen // group, return_inverse=True)
+    prompt_mask = rollouts.prompt_mask[groups * group]
     prompts = DynamicCache()
     first = model(
-        rollouts.prompt_ids[::group],
-        attention_mask=rollouts.prompt_mask[::group],
-        position_ids=_positions(rollouts.prompt_mask[::group]),
+        rollouts.prompt_ids[groups * group],
+        attention_mask=prompt_mask,
+        position_ids=_positions(prompt_mask),
         past_key_values=prompts,
         logits_to_keep=1,
     ).logits
-    for rows in rollouts.lengths.argsort(stable=True).split(rows_per_block):
+    for order in rollouts.lengths[chosen].argsort(stable=True).split(rows_per_block):
+        rows, owner = chosen[order], owners[order]
         length = max(1, int(rollouts.lengths[rows].max()))
         mask = torch.cat(
             [rollouts.prompt_mask[rows], rollouts.completion_mask[rows, :length]], dim=1
         )
         position_ids = _positions(mask)
-        owner = rows // group
         cache = DynamicCache(
             [
                 (x.keys.index_select(0, owner), x.values.index_select(0, owner))
@@ -318,12 +388,12 @@ def trunk_blocks(
         future = torch.ones(length, width + length, dtype=torch.bool, device=mask.device)
         logits = model(
             rollouts.completion_ids[rows, :length],
-            attention_mask=(mask[:, None] & future.tril(width))[:, None],
+            attention_mask=model_mask(model, (mask[:, None] & future.tril(width))[:, None]),
             position_ids=position_ids[:, width:],
             past_key_values=cache,
             logits_to_keep=0 if need_logits else 1,
         ).logits
-        logits = torch.cat([first[owner], logits], dim=1) if need_logits else None
+        logits = torch.cat([first.index_select(0, owner), logits], dim=1) if need_logits else None
         yield Trunk(rows, logits, cache, mask, position_ids)
 
 

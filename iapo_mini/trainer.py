@@ -62,6 +62,7 @@ class TrainConfig:
         max_grad_norm: gradient clipping.
         save_steps: steps between checkpoints.
         seed: one seed for LoRA initialisation, prompts and sampling.
+        estimator_memory_mb: memory the estimator may take beside the model, MiB.
         threads: CPU threads; two runs are identical only with the same number.
     """
 
@@ -86,6 +87,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     save_steps: int = 20
     seed: int = 0
+    estimator_memory_mb: float = 256.0
     threads: int = 2
 
     def __post_init__(self) -> None:
@@ -110,7 +112,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= bound):
                 raise ValueError(f"{name} is {value}; allowed are {bound} and above.")
-        for name in ("learning_rate", "temperature", "max_grad_norm", "epsilon", "epsilon_high"):
+        positive = "learning_rate temperature max_grad_norm epsilon epsilon_high"
+        for name in (*positive.split(), "estimator_memory_mb"):
             value = getattr(self, name)
             if value is None and name == "epsilon_high":
                 continue
@@ -184,13 +187,15 @@ def train(
                 max_completion_length=config.max_completion_length,
                 temperature=config.temperature,
                 seed=config.seed * 1_000_003 + step,
+                keep_cache=config.method in NEEDS_INFORMATION,
             )  # fmt: skip
             rollouts = score(rollouts, policy.tokenizer, batch)
             clock.append(time.perf_counter())
             # Estimate what each token tells about the answer, if the method asks for it.
             if config.method in NEEDS_INFORMATION:
-                entropies = answer_entropies(policy, rollouts)
+                entropies = answer_entropies(policy, rollouts, memory_mb=config.estimator_memory_mb)
                 rollouts.informativeness = informativeness(entropies, rollouts.completion_mask)
+                rollouts.cache = None  # the update makes it stale
             clock.append(time.perf_counter())
             advantages = advantage_of(rollouts, config.alpha, config.beta)
             # One or more clipped-surrogate updates.

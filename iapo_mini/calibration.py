@@ -1,0 +1,311 @@
+"""Is the policy calibrated when it is forced to answer early, and what to do if it is not.
+
+The estimator reads H(y | q, o_<=t) off the policy's forced answer. If the policy is sure of a wrong
+answer in the middle of a thought, the entropy is low where it should be high and its drop is noise.
+:func:`calibration` measures that; :func:`calibrate` trains it away: a short fine-tune in which the
+world's (or the policy's own) chains are cut at random tokens, closed by the postfix, and the loss
+is on the true answer only, so the policy does not learn to stop early.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+from transformers import DynamicCache
+
+from iapo_mini.information import encode_postfix, entropy
+from iapo_mini.policy import Policy
+from iapo_mini.prefixes import ask, branch_inputs
+from iapo_mini.rewards import parse_answer
+from iapo_mini.rollouts import Rollouts, from_texts, model_mask, sample
+from iapo_mini.tasks import POSTFIX, Problem, chain_of_thought
+
+
+def expected_calibration_error(
+    confidence: torch.Tensor, correct: torch.Tensor, bins: int = 15
+) -> float:
+    """Expected calibration error: mean |accuracy - confidence| over equal-width confidence bins.
+
+    Args:
+        confidence: (N,) in 0..1; correct: (N,) bool or 0/1; bins: number of bins.
+    """
+    confidence, correct = confidence.double(), correct.double()
+    index = (confidence * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.double).index_add(0, index, correct - confidence)
+    return float(gap.abs().sum() / len(confidence))
+
+
+def _answer_tokens(policy: Policy, answers: Sequence[str]) -> torch.Tensor:
+    """(N,) long: first token of each answer as it stands after ``<answer>``, in the policy's style.
+
+    The story world writes a space after the tag; where a space is a token of its own (or leads the
+    answer's token list), answers are written without one.
+    """
+    spaced = [policy.tokenizer.encode(f" {a}", add_special_tokens=False) for a in answers]
+    plain = [policy.tokenizer.encode(f"{a}", add_special_tokens=False) for a in answers]
+    whole = all(len(x) == 1 for x in spaced)
+    ids = [x[0] for x in (spaced if whole else plain)]
+    return torch.tensor(ids, device=policy.device)
+
+
+def exit_calibration(
+    policy: Policy, rollouts: Rollouts, answers: Sequence[str], parts: int = 10
+) -> dict[str, torch.Tensor]:
+    """What the policy answers when forced to, after every ``1/parts`` of each completion.
+
+    The first token of the forced answer is judged; in the story world that is the whole answer.
+
+    Args:
+        policy: the policy that is forced to answer.
+        rollouts: B completions in whole groups (sampled, or written by the world).
+        answers: B reference answers, one for each row.
+        parts: how many equal parts the chain is cut into; parts + 1 prefixes are asked.
+
+    Returns:
+        ``confidence`` (B, parts + 1) probability of the most likely forced answer, ``correct``
+        (B, parts + 1) bool, ``entropy`` (B, parts + 1) nats.
+    """
+    truth = _answer_tokens(policy, answers)
+    share = torch.arange(parts + 1, device=policy.device) / parts
+    at = (rollouts.lengths[:, None] * share).round().long()
+    asked = torch.zeros(
+        len(at), rollouts.completion_ids.shape[1] + 1, dtype=torch.bool, device=policy.device
+    ).scatter_(1, at, True)
+
+    def read(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        p, guess = torch.softmax(logits[:, 0].float(), dim=-1).max(-1)
+        return torch.stack([p, (guess == truth[rows]).float(), entropy(logits)[:, 0]], dim=1)
+
+    found = ask(policy.for_inference(), rollouts, encode_postfix(policy), read, asked=asked)
+    found = found.gather(1, at[..., None].expand(-1, -1, 3)).cpu()
+    return {
+        "confidence": found[..., 0], "correct": found[..., 1] > 0.5, "entropy": found[..., 2],
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What :func:`calibration` found.
+
+    Attributes:
+        exits: ``confidence``, ``correct`` and ``entropy``, each (N, parts + 1), from
+            :func:`exit_calibration`.
+        ece: expected calibration error over all prefixes.
+        ece_by_part: parts + 1 errors, before any reasoning to the end of the chain.
+        entropy_by_part: parts + 1 mean answer entropies, nats.
+        advice: one sentence, what to do.
+    """
+
+    exits: dict[str, torch.Tensor]
+    ece: float
+    ece_by_part: list[float]
+    entropy_by_part: list[float]
+    advice: str
+
+    def figure(self):
+        """Reliability diagram, error and answer entropy along the chain."""
+        from iapo_mini.plots import reliability
+
+        return reliability({"forced answers": self.exits})
+
+
+def calibration(
+    policy: Policy,
+    problems: Sequence[Problem],
+    *,
+    rollouts: Rollouts | None = None,
+    against: str = "final",
+    parts: int = 10,
+    seed: int = 0,
+) -> Calibration:
+    """How far the policy's forced early answers can be trusted.
+
+    Args:
+        policy: the policy to judge.
+        problems: N problems.
+        rollouts: completions to cut, whole groups in the order of ``problems``; default: one
+            sampled completion for each problem.
+        against: ``"final"``: forced answers are judged by the answer their own completion ends
+            with, the y of the paper's I(y; o_t | q, o_<t), and completions without one are left
+            out; ``"truth"``: by the problem's answer.
+        parts: equal parts of the chain; parts + 1 prefixes are judged.
+        seed: for sampling.
+
+    Raises:
+        ValueError: for an unknown ``against``, or when no completion gives an answer.
+    """
+    if against not in ("final", "truth"):
+        raise ValueError(f"against is {against!r}; allowed are 'final' and 'truth'.")
+    if rollouts is None:
+        rollouts = sample(policy, list(problems), num_generations=1, seed=seed)
+    group = rollouts.num_generations
+    answers: list[str | None] = [p.answer for p in problems for _ in range(group)]
+    if against == "final":
+        answers = [parse_answer(text) for text in rollouts.texts(policy.tokenizer)]
+    whole = torch.tensor([answer is not None for answer in answers])
+    if not whole.any():
+        raise ValueError("problems: no completion gives an answer, so there is nothing to judge.")
+    exits = exit_calibration(policy, rollouts, [a or "0" for a in answers], parts)
+    exits = {name: values[whole] for name, values in exits.items()}
+    confidence, correct = exits["confidence"], exits["correct"]
+    ece = expected_calibration_error(confidence.flatten(), correct.flatten())
+    by_part = [
+        expected_calibration_error(confidence[:, t], correct[:, t]) for t in range(parts + 1)
+    ]
+    gap = float((confidence - correct.float()).mean())
+    advice = "The forced answers can be trusted: informativeness in nats means what it says."
+    if ece > 0.1 and gap > 0:
+        advice = (
+            f"The policy is sure of answers it does not know (by {gap:.2f} on average): entropies "
+            "are too low and their drops are noise. Run calibrate() before training with IAPO."
+        )
+    elif ece > 0.1:
+        advice = (
+            f"The policy doubts answers it does know (by {-gap:.2f} on average): informativeness "
+            "arrives late. Run calibrate(), or look whether the postfix fits the policy's format."
+        )
+    entropies = exits["entropy"].mean(0).tolist()
+    return Calibration(exits, ece, by_part, entropies, advice)
+
+
+def exit_loss(
+    model,
+    cache: DynamicCache,
+    mask: torch.Tensor,
+    position_ids: torch.Tensor,
+    ends: torch.Tensor,
+    postfix: torch.Tensor,
+    answers: torch.Tensor,
+) -> torch.Tensor:
+    """Cross-entropy of the true answer's first token when forced after the given trunk tokens.
+
+    The trunk's keys and values are detached: exits learn to read what the chain has worked out so
+    far. With gradients into the trunk the policy would learn to solve problems in its head, before
+    the chain says anything.
+
+    Args:
+        model: causal LM.
+        cache: keys and values of the trunk, (B, T) positions.
+        mask: (B, T) bool; position_ids: (B, T) long.
+        ends: (B, C) long, index of the last trunk token each exit follows.
+        postfix: (K,) long.
+        answers: (B,) long, first token of each row's answer.
+
+    Returns:
+        Scalar, nats per exit, fp32.
+    """
+    branch = branch_inputs(mask, position_ids, ends, postfix)
+    branch["attention_mask"] = model_mask(model, branch["attention_mask"])
+    k, exits = len(postfix), ends.shape[1]
+    detached = DynamicCache([(x.keys.detach(), x.values.detach()) for x in cache.layers])
+    last = torch.arange(k - 1, exits * k, k, device=ends.device)
+    logits = model(past_key_values=detached, logits_to_keep=last, **branch).logits.float()
+    targets = answers[:, None].expand(ends.shape)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def calibrate(
+    policy: Policy,
+    problems: Iterable[Problem],
+    *,
+    steps: int = 200,
+    batch_size: int = 16,
+    exits: int = 8,
+    learning_rate: float = 1e-3,
+    exit_weight: float = 1.0,
+    postfix: str = POSTFIX,
+    texts: Sequence[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """A short fine-tune after which forced early answers are calibrated, in place.
+
+    Every step takes ``batch_size`` chains, keeps the ordinary next-token loss on them (so the
+    policy goes on reasoning as it did) and adds the loss of the true answer after ``exits`` random
+    prefixes. Only the policy's trainable weights move: the adapter under LoRA.
+
+    Args:
+        policy: the policy to train.
+        problems: problems with answers, at least ``steps * batch_size`` of them or an endless
+            stream; stories bring their own chains of thought.
+        steps: optimiser steps (AdamW, warm-up over a tenth, cosine down).
+        batch_size: chains per step.
+        exits: forced answers per chain.
+        learning_rate: peak learning rate.
+        exit_weight: weight of the exit loss beside the next-token loss.
+        postfix: text that forces an answer.
+        texts: completions to learn from, one for each problem in order, for problems that are no
+            stories (the policy's own right completions, say).
+        seed: for cuts and chains.
+        progress: show a progress bar.
+
+    Returns:
+        One ``{"lm_loss", "exit_loss"}`` (nats) for each step.
+
+    Raises:
+        ValueError: when problems run out, or are no stories and ``texts`` is None.
+    """
+    model, rng = policy.model, random.Random(seed)
+    ids = encode_postfix(policy, postfix)
+    parameters = list(policy.trainable().values())
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    warmup = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warmup)),
+        ],
+        [warmup],
+    )
+    stream, given = iter(problems), iter(texts) if texts is not None else None
+    history = []
+    model.train()
+    bar = tqdm(range(steps), desc="calibrate", unit="step", disable=not progress)
+    for step in bar:
+        batch = [p for _, p in zip(range(batch_size), stream)]
+        chains = [c for _, c in zip(batch, given)] if given else []
+        if len(batch) < batch_size or (given and len(chains) < batch_size):
+            raise ValueError(
+                f"problems ran out at step {step} of {steps}; allowed are steps * batch_size "
+                f"({steps * batch_size}) or more, each with its text if texts are given."
+            )
+        if not given:
+            if not all(p.steps for p in batch):
+                raise ValueError("problems are no stories and texts is None; give their chains.")
+            chains = ["".join(s.text for s in chain_of_thought(p, rng)) for p in batch]
+        rollouts = from_texts(policy, batch, chains)
+        tokens = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)
+        mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
+        position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)
+        width = rollouts.prompt_ids.shape[1]
+        causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device)
+        trunk = model(
+            tokens,
+            attention_mask=model_mask(model, (mask[:, None] & causal.tril())[:, None]),
+            position_ids=position_ids,
+            use_cache=True,
+        )
+        labels = tokens.masked_fill(~mask, -100)[:, width:]
+        lm = torch.nn.functional.cross_entropy(
+            trunk.logits[:, width - 1 : -1].flatten(0, 1).float(), labels.flatten()
+        )
+        ends = torch.tensor(
+            [[width - 1 + rng.randint(0, int(n)) for _ in range(exits)] for n in rollouts.lengths],
+            device=mask.device,
+        )
+        answers = _answer_tokens(policy, [p.answer for p in batch])
+        early = exit_loss(model, trunk.past_key_values, mask, position_ids, ends, ids, answers)
+        (lm + exit_weight * early).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        history.append({"lm_loss": lm.item(), "exit_loss": early.item()})
+        bar.set_postfix(lm=f"{history[-1]['lm_loss']:.3f}", exit=f"{history[-1]['exit_loss']:.3f}")
+    model.eval()
+    return history

@@ -1,0 +1,326 @@
+"""Ask a policy something after every prefix of every completion, in one of three ways.
+
+The question is a suffix of K tokens, and the answer is what the model predicts at the suffix's last
+positions. With a completion of L tokens that is L + 1 questions, and the ways differ only in what
+they do not compute twice (paper, Section 4, "Estimating s"):
+
+* ``naive``: the definition. Every prefix is run again from its first token.
+* ``cached``: KV-cache preloading with chunk-wise forwarding, as the paper describes. The trunk is
+  run once; its cache is copied once per prefix, C prefixes to a chunk.
+* ``packed``: the trunk is run once and no cache is copied: all branches hang behind the same keys
+  and values, each seeing its own prefix only. :mod:`iapo_mini.flat` does it without padding for
+  the Llama family; other models with a KV cache get C branches at a time as one sequence under a
+  4-D mask.
+
+All give the same numbers up to rounding.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from iapo_mini import flat
+from iapo_mini.rollouts import Rollouts, model_mask, sliding_window, trunk_blocks
+
+METHODS = ("packed", "cached", "naive")
+
+Chunk = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Row numbers (N,), prefix lengths (N,) and logits (N, keep, V) of some branches."""
+
+Read = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(row numbers (N,), logits (N, keep, V)) -> what to keep of them, (N, r) fp32."""
+
+TESTED = (*flat.FAMILIES, "gpt2")
+"""Model types that the tests compare with the definition. Others are compared at first use."""
+
+_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+
+def packing_problem(model, length: int) -> str | None:
+    """Why branches can't share a cache in this model, or None when nothing speaks against it.
+
+    Args:
+        model: causal LM.
+        length: tokens of the longest prompt, completion and suffix together.
+    """
+    config = model.config
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"its attention ({config._attn_implementation}) takes no 4-D mask"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "it takes no position ids"
+    if any(not isinstance(layer, DynamicLayer) for layer in DynamicCache(config=config).layers):
+        return "not every layer of it has a KV cache"
+    window = sliding_window(config)
+    if window is not None and window < length:
+        return f"its sliding window of {window} is shorter than the {length} tokens asked about"
+    return None
+
+
+def branch_inputs(
+    trunk_mask: torch.Tensor,
+    position_ids: torch.Tensor,
+    ends: torch.Tensor,
+    suffix: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """Model inputs that append one branch after each of C trunk positions of every row.
+
+    All branches of a row form one sequence of C * K tokens behind the trunk's KV cache. A branch
+    sees the real trunk tokens up to its own end and its own earlier tokens; its position ids go on
+    from that end. So C early answers cost one forward pass and no copy of the cache.
+
+    Args:
+        trunk_mask: (B, T) bool, real tokens of the cached trunk.
+        position_ids: (B, T) long, position of every trunk token.
+        ends: (B, C) long, index into the trunk of the last token each branch follows.
+        suffix: (K,) or (B, K) long.
+
+    Returns:
+        ``input_ids`` (B, C*K), ``attention_mask`` (B, 1, C*K, T + C*K) bool, ``position_ids``
+        (B, C*K). The last token of branch j is at index j*K + K - 1.
+    """
+    (rows, branches), k = ends.shape, suffix.shape[-1]
+    device = trunk_mask.device
+    trunk = trunk_mask[:, None] & (
+        torch.arange(trunk_mask.shape[1], device=device) <= ends[:, :, None]
+    )
+    number = torch.arange(branches * k, device=device) // k
+    own = (number[:, None] == number).tril()
+    mask = torch.cat([trunk.repeat_interleave(k, dim=1), own.expand(rows, -1, -1)], dim=2)
+    positions = position_ids.gather(1, ends)[:, :, None] + 1 + torch.arange(k, device=device)
+    return {
+        "input_ids": suffix.expand(rows, k).repeat(1, branches),
+        "attention_mask": mask[:, None],
+        "position_ids": positions.flatten(1),
+    }
+
+
+def _naive(model, rollouts, rows, asked, suffix, keep: int, size: int) -> Iterator[Chunk]:
+    """One full forward pass per row and prefix, nothing shared, nothing padded."""
+    for i in rows:
+        prompt = rollouts.prompt_ids[i][rollouts.prompt_mask[i]]
+        completion = rollouts.completion_ids[i][rollouts.completion_mask[i]]
+        for t in asked[i].nonzero()[:, 0]:
+            ids = torch.cat([prompt, completion[:t], suffix[i]])
+            logits = model(ids[None], logits_to_keep=keep).logits
+            yield torch.full_like(t[None], i), t[None], logits
+
+
+def _cached(model, rollouts, rows, asked, suffix, keep: int, size: int) -> Iterator[Chunk]:
+    """A copy of the row's cache for each of ``size`` prefixes at a time; masks hide the rest."""
+    k, width = suffix.shape[1], rollouts.prompt_ids.shape[1]
+    for trunk in trunk_blocks(model, rollouts, 1, need_logits=False, rows=rows):
+        i = int(trunk.rows)
+        for t in asked[i].nonzero()[:, 0].split(size):
+            longest = width + int(t[-1])
+            cache = DynamicCache(
+                [
+                    [x[:, :, :longest].repeat_interleave(len(t), 0) for x in (y.keys, y.values)]
+                    for y in trunk.cache.layers
+                ]
+            )
+            seen = trunk.mask[:, :longest] & (
+                torch.arange(longest, device=t.device) < (width + t)[:, None]
+            )
+            own = torch.ones(k, k, dtype=torch.bool, device=t.device).tril()
+            mask = torch.cat([seen[:, None].expand(-1, k, -1), own.expand(len(t), -1, -1)], dim=2)
+            start = trunk.mask[0, :width].sum() + t
+            logits = model(
+                suffix[i].expand(len(t), -1),
+                attention_mask=model_mask(model, mask[:, None]),
+                position_ids=start[:, None] + torch.arange(k, device=t.device),
+                past_key_values=cache,
+                logits_to_keep=keep,
+            ).logits
+            yield torch.full_like(t, i), t, logits
+
+
+def _packed(model, rollouts, rows, asked, suffix, keep: int, size: int) -> Iterator[Chunk]:
+    """``size`` branches of every row of a block as one sequence behind the shared cache."""
+    k, width = suffix.shape[1], rollouts.prompt_ids.shape[1]
+    last = torch.arange(k - keep, k, device=suffix.device)
+    for trunk in trunk_blocks(model, rollouts, 8, need_logits=False, rows=rows):
+        here = asked[trunk.rows].any(0).nonzero()[:, 0]
+        for t in here.split(max(1, size // len(trunk.rows))):
+            ends = (width - 1 + t).expand(len(trunk.rows), -1)
+            inputs = branch_inputs(trunk.mask, trunk.position_ids, ends, suffix[trunk.rows])
+            inputs["attention_mask"] = model_mask(model, inputs["attention_mask"])
+            wanted = (torch.arange(len(t), device=t.device)[:, None] * k + last).flatten()
+            logits = model(past_key_values=trunk.cache, logits_to_keep=wanted, **inputs).logits
+            trunk.cache.crop(-len(t) * k)
+            real = asked[trunk.rows][:, t]
+            branch_rows = trunk.rows[:, None].expand_as(real)
+            yield branch_rows[real], t.expand_as(real)[real], logits.unflatten(1, (-1, keep))[real]
+
+
+def _flat(model, rollouts, rows, asked, suffix, keep: int, size: int) -> Iterator[Chunk]:
+    """Flat packing; the vocabulary head sees ``size`` branches at a time."""
+    found = flat.run_branches(model, rollouts, rows, asked, suffix, keep)
+    head = model.get_output_embeddings()
+    # Logits that fit the processor's cache, but enough rows to be worth reading the head's weights.
+    size = min(size, max(64, 2**19 // model.config.vocab_size))
+    for row, t, hidden in zip(*(x.split(size) for x in found)):
+        yield row, t, head(hidden)
+
+
+def _sizes(model, rollouts: Rollouts, way, suffix, keep: int, memory: float) -> tuple[int, int]:
+    """How many rows and how many branches to hold at once within ``memory`` bytes, each >= 1."""
+    config, k = model.config.get_text_config(), suffix.shape[1]
+    width = next(model.parameters()).element_size()
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    length = rollouts.prompt_ids.shape[1] + rollouts.completion_ids.shape[1] + 1
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    # Logits as the model makes them, as fp32, and one temporary of the same size.
+    logits = keep * config.vocab_size * (width + 8)
+    if way is _flat:
+        branches = rollouts.completion_ids.shape[1] + 1
+        row = width * hidden * (length + branches * k) * 6  # hidden, q, k, v, attention's output
+        return max(1, int(memory / 2 / row)), max(1, int(memory / 4 / logits))
+    branch = logits + k * width * (3 * inner + 8 * hidden) + k * length * 5  # mask, bool and float
+    if way is _cached:
+        branch += 4 * layers * length * hidden * width  # its copy of the cache, and sdpa's
+    return len(rollouts.lengths), max(1, int(memory / 2 / branch))
+
+
+def _agrees(model, rollouts: Rollouts, suffix, keep: int) -> bool:
+    """Whether packing gives what the definition gives, before and after the shortest completion."""
+    row = int(rollouts.lengths.argmin())
+    asked = torch.zeros(
+        len(suffix), rollouts.completion_ids.shape[1] + 1, dtype=torch.bool, device=suffix.device
+    )
+    asked[row, [0, int(rollouts.lengths[row])]] = True
+    packed, naive = (
+        torch.cat([x[2] for x in way(model, rollouts, [row], asked, suffix, keep, 2)]).softmax(-1)
+        for way in (_packed, _naive)
+    )
+    return bool((packed.float() - naive.float()).abs().max() < 0.02)  # bf16 rounds to 1 in 256
+
+
+def _shared_prefixes(rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each row an earlier row of its group and how many first tokens the two have in common.
+
+    Returns:
+        ``(donor, shared)``, each (B,) long. Completions of one prompt often begin alike; what was
+        asked after a common prefix need not be asked again. The first row of a group has no donor:
+        it names itself, and ``shared`` is -1, as not even the empty prefix has been asked before.
+    """
+    group = rollouts.num_generations
+    ids, mask = (
+        x.unflatten(0, (-1, group)) for x in (rollouts.completion_ids, rollouts.completion_mask)
+    )
+    same = (ids[:, :, None] == ids[:, None]) & mask[:, :, None] & mask[:, None]
+    common = same.long().cumprod(-1).sum(-1)  # (prompts, G, G)
+    earlier = torch.ones(group, group, dtype=torch.bool, device=ids.device).tril(-1)
+    shared, donor = common.masked_fill(~earlier, -1).max(-1)
+    first = torch.arange(len(ids), device=ids.device)[:, None] * group
+    donor = torch.where(shared < 0, torch.arange(group, device=ids.device), donor)
+    return (donor + first).flatten(), shared.flatten()
+
+
+@torch.no_grad()
+def ask(
+    model,
+    rollouts: Rollouts,
+    suffix: torch.Tensor,
+    read: Read,
+    *,
+    keep: int = 1,
+    asked: torch.Tensor | None = None,
+    method: str = "packed",
+    memory_mb: float = 256.0,
+    chunk_size: int | None = None,
+) -> torch.Tensor:
+    """Append a suffix after every asked prefix and read the predictions at its last positions.
+
+    No tensor of shape (B, L, V) is ever made: ``read`` sees the logits of a chunk of branches, as
+    many as fit in ``memory_mb``. When memory runs out all the same, the budget is halved, which is
+    said, and the block is run again.
+
+    Args:
+        model: any causal LM; without a KV cache or with a sliding window shorter than the sequences
+            the definition (``naive``) is used instead, and said.
+        rollouts: B rows, rows of one prompt adjacent.
+        suffix: (K,) or (B, K) long; a row's suffix may be padded on the right.
+        read: what to keep of the logits.
+        keep: at how many of the suffix's last positions to make logits.
+        asked: (B, L + 1) bool, prefix lengths to ask after; default: 0 to each row's length.
+        method: ``"packed"``, ``"cached"`` or ``"naive"``.
+        memory_mb: memory that this may take beside the model and one trunk's cache, in MiB.
+        chunk_size: branches at a time, instead of the number that ``memory_mb`` allows.
+
+    Returns:
+        (B, L + 1, r) fp32; zeros where nothing was asked.
+
+    Raises:
+        ValueError: for an unknown method or a size out of range.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; allowed are {', '.join(METHODS)}.")
+    if not memory_mb > 0:
+        raise ValueError(f"memory_mb is {memory_mb!r}; allowed are numbers above 0.")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size!r}; allowed are 1 and above.")
+    rows, width = rollouts.completion_ids.shape
+    device = rollouts.completion_ids.device
+    reached = torch.arange(width + 1, device=device) <= rollouts.lengths[:, None]
+    asked = reached if asked is None else asked & reached
+    suffix = suffix.expand(rows, -1)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    way = {"packed": _packed, "cached": _cached, "naive": _naive}[method]
+    if way is not _naive:
+        problem = packing_problem(model, rollouts.prompt_ids.shape[1] + width + suffix.shape[1])
+        if problem is None and model.config.model_type not in TESTED:
+            agrees = _agrees(model, rollouts, suffix, keep)
+            problem = None if agrees else "its masks or positions work differently"
+        if problem:
+            warnings.warn(
+                f"{type(model).__name__} can't be asked behind a shared cache: {problem}. "
+                "Every prefix is run from its start instead (method='naive'), which is slow.",
+                stacklevel=3,
+            )
+            way = _naive
+        elif way is _packed and flat.walkable(model):
+            way = _flat
+    out, pending = None, rollouts.lengths.argsort(stable=True).tolist()
+    if way is _flat and rollouts.cache is None:  # groups together: their prompt is run once
+        group = rollouts.num_generations
+        order = dict.fromkeys(i // group for i in pending)
+        pending = [j * group + i for j in order for i in range(group)]
+    todo = asked
+    if way is not _naive and bool((suffix == suffix[:1]).all()):
+        donor, shared = _shared_prefixes(rollouts)
+        known = asked & asked[donor] & (torch.arange(width + 1, device=device) <= shared[:, None])
+        todo = asked & ~known
+    while pending:
+        rows_at_once, branches = _sizes(model, rollouts, way, suffix, keep, memory_mb * 2**20)
+        block, branches = pending[:rows_at_once], chunk_size or branches
+        try:
+            parts = [
+                (row, t, read(row, logits).float())
+                for row, t, logits in way(model, rollouts, block, todo, suffix, keep, branches)
+            ]
+        except _OUT_OF_MEMORY as error:
+            if rows_at_once == branches == 1:
+                raise
+            memory_mb, chunk_size = memory_mb / 2, chunk_size and max(1, chunk_size // 2)
+            warnings.warn(
+                f"out of memory in the estimator ({str(error).splitlines()[0][:80]}); "
+                f"going on with memory_mb={memory_mb:g}.",
+                stacklevel=2,
+            )
+            continue
+        for row, t, values in parts:
+            if out is None:
+                out = torch.zeros(rows, width + 1, values.shape[1], device=device)
+            out[row, t] = values
+        pending = pending[rows_at_once:]
+    if todo is not asked:
+        for i in range(1, rollouts.num_generations):  # donors come before those they give to
+            rows = slice(i, None, rollouts.num_generations)
+            out[rows] = torch.where(known[rows, :, None], out[donor[rows]], out[rows])
+    return out
