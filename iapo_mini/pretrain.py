@@ -142,13 +142,15 @@ def _collate(batch, cuts, pad: int) -> dict[str, torch.Tensor]:
         ids[i, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
         labels[i, len(prompt) : len(prompt) + len(completion)] = torch.tensor(completion)
     answers = torch.tensor([a for _, _, a in batch])
-    return {"ids": ids, "labels": labels, "ends": torch.tensor(cuts), "answers": answers}
+    ends = torch.tensor(cuts, dtype=torch.long)
+    return {"ids": ids, "labels": labels, "ends": ends, "answers": answers}
 
 
 def losses(model, batch: dict[str, torch.Tensor], postfix: torch.Tensor):
     """Completion cross-entropy and early-exit cross-entropy (both nats per target, fp32).
 
-    ``batch`` as from :func:`sample_batches`; ``postfix`` (K,) token ids.
+    ``batch`` as from :func:`sample_batches`; ``postfix`` (K,) token ids. Without exits in the batch
+    the second is 0: a policy that only ever sees whole chains.
     """
     ids, ends = batch["ids"], batch["ends"]
     # Right padding and a causal mask: real tokens never see padding, so no mask is needed.
@@ -156,6 +158,8 @@ def losses(model, batch: dict[str, torch.Tensor], postfix: torch.Tensor):
     lm = torch.nn.functional.cross_entropy(
         trunk.logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten()
     )
+    if not ends.shape[1]:
+        return lm, torch.zeros(())
     mask = torch.ones_like(ids, dtype=torch.bool)
     position_ids = torch.arange(ids.shape[1]).expand_as(ids)
     early = exit_loss(
@@ -345,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", default="runs/pretrain", help="folder for the policy and its log")
     parser.add_argument("--steps", type=int, default=1600, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=48, help="stories per step")
-    parser.add_argument("--exits", type=int, default=8, help="early exits per story")
+    parser.add_argument("--exits", type=int, default=8, help="early exits per story; 0: none")
     parser.add_argument("--exit-weight", type=float, default=0.5, help="weight of the exit loss")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--hidden", type=int, default=128, help="hidden size (multiple of 32)")

@@ -81,10 +81,11 @@ class Rollouts:
 class _GrowingLayer(DynamicLayer):
     """Cache layer whose buffer grows in blocks: a decoding step writes one column in place.
 
-    ``DynamicLayer`` concatenates, which copies the whole cache at every token.
+    ``DynamicLayer`` concatenates, which copies the whole cache at every token. Rows are retired by
+    swapping them behind the running ones, where their keys and values stay readable.
     """
 
-    block = 64
+    block = 128
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
@@ -99,19 +100,26 @@ class _GrowingLayer(DynamicLayer):
                 if self._used:
                     buffer[..., : self._used, :] = old
             self._buffers = grown
-        for buffer, states in zip(self._buffers, (key_states, value_states)):
-            buffer[..., self._used : new, :] = states
         self._used = new
-        self.keys, self.values = (b[..., :new, :] for b in self._buffers)
+        self.show(len(key_states))
+        self.keys[..., new - key_states.shape[-2] :, :] = key_states
+        self.values[..., new - key_states.shape[-2] :, :] = value_states
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._buffers = [b.index_select(0, indices) for b in self._buffers]
-        self.keys, self.values = (b[..., : self._used, :] for b in self._buffers)
+    def show(self, rows: int) -> None:
+        """Go on with the first ``rows`` rows; the others stay in the buffer."""
+        self.keys, self.values = (b[:rows, :, : self._used] for b in self._buffers)
+
+    def swap(self, holes: torch.Tensor, movers: torch.Tensor) -> None:
+        """Swap the rows at ``holes`` with those at ``movers``."""
+        for x in (self.keys, self.values):
+            retired = x.index_select(0, holes)
+            x[holes] = x.index_select(0, movers)
+            x[movers] = retired
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._buffers = [b.repeat_interleave(repeats, dim=0) for b in self._buffers]
-        self.keys, self.values = (b[..., : self._used, :] for b in self._buffers)
+        self.show(len(self._buffers[0]))
 
 
 def encode_prompts(policy: Policy, problems: list[Problem]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,13 +234,13 @@ def sample(
     kept: list | None = [None] * total if keep_cache else None
     padding = (width - positions).tolist()
 
-    def keep_keys(rows: torch.Tensor) -> None:
-        """Copy the real columns of these rows of the cache."""
-        for j in rows.tolist() if keep_cache else ():
+    def keep_keys(slots: range) -> None:
+        """Remember where in the cache the real columns of these rows are."""
+        for j in slots if keep_cache else ():
             i = int(active[j])
             real = slice(padding[i], width + int(lengths[i]))
             kept[i] = [
-                tuple(x[j, :, real].clone().transpose(0, 1) for x in (y.keys, y.values))
+                tuple(x[j, :, real].transpose(0, 1) for x in (y.keys, y.values))
                 for y in cache.layers
             ]
 
@@ -254,13 +262,22 @@ def sample(
         if done and not keep_cache:
             break
         if left <= 0.8 * len(active) and not done:
-            # A row whose cache is kept stays until its last token has been through the model.
+            # A row whose keys are kept stays until its last token has been through the model.
             staying = running | ended if keep_cache else running
-            keep_keys((~staying).nonzero()[:, 0])
-            keep = staying.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            active, token, running = active[keep], token[keep], running[keep]
-            attend, positions = attend[keep], positions[keep]
+            count = int(staying.sum())
+            holes = (~staying[:count]).nonzero()[:, 0]
+            movers = count + staying[count:].nonzero()[:, 0]
+            order = torch.arange(len(active), device=device)
+            order[holes], order[movers] = movers, holes
+            active = active[order]
+            for layer in cache.layers:
+                layer.swap(holes, movers)
+            keep_keys(range(count, len(active)))
+            for layer in cache.layers:
+                layer.show(count)
+            order = order[:count]
+            active, token, running = active[:count], token[order], running[order]
+            attend, positions = attend[order], positions[order]
         logits = model(
             token,
             attention_mask=model_mask(model, attend[..., : width + t + 1]),
@@ -269,7 +286,7 @@ def sample(
             logits_to_keep=1,
         ).logits[:, -1]
         if done:
-            keep_keys(torch.arange(len(active)))
+            keep_keys(range(len(active)))
             break
 
     longest = int(lengths.max())

@@ -150,7 +150,8 @@ class Segment:
     role: str
 
 
-def _apply(value: int, op: str, operand: int) -> int:
+def apply(value: int, op: str, operand: int) -> int:
+    """``value op operand`` for the four operations of the story world."""
     return {
         "+": value + operand,
         "-": value - operand,
@@ -159,21 +160,27 @@ def _apply(value: int, op: str, operand: int) -> int:
     }[op]
 
 
+def operands(value: int) -> dict[str, list[int]]:
+    """Operations that may follow a value, each with its operands; every result in 1..MAX_VALUE."""
+    allowed = {
+        "+": [n for n in range(2, 10) if value + n <= MAX_VALUE],
+        "-": [n for n in range(2, 10) if value - n >= 1],
+        "*": [n for n in (2, 3, 4) if value * n <= MAX_VALUE],
+        "/": [n for n in (2, 3, 4, 5) if value % n == 0 and value > n],
+    }
+    return {op: numbers for op, numbers in allowed.items() if numbers}
+
+
 def _draw_skeleton(rng: random.Random, n_steps: int) -> tuple[int, list[tuple[str, int]]]:
     """Start value and ``n_steps`` (op, operand) pairs, every value in 1..MAX_VALUE."""
     value = start = rng.randint(3, 40)
     operations = []
     for _ in range(n_steps):
-        choices = {
-            "+": [n for n in range(2, 10) if value + n <= MAX_VALUE],
-            "-": [n for n in range(2, 10) if value - n >= 1],
-            "*": [n for n in (2, 3, 4) if value * n <= MAX_VALUE],
-            "/": [n for n in (2, 3, 4, 5) if value % n == 0 and value > n],
-        }
-        op = rng.choice([op for op, operands in choices.items() if operands])
+        choices = operands(value)
+        op = rng.choice(list(choices))
         operand = rng.choice(choices[op])
         operations.append((op, operand))
-        value = _apply(value, op, operand)
+        value = apply(value, op, operand)
     return start, operations
 
 
@@ -201,7 +208,7 @@ def _tell(rng: random.Random, start: int, operations: list[tuple[str, int]]) -> 
         if n == 2 and op in "*/" and rng.random() < 0.6:
             templates = _DOUBLE if op == "*" else _HALVE
         text = rng.choice(templates).format(n=n, **words)
-        result = _apply(value, op, n)
+        result = apply(value, op, n)
         steps.append(Step(value, op, n, result, text))
         value = result
     told = [f"{name} has {start} {items}."] + [_sentence(step.text) for step in steps]
