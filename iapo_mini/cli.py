@@ -1,4 +1,4 @@
-"""Command line: ``iapo-mini compare | train | evaluate | explain``. A thin door to the library."""
+"""Command line: ``iapo-mini compare | train | evaluate | explain | figures``. A thin door."""
 
 from __future__ import annotations
 
@@ -94,6 +94,16 @@ def _parser() -> argparse.ArgumentParser:
         "--color", choices=("auto", "always", "never"), default="auto",
         help="colour the terminal; 'never' prints nats beside the tokens (%(default)s)",
     )  # fmt: skip
+
+    figures = commands.add_parser("figures", help="remake the figures and results of a study")
+    figures.add_argument(
+        "study", choices=("estimator",),
+        help="estimator: every estimator against the known roles and the exact posterior; the "
+        "speed figures are drawn from what benchmarks/estimator.py has measured",
+    )  # fmt: skip
+    figures.add_argument("--stories", type=int, default=300, help="test stories (%(default)s)")
+    figures.add_argument("--figures", default="figures", help="folder of figures (%(default)s)")
+    figures.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     return parser
 
 
@@ -192,10 +202,30 @@ def _explain(args: argparse.Namespace) -> None:
     print(f"Heat map: {args.out}")
 
 
+def _figures(args: argparse.Namespace) -> None:
+    import torch
+
+    from iapo_mini.studies import estimator_study, study_table
+    from iapo_mini.trainer import writable_folder
+
+    if args.stories < 2:
+        raise ValueError(f"stories is {args.stories}; allowed are 2 and above.")
+    writable_folder(Path(args.figures) / "results", "figures")
+    torch.set_num_threads(args.threads)
+    results = estimator_study(args.figures, args.stories)
+    print(study_table(results))
+    best = results["ceiling"]["auc"][0]
+    print(f"\nThe exact posterior's own entropy drop reaches an AUC of {best:.3f}.")
+    print(f"Every number: {Path(args.figures) / 'results' / 'estimator.json'}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run a command; bad input ends with one sentence on stderr and exit status 2."""
     args = _parser().parse_args(argv)
-    command = {"compare": _compare, "train": _train, "evaluate": _evaluate, "explain": _explain}
+    command = {
+        "compare": _compare, "train": _train, "evaluate": _evaluate, "explain": _explain,
+        "figures": _figures,
+    }  # fmt: skip
     try:
         command[args.command](args)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:

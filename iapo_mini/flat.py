@@ -217,6 +217,14 @@ def run_branches(
         y = y if norm is None else norm(y)
         out.copy_(y) if name == "v" else _rotate(y, cos[places], sin[places], out)
 
+    def causal(q, keys, values, first: int, scale: float, out: torch.Tensor) -> None:
+        """Attention of trunk tokens from position ``first`` on, over all up to themselves."""
+        for i in range(0, len(q), _QUERIES):
+            part = slice(i, min(i + _QUERIES, len(q)))
+            n = first + part.stop
+            mask = triangle[first + i : n, :n]
+            out[part] = attend(q[part, None], keys[:n], values[:n], mask, scale)[0][:, 0]
+
     def in_blocks(size: int, *tensors: torch.Tensor):
         return zip(*(x.split(size) for x in tensors))
 
@@ -236,19 +244,16 @@ def run_branches(
             project("k", x, places, to_k)
             project("v", x, places, to_v)
             project("q", x[:, skip:], places[:, skip:], to_q[:, skip:])
-        if not last:
-            for p in prompts if rollouts.cache is None else ():
-                mask = triangle[: p.stop - p.start, : p.stop - p.start]
-                attended[p] = attend(query[p, None], key[p], value[p], mask, scale)[0][:, 0]
+        for p in prompts if not last else ():
+            causal(query[p], key[p], value[p], 0, scale, attended[p])
         for row, parts in zip(layout, calls):
             if rollouts.cache is None:
                 keys, values = (torch.cat([x[row.prompt], x[row.completion]]) for x in (key, value))
             else:
                 keys, values = rollouts.cache[row.number][number]
-            own = row.completion
-            if not last and own.stop > own.start:
-                mask = triangle[row.start : row.length, : row.length]
-                attended[own] = attend(query[own, None], keys, values, mask, scale)[0][:, 0]
+            if not last:
+                own = row.completion
+                causal(query[own], keys, values, row.start, scale, attended[own])
             for part, n, mask in parts:
                 branch_attended[part, skip:], lse[part, skip:] = attend(
                     branch_query[part, skip:], keys[:n], values[:n], mask, scale

@@ -24,7 +24,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 EMBEDDED = "embedded"
 """Name under which the shipped policy is loaded."""
 
-_EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
+EMBEDDED_UNCALIBRATED = "embedded-uncalibrated"
+"""A second shipped policy, trained on whole chains only: what goes wrong without calibration."""
+
+_SHIPPED = {
+    EMBEDDED: Path(__file__).parent / "embedded",
+    EMBEDDED_UNCALIBRATED: Path(__file__).parent / "embedded_uncalibrated",
+}
 # Below this many parameters a second, merged copy of the weights is cheap and makes sampling and
 # the estimator about twice as fast as going through the adapter's extra layers.
 _MERGED_COPY_LIMIT = 50_000_000
@@ -127,8 +133,8 @@ def _plain_copy(base: PreTrainedModel) -> PreTrainedModel:
 
 def _model_source(model: str) -> str:
     """Folder or hub id to load from, refused early when it can't be a model."""
-    if model == EMBEDDED:
-        return str(_EMBEDDED_FOLDER)
+    if model in _SHIPPED:
+        return str(_SHIPPED[model])
     path = Path(model)
     looks_local = path.exists() or path.is_absolute() or model.startswith((".", "~"))
     if not looks_local:
@@ -160,7 +166,8 @@ def load_policy(
     """Load a policy.
 
     Args:
-        model: ``"embedded"``, a folder written by ``save_pretrained``, or a hub id.
+        model: ``"embedded"``, ``"embedded-uncalibrated"``, a folder written by
+            ``save_pretrained``, or a hub id.
         adapter: folder of a trained PEFT adapter to continue from or to evaluate.
         lora_rank: rank of new LoRA matrices on all linear layers; 0 trains every weight.
         lora_alpha: LoRA scale numerator, default ``2 * lora_rank``.

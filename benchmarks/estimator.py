@@ -1,0 +1,334 @@
+"""How fast and how exact the estimator is: ratios measured side by side in one run.
+
+    python benchmarks/estimator.py            # everything, about 25 minutes on two cores
+    python benchmarks/estimator.py tiny       # one part: exact, tiny, qwen05b or growth
+    python benchmarks/estimator.py --check    # judge the committed ratios, measure nothing
+
+Repeats of the rivals are interleaved and medians compared, so a busy machine slows all alike.
+Seconds are kept for the reader; only ratios are judged. Writes figures/results/estimator.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import itertools
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+
+from iapo_mini.experiments import versions, write_json
+from iapo_mini.information import answer_entropies, encode_postfix, entropy
+from iapo_mini.policy import Policy, load_policy
+from iapo_mini.rollouts import Rollouts, sample, trunk_blocks
+from iapo_mini.tasks import POSTFIX, stories
+from iapo_mini.trainer import TrainConfig, train
+
+RESULTS = Path(__file__).parent.parent / "figures" / "results" / "estimator.json"
+LIMITS = {
+    "tiny": {
+        "packed_over_cached_time": 0.2,
+        "packed_over_cached_memory": 0.1,
+        "packed_over_forward_time": 1.0,
+        "iapo_step_over_grpo_step": 1.15,
+    },
+    "qwen05b": {
+        "packed_over_cached_time": 0.5,
+        "packed_over_cached_memory": 0.1,
+        "packed_over_forward_time": 1.1,
+    },
+}
+"""Ratios that ``--check`` allows at most."""
+
+# A postfix of five tokens in the embedded tokenizer, as long as the paper's in Qwen's.
+FIVE_TOKENS = " 1 2 3 4 5"
+
+
+@torch.no_grad()
+def authors_way(policy: Policy, rollouts: Rollouts, postfix: str, chunk: int = 16) -> torch.Tensor:
+    """KV-cache preloading as the authors' code does it, with its positions and masks put right.
+
+    The whole batch at once, padded to the longest; the cache is copied for each of ``chunk``
+    positions; the vocabulary head runs at every postfix position, though only the last is read.
+    """
+    model, ids = policy.for_inference(), encode_postfix(policy, postfix)
+    (rows, length), width, k = rollouts.completion_ids.shape, rollouts.prompt_ids.shape[1], len(ids)
+    out = torch.zeros(rows, length + 1)
+    (trunk,) = trunk_blocks(model, rollouts, rows)
+    back = trunk.rows.argsort()
+    mask, layers = trunk.mask[back], trunk.cache.layers
+    for t in torch.arange(length + 1).split(chunk):
+        longest = width + int(t[-1])
+        cache = DynamicCache(
+            [
+                [x[back, :, :longest].repeat_interleave(len(t), 0) for x in (y.keys, y.values)]
+                for y in layers
+            ]
+        )
+        seen = mask[:, None, :longest] & (torch.arange(longest) < width + t[:, None])
+        own = torch.ones(k, k, dtype=torch.bool).tril().expand(rows * len(t), k, k)
+        start = seen.sum(-1).flatten()
+        logits = model(
+            ids.expand(rows * len(t), k),
+            attention_mask=torch.cat(
+                [seen.flatten(0, 1)[:, None].expand(-1, k, -1), own], dim=2
+            )[:, None],
+            position_ids=start[:, None] + torch.arange(k),
+            past_key_values=cache,
+        ).logits  # fmt: skip
+        out[:, t] = entropy(logits[:, -1]).view(rows, len(t))
+    return out * (torch.arange(length + 1) <= rollouts.lengths[:, None])
+
+
+@torch.no_grad()
+def padded_forward(policy: Policy, rollouts: Rollouts, postfix: str, rows: int = 4) -> None:
+    """One plain causal forward over P + L + (L + 1) K tokens a row, logits where they are needed.
+
+    In blocks of ``rows`` rows, which is faster on a CPU than one large batch.
+    """
+    model, k = policy.for_inference(), len(encode_postfix(policy, postfix))
+    length, width = rollouts.completion_ids.shape[1], rollouts.prompt_ids.shape[1]
+    ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)
+    ids = torch.cat([ids, ids.new_ones(len(ids), (length + 1) * k)], dim=1)
+    for block in ids.split(rows):
+        hidden = model.model(block, use_cache=False).last_hidden_state
+        wanted = hidden[:, width + length + k - 1 :: k].flatten(0, 1)
+        for part in wanted.split(max(64, 2**19 // model.config.vocab_size)):
+            entropy(model.lm_head(part))
+
+
+def embedded_rollouts(completions: int = 64) -> tuple[Policy, Rollouts]:
+    """The embedded policy and its own ragged completions of test stories."""
+    policy = load_policy(lora_rank=0)
+    problems = list(itertools.islice(stories("tune", seed=9), completions // 8))
+    return policy, sample(policy, problems, num_generations=8, seed=0)
+
+
+def qwen_shape(rows: int = 2, prompt: int = 100, completion: int = 256) -> tuple[Policy, Rollouts]:
+    """Random weights of the shape of Qwen2.5-0.5B and random tokens, all rows equally long."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    policy = Policy(Qwen2ForCausalLM(config).eval(), load_policy(lora_rank=0).tokenizer)
+    policy.model.generation_config.eos_token_id = policy.tokenizer.eos_token_id
+    ids = torch.randint(1, 151_936, (rows, prompt + completion))
+    ones = torch.ones_like(ids, dtype=torch.bool)
+    return policy, Rollouts(
+        prompt_ids=ids[:, :prompt], prompt_mask=ones[:, :prompt],
+        completion_ids=ids[:, prompt:], completion_mask=ones[:, prompt:],
+        old_logprobs=torch.zeros(rows, completion), num_generations=1,
+        finished=torch.ones(rows, dtype=torch.bool),
+    )  # fmt: skip
+
+
+SETTINGS = {"tiny": (embedded_rollouts, POSTFIX), "qwen05b": (qwen_shape, FIVE_TOKENS)}
+RIVALS = {
+    "packed": lambda *a: answer_entropies(*a),
+    "cached": authors_way,
+    "forward": padded_forward,
+}
+
+
+def medians(rivals: dict, repeats: int) -> dict[str, float]:
+    """Median seconds of each rival over interleaved repeats, after one to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for repeat in range(repeats + 1):
+        for name, run in rivals.items():
+            start = time.perf_counter()
+            run()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _peak(setting: str, rival: str, threads: int, queue) -> None:
+    """In a process of its own: megabytes that one run adds to what the process held before."""
+    torch.set_num_threads(threads)
+    make, postfix = SETTINGS[setting]
+    policy, rollouts = make()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # start counting the peak anew
+
+    def status(name: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(x.split()[1]) / 1024 for x in lines if x.startswith(name))
+
+    before = status("VmRSS")
+    RIVALS[rival](policy, rollouts, postfix)
+    queue.put(status("VmHWM") - before)
+
+
+def peak_megabytes(setting: str, rival: str, threads: int) -> float:
+    """Extra memory of one run of a rival, MiB (Linux only)."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_peak, args=(setting, rival, threads, queue))
+    process.start()
+    value = queue.get()
+    process.join()
+    return value
+
+
+def step_ratio(threads: int, repeats: int = 5) -> tuple[float, dict[str, float]]:
+    """Time of a training step of IAPO over one of GRPO, same policy, same completions.
+
+    Runs of two steps are interleaved; the learning rate is too small to make the two part.
+    """
+    seconds: dict[str, list[float]] = {"iapo": [], "grpo": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat, method in itertools.product(range(repeats + 1), seconds):
+            config = TrainConfig(
+                method=method, max_steps=3, learning_rate=1e-12, threads=threads, seed=repeat
+            )
+            steps: list[dict] = []
+            train(config, f"{folder}/{method}{repeat}", on_step=steps.append, progress=False)
+            for step in steps[1:] if repeat else ():
+                seconds[method].append(
+                    sum(v for name, v in step.items() if name.startswith("seconds_"))
+                )
+    median = {method: statistics.median(values) for method, values in seconds.items()}
+    return median["iapo"] / median["grpo"], median
+
+
+def qwen_step(policy: Policy, rollouts: Rollouts, packed: float) -> tuple[float, dict[str, float]]:
+    """The same ratio for the Qwen shape, phase by phase, one step of two completions."""
+    from peft import LoraConfig, get_peft_model
+
+    from iapo_mini.trainer import _update
+
+    config = TrainConfig(num_generations=2, micro_batch_size=2, max_completion_length=256)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    tuned = Policy(get_peft_model(policy.model, lora), policy.tokenizer)
+    tuned.model.generation_config.eos_token_id = 0  # never drawn: full length
+    start = time.perf_counter()
+    problem = next(stories("tune"))
+    drawn = sample(tuned, [problem], num_generations=2, max_completion_length=256)
+    sampled = time.perf_counter()
+    parameters = list(tuned.trainable().values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-12)
+    advantages = torch.randn(drawn.completion_ids.shape)
+    _update(tuned, optimizer, parameters, drawn, advantages, config)
+    grpo = {"sampling": sampled - start, "update": time.perf_counter() - sampled}
+    total = sum(grpo.values())
+    return (total + packed) / total, {**grpo, "information": packed}
+
+
+def measure(setting: str, threads: int, repeats: int) -> dict:
+    """Ratios of one setting, and the seconds and megabytes behind them."""
+    make, postfix = SETTINGS[setting]
+    policy, rollouts = make()
+    rivals = {
+        name: (lambda run=run: run(policy, rollouts, postfix)) for name, run in RIVALS.items()
+    }
+    seconds = medians(rivals, repeats)
+    if setting == "tiny":
+        ratio, step = step_ratio(threads)
+    else:
+        ratio, step = qwen_step(policy, rollouts, seconds["packed"])
+    megabytes = {name: peak_megabytes(setting, name, threads) for name in ("packed", "cached")}
+    return {
+        "packed_over_cached_time": seconds["packed"] / seconds["cached"],
+        "packed_over_cached_memory": megabytes["packed"] / megabytes["cached"],
+        "packed_over_forward_time": seconds["packed"] / seconds["forward"],
+        "iapo_step_over_grpo_step": ratio,
+        "seconds": seconds,
+        "extra_megabytes": megabytes,
+        "step_seconds": step,
+        "threads": threads,
+    }
+
+
+def exactness() -> float:
+    """Largest difference from the definition, nats, over all ways, on real ragged completions."""
+    policy = load_policy(lora_rank=0)
+    problems = list(itertools.islice(stories("tune", seed=9), 2))
+    kept = sample(policy, problems, num_generations=4, seed=0, keep_cache=True)
+    naive = answer_entropies(policy, kept, method="naive")
+    worst = 0.0
+    for method, cache in itertools.product(("packed", "cached"), (True, False)):
+        kept.cache = kept.cache if cache else None
+        found = answer_entropies(policy, kept, method=method)
+        worst = max(worst, float((found - naive).abs().max()))
+        kept = sample(policy, problems, num_generations=4, seed=0, keep_cache=True)
+    return max(worst, float((authors_way(policy, kept, POSTFIX) - naive).abs().max()))
+
+
+def growth(lengths=(16, 32, 64, 128, 256, 512)) -> dict:
+    """Seconds against completion length for each way, and slopes fitted on the log-log plot."""
+    policy = load_policy(lora_rank=0)
+    seconds: dict[str, list[float]] = {"naive": [], "cached": [], "packed": []}
+    for length in lengths:
+        ids = torch.randint(5, 800, (1, 60 + length), generator=torch.Generator().manual_seed(0))
+        ones = torch.ones_like(ids, dtype=torch.bool)
+        rollouts = Rollouts(
+            ids[:, :60], ones[:, :60], ids[:, 60:], ones[:, 60:], torch.zeros(1, length), 1,
+            torch.ones(1, dtype=torch.bool),
+        )  # fmt: skip
+        for method, values in seconds.items():
+            run = {method: lambda m=method, r=rollouts: answer_entropies(policy, r, method=m)}
+            values.append(medians(run, 1 if method == "naive" else 5)[method])
+    x = torch.tensor(lengths[2:]).double().log()
+    slopes = {}
+    for method, values in seconds.items():
+        y = torch.tensor(values[2:]).double().log()
+        slopes[method] = float(
+            ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).pow(2).sum()
+        )
+    return {"lengths": list(lengths), "seconds": seconds, "slopes": slopes}
+
+
+def check(results: dict) -> list[str]:
+    """What is beyond its limit, one sentence each."""
+    out = []
+    for setting, limits in LIMITS.items():
+        for name, limit in limits.items():
+            if results[setting][name] > limit:
+                out.append(f"{setting} {name} is {results[setting][name]:.3f}; allowed is {limit}.")
+    if results["max_abs_error_nats"] > 1e-4:
+        out.append(f"max_abs_error_nats is {results['max_abs_error_nats']:.1e}; allowed is 1e-4.")
+    return out
+
+
+def main() -> None:
+    """Measure, write, judge."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parts = ("exact", "tiny", "qwen05b", "growth")
+    parser.add_argument("parts", nargs="*", help=f"any of {', '.join(parts)}; default: all")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--check", action="store_true", help="judge the committed results only")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(parts):
+        parser.error(f"parts is {sorted(unknown)}; allowed are {', '.join(parts)}.")
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if not options.check:
+        torch.set_num_threads(options.threads)
+        for part in options.parts or parts:
+            print(f"measuring {part} ...", flush=True)
+            if part == "exact":
+                results["max_abs_error_nats"] = exactness()
+            elif part == "growth":
+                results["growth"] = growth()
+            else:
+                repeats = 7 if part == "tiny" else 3
+                results[part] = measure(part, options.threads, repeats)
+                print(json.dumps(results[part], indent=1), flush=True)
+            results["versions"] = versions()
+            write_json(RESULTS, results)
+    problems = check(results)
+    print("\n".join(problems) or "every ratio is within its limit")
+    sys.exit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""Which information? The estimators judged by what the story world knows about its chains.
+
+The world writes its chains of thought itself, so two truths are at hand that no benchmark of real
+text has: which tokens compute, and how far the posterior of the answer really falls at each step
+(:mod:`iapo_mini.exact`). :func:`estimator_study` holds every estimator against both, for the
+embedded policy, whose early exits are calibrated, for one trained on whole chains only, and for
+that one after a short calibration fine-tune.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from iapo_mini import plots
+from iapo_mini.calibration import (
+    calibrate,
+    calibration,
+    exit_calibration,
+    expected_calibration_error,
+)
+from iapo_mini.exact import true_drops
+from iapo_mini.experiments import versions, write_json
+from iapo_mini.information import (
+    answer_entropies,
+    answer_surprisals,
+    belief_shift,
+    candidate_logprobs,
+    entropy,
+    informativeness,
+    next_token_informativeness,
+)
+from iapo_mini.policy import EMBEDDED, EMBEDDED_UNCALIBRATED, Policy, load_policy
+from iapo_mini.rollouts import from_texts, token_logprobs
+from iapo_mini.tasks import MAX_VALUE, Problem, Segment, chain_of_thought, stories
+
+POLICIES = ("calibrated", "uncalibrated", "recalibrated")
+"""The embedded policy; one trained on whole chains only; that one after ``calibrate``."""
+
+ESTIMATORS = ("entropy", "pmi", "candidates", "belief_shift", "next_token")
+
+
+def auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """ROC AUC: chance that a random positive scores above a random negative, ties half."""
+    order = np.unique(scores, return_inverse=True)[1]
+    up = np.bincount(order, weights=positive)
+    down = np.bincount(order, weights=~positive)
+    below = np.cumsum(down) - down
+    return float((up * (below + down / 2)).sum() / (up.sum() * down.sum()))
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation; equal values share the mean of their ranks."""
+
+    def ranks(x: np.ndarray) -> np.ndarray:
+        _, index, counts = np.unique(x, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[index]
+
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def with_interval(
+    statistic: Callable[..., float], groups: list[tuple[np.ndarray, ...]], draws: int = 300
+) -> list[float]:
+    """``[value, low, high]``: a statistic and its 95% bootstrap interval over groups (stories)."""
+    rng = np.random.default_rng(0)
+
+    def of(chosen) -> float:
+        return statistic(*(np.concatenate(x) for x in zip(*(groups[i] for i in chosen))))
+
+    values = [of(rng.integers(len(groups), size=len(groups))) for _ in range(draws)]
+    return [of(range(len(groups))), *np.quantile(values, [0.025, 0.975]).tolist()]
+
+
+def token_segments(tokenizer, segments: list[Segment], ids: list[int]) -> list[int]:
+    """Number of the segment each token begins in; tokens after the last text belong to the last."""
+    ends = list(itertools.accumulate(len(s.text) for s in segments))
+    out, position, current = [], 0, 0
+    for i in ids:
+        while current < len(ends) - 1 and position >= ends[current]:
+            current += 1
+        out.append(current)
+        position += len(tokenizer.decode([i], skip_special_tokens=False))
+    return out
+
+
+def token_scores(policy: Policy, problems: list[Problem], chains: list[list[Segment]]):
+    """Every estimator's value for every token of the given chains, nats, each (N, L)."""
+    rollouts = from_texts(policy, problems, ["".join(s.text for s in c) for c in chains])
+    mask = rollouts.completion_mask
+    answers = [f" {n}" for n in range(MAX_VALUE + 1)]
+    beliefs = candidate_logprobs(policy, rollouts, answers)
+    with torch.no_grad():
+        _, following = token_logprobs(policy.for_inference(), rollouts)
+    scores = {
+        "entropy": informativeness(answer_entropies(policy, rollouts), mask),
+        "pmi": informativeness(
+            answer_surprisals(policy, rollouts, [f" {p.answer}" for p in problems]), mask
+        ),
+        "candidates": informativeness(entropy(beliefs), mask),
+        "belief_shift": belief_shift(beliefs, mask),
+        "next_token": next_token_informativeness(following, mask),
+    }
+    return rollouts, {name: value.double().numpy() for name, value in scores.items()}
+
+
+def judge(policy: Policy, problems: list[Problem], chains: list[list[Segment]]) -> dict:
+    """AUC for compute tokens and rank correlation with the exact posterior, by estimator.
+
+    Tokens of the answer and its tags are left out: an estimator is to tell computing from talk.
+    ``sentence`` spreads a segment's sum evenly over its tokens (what ``method="strided"`` with
+    ``stride="sentence"`` gives), ``token`` takes every token by itself.
+
+    Returns:
+        ``auc`` and ``auc_token``: estimator -> ``[value, low, high]``; ``auc_by_steps``: number of
+        operations -> estimator -> value; ``spearman``: estimator -> ``[value, low, high]`` between
+        segment sums and the true drops.
+    """
+    rollouts, scores = token_scores(policy, problems, chains)
+    whole = {name: [] for name in ("role", "steps", *scores, *(f"{n}/sentence" for n in scores))}
+    segment_sums: dict[str, list] = {name: [] for name in ("true", *scores)}
+    for i, (problem, chain) in enumerate(zip(problems, chains)):
+        n = int(rollouts.lengths[i])
+        index = np.array(
+            token_segments(policy.tokenizer, chain, rollouts.completion_ids[i, :n].tolist())
+        )
+        talk = np.array([s.role != "format" for s in chain])
+        counts = np.bincount(index, minlength=len(chain))
+        kept = talk[index]
+        whole["role"].append(np.array([s.role == "compute" for s in chain])[index][kept])
+        whole["steps"].append(len(problem.steps))
+        segment_sums["true"].append(np.array(true_drops(problem, chain))[talk])
+        for name, values in scores.items():
+            sums = np.bincount(index, weights=values[i, :n], minlength=len(chain))
+            whole[name].append(values[i, :n][kept])
+            whole[f"{name}/sentence"].append((sums / counts.clip(1))[index][kept])
+            segment_sums[name].append(sums[talk])
+    pairs = {name: list(zip(whole[name], whole["role"])) for name in whole}
+    steps = sorted(set(whole["steps"]))
+    return {
+        "auc": {n: with_interval(auc, pairs[f"{n}/sentence"]) for n in scores},
+        "auc_token": {n: with_interval(auc, pairs[n]) for n in scores},
+        "auc_by_steps": {
+            str(k): {
+                n: auc(*(np.concatenate(x) for x in zip(*itertools.compress(
+                    pairs[f"{n}/sentence"], [s == k for s in whole["steps"]]))))
+                for n in scores
+            }
+            for k in steps
+        },
+        "spearman": {
+            n: with_interval(spearman, list(zip(segment_sums[n], segment_sums["true"])))
+            for n in scores
+        },
+    }  # fmt: skip
+
+
+def ceiling(problems: list[Problem], chains: list[list[Segment]]) -> dict:
+    """The same AUC for the exact posterior's own entropy drop: no entropy estimator can do better
+    than the thing it estimates. Overall with interval, and by number of operations."""
+    groups, steps = [], []
+    for problem, chain in zip(problems, chains):
+        talk = [s for s in chain if s.role != "format"]
+        drops = [d for d, s in zip(true_drops(problem, chain), chain) if s.role != "format"]
+        words = [len(s.text.split()) for s in talk]
+        values = np.repeat(np.array(drops) / np.array(words), words)
+        groups.append((values, np.repeat(np.array([s.role == "compute" for s in talk]), words)))
+        steps.append(len(problem.steps))
+    by_steps = {
+        str(k): auc(*(np.concatenate(x) for x in zip(*itertools.compress(
+            groups, [s == k for s in steps]))))
+        for k in sorted(set(steps))
+    }  # fmt: skip
+    return {"auc": with_interval(auc, groups), "by_steps": by_steps}
+
+
+def estimator_study(figures: str | Path = "figures", n_stories: int = 300) -> dict:
+    """Judge all estimators on the test stream; write results and figures.
+
+    Adds ``auc`` (and what belongs to it) to ``results/estimator.json``, keeping the speed ratios
+    that ``benchmarks/estimator.py`` has written there, and draws ``estimator_*.png``.
+    """
+    figures = Path(figures)
+    path = figures / "results" / "estimator.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    problems = list(itertools.islice(stories("test", seed=3), n_stories))
+    rng = random.Random("estimator")
+    chains = [chain_of_thought(p, rng) for p in problems]
+    sections = ("auc", "auc_token", "auc_by_steps", "spearman", "ece", "ece_own", "entropy_nats")
+    results |= {name: {} for name in sections}
+    exits = {}
+    for name in tqdm(POLICIES, desc="policies", unit="policy"):
+        if name == "recalibrated":
+            policy = load_policy(EMBEDDED_UNCALIBRATED, lora_rank=16)
+            calibrate(policy, stories("train", seed=11))
+        else:
+            model = EMBEDDED if name == "calibrated" else EMBEDDED_UNCALIBRATED
+            policy = load_policy(model, lora_rank=0)
+        for section, values in judge(policy, problems, chains).items():
+            results[section][name] = values
+        texts = ["".join(s.text for s in c) for c in chains]
+        written = from_texts(policy, problems, texts)
+        exits[name] = exit_calibration(policy, written, [p.answer for p in problems])
+        results["ece"][name] = expected_calibration_error(
+            exits[name]["confidence"].flatten(), exits[name]["correct"].flatten()
+        )
+        results["ece_own"][name] = calibration(policy, problems).ece
+        results["entropy_nats"][name] = exits[name]["entropy"].mean(0).tolist()
+    results["ceiling"] = ceiling(problems, chains)
+    results["stories"] = n_stories
+    results["versions"] = versions()
+    write_json(path, results)
+    draw(results, figures)
+    plots.reliability(exits).savefig(figures / "estimator_calibration.png", dpi=150)
+    return results
+
+
+def draw(results: dict, figures: Path) -> None:
+    """Every figure that needs nothing but ``results/estimator.json``."""
+    plots.estimator_auc(results).savefig(figures / "estimator_auc.png", dpi=150)
+    plots.estimator_steps(results).savefig(figures / "estimator_steps.png", dpi=150)
+    if "growth" in results:
+        plots.estimator_growth(results["growth"]).savefig(figures / "estimator_growth.png", dpi=150)
+    if "tiny" in results and "qwen05b" in results:
+        plots.estimator_speed(results).savefig(figures / "estimator_speed.png", dpi=150)
+
+
+def _cell(values: list[float]) -> str:
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*values)
+
+
+def study_table(results: dict) -> str:
+    """AUC and rank correlation of every estimator for every policy, in Markdown."""
+    head = [*(f"AUC, {p}" for p in POLICIES), "rank correlation, calibrated"]
+    lines = ["| estimator | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for name in ESTIMATORS:
+        cells = [_cell(results["auc"][p][name]) for p in POLICIES]
+        cells.append(_cell(results["spearman"]["calibrated"][name]))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def speed_table(results: dict) -> str:
+    """Ratios of ``benchmarks/estimator.py``, in Markdown."""
+    rows = {
+        "packed_over_cached_time": "packed over the authors' way, time",
+        "packed_over_cached_memory": "packed over the authors' way, extra memory",
+        "packed_over_forward_time": "packed over one padded forward of as many tokens, time",
+        "iapo_step_over_grpo_step": "training step, IAPO over GRPO",
+    }
+    lines = ["| ratio | embedded policy | Qwen2.5-0.5B shape |", "|---|---|---|"]
+    for key, label in rows.items():
+        lines.append(f"| {label} | {results['tiny'][key]:.2f} | {results['qwen05b'][key]:.2f} |")
+    return "\n".join(lines)
