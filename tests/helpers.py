@@ -1,9 +1,16 @@
 """Plain re-computations that the tests compare the library with. Slow and simple on purpose."""
 
-import torch
+import contextlib
 
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from iapo_mini import flat, prefixes
+from iapo_mini.information import answer_entropies, encode_postfix
+from iapo_mini.policy import Policy
 from iapo_mini.rollouts import Rollouts
-from iapo_mini.tasks import Problem
+from iapo_mini.tasks import POSTFIX, Problem
 
 TRIVIAL = [
     Problem("How many sides has a pentagon?", "5"),
@@ -16,10 +23,11 @@ def redraw(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "ln_" in name:
                 p.copy_(1 + 0.1 * torch.randn(p.shape, generator=generator))
             else:
-                std = 0.4 if "embed" in name or "lm_head" in name else 0.15
+                outer = any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
+                std = 0.4 if outer else 0.15
                 p.copy_(std * torch.randn(p.shape, generator=generator))
     return model.eval()
 
@@ -94,3 +102,82 @@ def plain_logprobs(model, rollouts, temperature=1.0):
         pad = rollouts.completion_ids.shape[1] - len(completion)
         rows.append(torch.nn.functional.pad(chosen, (0, pad)))
     return torch.stack(rows)
+
+
+_GPT2 = {"n_embd": "hidden_size", "n_inner": "intermediate_size", "n_layer": "num_hidden_layers"}
+_GPT2 |= {"n_head": "num_attention_heads", "n_positions": "max_position_embeddings"}
+
+
+def tiny_policy(name, tokenizer, attention="sdpa", dtype=torch.float32, **changes):
+    """A random policy of a given ``model_type``, with fewer key-value than query heads."""
+    sizes = dict(
+        vocab_size=864,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    if name in ("qwen3", "gemma"):
+        sizes["head_dim"] = 24
+    if name == "gpt2":
+        del sizes["num_key_value_heads"]
+        sizes |= {ours: sizes.pop(theirs) for ours, theirs in _GPT2.items()}
+    config = AutoConfig.for_model(name, **(sizes | changes))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return Policy(redraw(model).to(dtype), tokenizer)
+
+
+WAYS = ("flat", "shared", "cached", "naive")
+"""How prefixes are asked: "flat" and "shared" are the two ways behind ``method="packed"``."""
+
+
+@contextlib.contextmanager
+def only(way):
+    """Gives the ``method`` that leads to a way, and fails when another one does the work."""
+    ran = set()
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "shared":
+            patch.setattr(flat, "walkable", lambda model: False)
+        for name in ("flat", "packed", "cached", "naive"):
+            run = getattr(prefixes, f"_{name}")
+
+            def watched(*args, run=run, name=name):
+                ran.add(name)
+                return run(*args)
+
+            patch.setattr(prefixes, f"_{name}", watched)
+        yield way if way in prefixes.METHODS else "packed"
+    assert ran == {"packed" if way == "shared" else way}
+
+
+def entropies_by(way, policy, rollouts, postfix=POSTFIX, **sizes):
+    """Answer entropies, asked in one of ``WAYS``."""
+    with only(way) as method:
+        return answer_entropies(policy, rollouts, postfix, method=method, **sizes)
+
+
+@torch.no_grad()
+def forced_logits(policy, rollouts, i, t, suffix):
+    """(suffix length, V): prompt, first t completion tokens and suffix by a forward of their own.
+
+    Row j predicts what follows the suffix's j-th token.
+    """
+    prompt, completion = unpadded(rollouts, i)
+    ids = torch.cat([prompt, completion[:t], suffix])
+    return policy.model(ids[None], use_cache=False).logits[0, -len(suffix) :].float()
+
+
+def explicit_entropies(policy, rollouts, postfix=POSTFIX):
+    """H(y | q, o_<=t) spelled out, (B, L + 1)."""
+    suffix = encode_postfix(policy, postfix)
+    out = torch.zeros(len(rollouts.lengths), rollouts.completion_ids.shape[1] + 1)
+    for i, n in enumerate(rollouts.lengths.tolist()):
+        for t in range(n + 1):
+            logits = forced_logits(policy, rollouts, i, t, suffix)[-1]
+            out[i, t] = torch.distributions.Categorical(logits=logits).entropy()
+    return out

@@ -169,7 +169,7 @@ def test_padding_changes_nothing(base_policy, data, group, seed):
     lengths = st.lists(st.integers(1, 9), min_size=rows, max_size=rows)
     completions = data.draw(lengths, label="completions")
     left, right = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
-    block = data.draw(st.integers(1, 6), label="rows_per_block")
+    block = data.draw(st.integers(1, 6), label="block")
     sizes = dict(prompts=prompts, completions=completions, group=group, seed=seed)
     rollouts = make_rollouts(**sizes)
     # More padding on both sides, made of another token.
@@ -182,8 +182,8 @@ def test_padding_changes_nothing(base_policy, data, group, seed):
     torch.testing.assert_close(more[:, : plain.shape[1]], logprobs, atol=1e-5, rtol=0)
     assert not more[:, plain.shape[1] :].any()
 
-    entropies = answer_entropies(base_policy, rollouts, rows_per_block=block)
-    more = answer_entropies(base_policy, padded, rows_per_block=block)
+    entropies = answer_entropies(base_policy, rollouts, chunk_size=block)
+    more = answer_entropies(base_policy, padded, chunk_size=block)
     torch.testing.assert_close(more[:, : entropies.shape[1]], entropies, atol=1e-5, rtol=0)
     assert not more[:, entropies.shape[1] :].any()
     for i, n in enumerate(completions):
