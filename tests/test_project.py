@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from iapo_mini.experiments import table
+from iapo_mini.studies import ESTIMATORS, POLICIES, speed_table, study_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,6 +19,34 @@ def full():
 
 def test_readme_table_is_the_committed_result(full):
     assert table(full) in (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def estimator():
+    return json.loads((ROOT / "figures/results/estimator.json").read_text())
+
+
+def test_tables_of_the_estimator_are_the_committed_results(estimator):
+    docs, readme = ((ROOT / name).read_text() for name in ("docs/estimators.md", "README.md"))
+    assert study_table(estimator) in docs
+    assert speed_table(estimator) in docs
+    assert speed_table(estimator) in readme
+
+
+def test_estimator_results_hold_what_they_promise(estimator):
+    assert 0 < estimator["max_abs_error_nats"] <= 1e-4
+    for setting in ("tiny", "qwen05b"):
+        for ratio in (
+            "packed_over_cached_time",
+            "packed_over_cached_memory",
+            "packed_over_forward_time",
+            "iapo_step_over_grpo_step",
+        ):
+            assert estimator[setting][ratio] > 0
+    for policy in POLICIES:
+        for name in ESTIMATORS:
+            value, low, high = estimator["auc"][policy][name]
+            assert 0 <= low <= value <= high <= 1
 
 
 def test_full_result_has_five_seeds_and_every_metric(full):
@@ -41,8 +70,9 @@ def test_committed_log_ends_where_the_policy_report_says():
     assert policy["train_minutes"] == last["minutes"] <= 60
 
 
-def test_embedded_policy_is_small_and_holds_no_pickle():
-    files = list((ROOT / "iapo_mini/embedded").iterdir())
+@pytest.mark.parametrize("name", ["embedded", "embedded_uncalibrated"])
+def test_shipped_policies_are_small_and_hold_no_pickle(name):
+    files = list((ROOT / "iapo_mini" / name).iterdir())
     assert sum(f.stat().st_size for f in files) < 12e6
     assert not [f for f in files if f.suffix in {".bin", ".pt", ".pth", ".pkl"}]
 
