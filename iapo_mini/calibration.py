@@ -42,14 +42,16 @@ def expected_calibration_error(
 def _answer_tokens(policy: Policy, answers: Sequence[str]) -> torch.Tensor:
     """(N,) long: first token of each answer as it stands after ``<answer>``, in the policy's style.
 
-    The story world writes a space after the tag; where a space is a token of its own (or leads the
-    answer's token list), answers are written without one.
+    The story world writes a space after the tag, which is part of the answer's token. A tokenizer
+    in which space and answer are no single token belongs to a policy that writes none.
     """
-    spaced = [policy.tokenizer.encode(f" {a}", add_special_tokens=False) for a in answers]
-    plain = [policy.tokenizer.encode(f"{a}", add_special_tokens=False) for a in answers]
-    whole = all(len(x) == 1 for x in spaced)
-    ids = [x[0] for x in (spaced if whole else plain)]
-    return torch.tensor(ids, device=policy.device)
+
+    def first(answer: str) -> int:
+        spaced = policy.tokenizer.encode(f" {answer}", add_special_tokens=False)
+        plain = policy.tokenizer.encode(answer, add_special_tokens=False)
+        return spaced[0] if len(spaced) == 1 else plain[0]
+
+    return torch.tensor([first(answer) for answer in answers], device=policy.device)
 
 
 def exit_calibration(
@@ -80,7 +82,9 @@ def exit_calibration(
         p, guess = torch.softmax(logits[:, 0].float(), dim=-1).max(-1)
         return torch.stack([p, (guess == truth[rows]).float(), entropy(logits)[:, 0]], dim=1)
 
-    found = ask(policy.for_inference(), rollouts, encode_postfix(policy), read, asked=asked)
+    found = ask(
+        policy.for_inference(), rollouts, encode_postfix(policy), read, asked=asked, by_row=True
+    )
     found = found.gather(1, at[..., None].expand(-1, -1, 3)).cpu()
     return {
         "confidence": found[..., 0], "correct": found[..., 1] > 0.5, "entropy": found[..., 2],

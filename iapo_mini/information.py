@@ -42,7 +42,7 @@ METHODS = (*prefixes.METHODS, "strided")
 def entropy(logits: torch.Tensor) -> torch.Tensor:
     """Shannon entropy in nats of softmax(logits) over the last dimension, computed in fp32."""
     log_p = torch.log_softmax(logits.float(), dim=-1)
-    return -torch.linalg.vecdot(log_p.exp(), log_p)
+    return -(log_p.exp() * log_p).sum(-1)
 
 
 def encode_postfix(policy: Policy, postfix: str = POSTFIX) -> torch.Tensor:
@@ -92,7 +92,7 @@ def _spread(values: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
 
 
 def _potential(
-    policy, rollouts, suffix, read, keep, method, stride, memory_mb, chunk_size
+    policy, rollouts, suffix, read, keep, method, stride, memory_mb, chunk_size, by_row=False
 ) -> torch.Tensor:
     """One number (nats) for every prefix, (B, L + 1); padding 0."""
     if method not in METHODS:
@@ -102,7 +102,7 @@ def _potential(
         method, asked = "packed", _prefixes_asked(policy, rollouts, stride)
     found = prefixes.ask(
         policy.for_inference(), rollouts, suffix, read, keep=keep, asked=asked, method=method,
-        memory_mb=memory_mb, chunk_size=chunk_size,
+        memory_mb=memory_mb, chunk_size=chunk_size, by_row=by_row,
     )[..., 0]  # fmt: skip
     t = torch.arange(found.shape[1], device=found.device)
     found = found if asked is None else _spread(found, asked & (t <= rollouts.lengths[:, None]))
@@ -218,7 +218,9 @@ def answer_surprisals(
         log_p = log_p.gather(2, targets[rows][..., None])[..., 0]
         return -(log_p * real[rows]).sum(1, keepdim=True)
 
-    return _potential(policy, rollouts, suffix, read, width, method, stride, memory_mb, chunk_size)
+    return _potential(
+        policy, rollouts, suffix, read, width, method, stride, memory_mb, chunk_size, by_row=True
+    )
 
 
 def candidate_logprobs(

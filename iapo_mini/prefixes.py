@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 
 import torch
@@ -38,6 +39,8 @@ Read = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 TESTED = (*flat.FAMILIES, "gpt2")
 """Model types that the tests compare with the definition. Others are compared at first use."""
+
+_VERDICTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
@@ -116,6 +119,8 @@ def _cached(model, rollouts, rows, asked, suffix, keep: int, size: int) -> Itera
     k, width = suffix.shape[1], rollouts.prompt_ids.shape[1]
     for trunk in trunk_blocks(model, rollouts, 1, need_logits=False, rows=rows):
         i = int(trunk.rows)
+        if not asked[i].any():
+            continue
         for t in asked[i].nonzero()[:, 0].split(size):
             longest = width + int(t[-1])
             cache = DynamicCache(
@@ -144,8 +149,10 @@ def _packed(model, rollouts, rows, asked, suffix, keep: int, size: int) -> Itera
     """``size`` branches of every row of a block as one sequence behind the shared cache."""
     k, width = suffix.shape[1], rollouts.prompt_ids.shape[1]
     last = torch.arange(k - keep, k, device=suffix.device)
-    for trunk in trunk_blocks(model, rollouts, 8, need_logits=False, rows=rows):
+    for trunk in trunk_blocks(model, rollouts, min(8, size), need_logits=False, rows=rows):
         here = asked[trunk.rows].any(0).nonzero()[:, 0]
+        if not len(here):
+            continue
         for t in here.split(max(1, size // len(trunk.rows))):
             ends = (width - 1 + t).expand(len(trunk.rows), -1)
             inputs = branch_inputs(trunk.mask, trunk.position_ids, ends, suffix[trunk.rows])
@@ -188,8 +195,8 @@ def _sizes(model, rollouts: Rollouts, way, suffix, keep: int, memory: float) -> 
 
 
 def _agrees(model, rollouts: Rollouts, suffix, keep: int) -> bool:
-    """Whether packing gives what the definition gives, before and after the shortest completion."""
-    row = int(rollouts.lengths.argmin())
+    """Whether packing gives what the definition gives, before and after the longest completion."""
+    row = int(rollouts.lengths.argmax())
     asked = torch.zeros(
         len(suffix), rollouts.completion_ids.shape[1] + 1, dtype=torch.bool, device=suffix.device
     )
@@ -234,6 +241,7 @@ def ask(
     method: str = "packed",
     memory_mb: float = 256.0,
     chunk_size: int | None = None,
+    by_row: bool = False,
 ) -> torch.Tensor:
     """Append a suffix after every asked prefix and read the predictions at its last positions.
 
@@ -252,12 +260,14 @@ def ask(
         method: ``"packed"``, ``"cached"`` or ``"naive"``.
         memory_mb: memory that this may take beside the model and one trunk's cache, in MiB.
         chunk_size: branches at a time, instead of the number that ``memory_mb`` allows.
+        by_row: whether ``read`` looks at the row numbers. If not, prefixes that completions of a
+            group have in common are asked once.
 
     Returns:
         (B, L + 1, r) fp32; zeros where nothing was asked.
 
     Raises:
-        ValueError: for an unknown method or a size out of range.
+        ValueError: for an unknown method, a size out of range, or when nothing is asked.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; allowed are {', '.join(METHODS)}.")
@@ -269,14 +279,17 @@ def ask(
     device = rollouts.completion_ids.device
     reached = torch.arange(width + 1, device=device) <= rollouts.lengths[:, None]
     asked = reached if asked is None else asked & reached
+    if not asked.any():
+        raise ValueError("asked holds no prefix within the completions; allowed is at least one.")
     suffix = suffix.expand(rows, -1)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     way = {"packed": _packed, "cached": _cached, "naive": _naive}[method]
     if way is not _naive:
         problem = packing_problem(model, rollouts.prompt_ids.shape[1] + width + suffix.shape[1])
         if problem is None and model.config.model_type not in TESTED:
-            agrees = _agrees(model, rollouts, suffix, keep)
-            problem = None if agrees else "its masks or positions work differently"
+            if model not in _VERDICTS:
+                _VERDICTS[model] = _agrees(model, rollouts, suffix, keep)
+            problem = None if _VERDICTS[model] else "its masks or positions work differently"
         if problem:
             warnings.warn(
                 f"{type(model).__name__} can't be asked behind a shared cache: {problem}. "
@@ -292,7 +305,7 @@ def ask(
         order = dict.fromkeys(i // group for i in pending)
         pending = [j * group + i for j in order for i in range(group)]
     todo = asked
-    if way is not _naive and bool((suffix == suffix[:1]).all()):
+    if way is not _naive and not by_row and bool((suffix == suffix[:1]).all()):
         donor, shared = _shared_prefixes(rollouts)
         known = asked & asked[donor] & (torch.arange(width + 1, device=device) <= shared[:, None])
         todo = asked & ~known
@@ -305,7 +318,7 @@ def ask(
                 for row, t, logits in way(model, rollouts, block, todo, suffix, keep, branches)
             ]
         except _OUT_OF_MEMORY as error:
-            if rows_at_once == branches == 1:
+            if branches == 1 and (way is not _flat or rows_at_once == 1):
                 raise
             memory_mb, chunk_size = memory_mb / 2, chunk_size and max(1, chunk_size // 2)
             warnings.warn(

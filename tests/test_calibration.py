@@ -325,7 +325,7 @@ def test_the_losses_of_a_step_by_explicit_passes(tiny_folder):
     problems = [TRIVIAL[0], next(stories("train"))]
     plain = Policy(copy.deepcopy(policy.model), policy.tokenizer)
     (step,) = calibrate(
-        policy, problems, steps=1, batch_size=2, exits=3, seed=4, progress=False, texts=[text] * 2
+        policy, problems, steps=1, batch_size=2, exits=12, seed=4, progress=False, texts=[text] * 2
     )
     rollouts = from_texts(plain, problems, [text] * 2)
     lm = []
@@ -338,11 +338,11 @@ def test_the_losses_of_a_step_by_explicit_passes(tiny_folder):
     rng, exits = random.Random(4), []
     for i, problem in enumerate(problems):
         (answer,) = plain.tokenizer.encode(f" {problem.answer}")
-        for _ in range(3):
+        for _ in range(12):
             t = rng.randint(0, int(rollouts.lengths[i]))
             logits = forced_logits(plain, rollouts, i, t, encode_postfix(plain))[-1]
             exits.append(-float(logits.log_softmax(-1)[answer]))
-    assert step["exit_loss"] == pytest.approx(sum(exits) / 6, abs=1e-3)
+    assert step["exit_loss"] == pytest.approx(sum(exits) / 24, abs=1e-3)
 
 
 @pytest.mark.parametrize("texts", [None, ["<answer> 5</answer>"] * 3])
