@@ -1,6 +1,6 @@
 """How fast and how exact the estimator is: ratios measured side by side in one run.
 
-    python benchmarks/estimator.py            # everything, about 25 minutes on two cores
+    python benchmarks/estimator.py            # everything, about 20 minutes
     python benchmarks/estimator.py tiny       # one part: exact, tiny, qwen05b or growth
     python benchmarks/estimator.py --check    # judge the committed ratios, measure nothing
 
@@ -305,7 +305,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parts = ("exact", "tiny", "qwen05b", "growth")
     parser.add_argument("parts", nargs="*", help=f"any of {', '.join(parts)}; default: all")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--check", action="store_true", help="judge the committed results only")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(parts):
