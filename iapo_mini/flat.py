@@ -147,13 +147,13 @@ def _merge_own(query, key, value, trunk_out, trunk_lse, scale: float) -> torch.T
     query, trunk_out, trunk_lse = (x.unflatten(2, heads) for x in (query, trunk_out, trunk_lse))
     out = torch.empty_like(query)
     for i in range(query.shape[1]):
-        own = range(key.shape[1] - query.shape[1] + i + 1)  # itself and those before it
-        scores = [torch.linalg.vecdot(query[:, i], key[:, j, :, None]).float() for j in own]
-        weights = torch.stack([trunk_lse[:, i], *(s * scale for s in scores)], dim=-1)
-        weights = weights.softmax(-1).to(value.dtype)[..., None]
-        torch.mul(trunk_out[:, i], weights[..., 0, :], out=out[:, i])
-        for j in own:
-            out[:, i].addcmul_(value[:, j, :, None], weights[..., 1 + j, :])
+        merged, lse = trunk_out[:, i], trunk_lse[:, i]
+        for j in range(key.shape[1] - query.shape[1] + i + 1):  # itself and those before it
+            score = torch.linalg.vecdot(query[:, i], key[:, j, :, None]).float() * scale
+            share = torch.sigmoid(score - lse).to(value.dtype)[..., None]
+            merged = torch.lerp(merged, value[:, j, :, None], share)
+            lse = torch.logaddexp(lse, score)
+        out[:, i] = merged
     return out.flatten(2)
 
 
@@ -208,7 +208,7 @@ def run_branches(
     branch_query, branch_attended = trunk.new_empty(2, len(branch), k, heads, head_dim)
     lse = trunk.new_empty(len(branch), k, heads, dtype=torch.float32)
     # A block of tokens that fits the processor's cache makes the walk a third faster.
-    tokens = max(256, 2**18 // config.intermediate_size)
+    tokens = max(256, 2**19 // config.intermediate_size)
 
     def project(name: str, x: torch.Tensor, places: torch.Tensor, out: torch.Tensor) -> None:
         """Queries or keys (normed and rotated) or values of normed ``x`` into (..., heads, D)."""

@@ -39,10 +39,12 @@ from iapo_mini.tasks import POSTFIX
 METHODS = (*prefixes.METHODS, "strided")
 
 
+@torch.no_grad()
 def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Shannon entropy in nats of softmax(logits) over the last dimension, computed in fp32."""
+    """Shannon entropy in nats of softmax(logits) over the last dimension, fp32, no gradient."""
     log_p = torch.log_softmax(logits.float(), dim=-1)
-    return -(log_p.exp() * log_p).sum(-1)
+    p = log_p.exp()
+    return -p.mul_(log_p).sum(-1)  # in place: with a large vocabulary these are what fills memory
 
 
 def encode_postfix(policy: Policy, postfix: str = POSTFIX) -> torch.Tensor:

@@ -170,7 +170,7 @@ def _flat(model, rollouts, rows, asked, suffix, keep: int, size: int) -> Iterato
     found = flat.run_branches(model, rollouts, rows, asked, suffix, keep)
     head = model.get_output_embeddings()
     # Logits that fit the processor's cache, but enough rows to be worth reading the head's weights.
-    size = min(size, max(64, 2**19 // model.config.vocab_size))
+    size = min(size, max(12, 2**19 // model.config.vocab_size))
     for row, t, hidden in zip(*(x.split(size) for x in found)):
         yield row, t, head(hidden)
 
@@ -187,10 +187,13 @@ def _sizes(model, rollouts: Rollouts, way, suffix, keep: int, memory: float) -> 
     if way is _flat:
         branches = rollouts.completion_ids.shape[1] + 1
         row = width * hidden * (length + branches * k) * 6  # hidden, q, k, v, attention's output
-        return max(1, int(memory / 2 / row)), max(1, int(memory / 4 / logits))
+        return max(1, int(memory / 8 / row)), max(1, int(memory / 4 / logits))
     branch = logits + k * width * (3 * inner + 8 * hidden) + k * length * 5  # mask, bool and float
     if way is _cached:
-        branch += 4 * layers * length * hidden * width  # its copy of the cache, and sdpa's
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        kv = hidden * kv_heads // config.num_attention_heads
+        # Its copy of the cache, which growing by the suffix copies again, a layer at a time.
+        branch += 2 * (layers + 1) * length * kv * width + 2 * length * hidden * width
     return len(rollouts.lengths), max(1, int(memory / 2 / branch))
 
 
