@@ -242,8 +242,13 @@ def _load_four_bit(
     return model
 
 
-def _model_source(model: str) -> str:
-    """Folder or hub id to load from, refused early when it can't be a model."""
+def model_source(model: str, weights: bool = True) -> str:
+    """Folder or hub id to load from, refused early when it can't be a model.
+
+    Raises:
+        ValueError: for a folder without config.json or, unless ``weights`` is False, without
+            safetensors.
+    """
     if model in _SHIPPED:
         return str(_SHIPPED[model])
     path = Path(model)
@@ -256,11 +261,18 @@ def _model_source(model: str) -> str:
             f"model is '{model}', which is no model folder (it has no config.json); allowed are "
             f"'{EMBEDDED}', a folder written by save_pretrained, or a hub id."
         )
-    if not list(path.glob("*.safetensors")):
+    if weights and not list(path.glob("*.safetensors")):
         raise ValueError(
             f"model is '{model}', which holds no *.safetensors; pickled weights are never loaded."
         )
     return str(path)
+
+
+def quiet_libraries() -> None:
+    """Loading bars, retries and advice lines of the libraries would drown our own output."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
 
 
 def load_policy(
@@ -300,16 +312,13 @@ def load_policy(
     """
     if lora_rank < 0:
         raise ValueError(f"lora_rank is {lora_rank}; allowed are 0 (full fine-tuning) and above.")
-    source = _model_source(model)
+    source = model_source(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if four_bit:
         _check_four_bit(device)
     if dtype is None:
         dtype = compute_dtype(device) if four_bit else torch.float32
-    # Weight-loading bars and advice lines of the libraries would drown our own output.
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    huggingface_hub.utils.logging.set_verbosity_error()
+    quiet_libraries()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         if four_bit:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from iapo_mini import flat, prefixes
 from iapo_mini.information import answer_entropies, encode_postfix
 from iapo_mini.policy import Policy
-from iapo_mini.rollouts import Rollouts
+from iapo_mini.rollouts import Rollouts, token_logprobs
 from iapo_mini.tasks import POSTFIX, Problem
 
 TRIVIAL = [
@@ -140,6 +140,21 @@ def tiny_policy(name, tokenizer, attention="sdpa", dtype=torch.float32, **change
     config = AutoConfig.for_model(name, **(sizes | changes))
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return Policy(redraw(model).to(dtype), tokenizer)
+
+
+def saved_bytes(policy, rollouts, memory_mb):
+    """Bytes that the forward pass keeps for the backward pass, each storage once."""
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        logprobs, _ = token_logprobs(policy.model.train(), rollouts, memory_mb=memory_mb)
+    del logprobs
+    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    return sum(n for pointer, n in storages.items() if pointer not in weights)
 
 
 WAYS = ("flat", "shared", "cached", "naive")
