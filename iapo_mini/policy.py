@@ -173,7 +173,9 @@ class Policy:
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter in PEFT format (LoRA) or the whole model, and the tokenizer."""
-        self.model.save_pretrained(folder)
+        # Of an adapter peft would ask the hub, at the end of a run, whether the vocabulary changed.
+        settings = {"save_embedding_layers": False} if self.uses_lora else {}
+        self.model.save_pretrained(folder, **settings)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -229,11 +231,12 @@ def _load_four_bit(
         # for a kernel without autograd, after which training fails or learns nothing.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    model = prepare_model_for_kbit_training(
-        model,
-        use_gradient_checkpointing=gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-    )
+    with _by_older_names():
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
     for parameter in model.parameters():
         # The line above makes everything that is not quantised fp32; for the vocabulary of a 7B
         # model that is two gigabytes, and activations and cache would be fp32 as well.
@@ -266,6 +269,14 @@ def model_source(model: str, weights: bool = True) -> str:
             f"model is '{model}', which holds no *.safetensors; pickled weights are never loaded."
         )
     return str(path)
+
+
+@contextlib.contextmanager
+def _by_older_names() -> Iterator[None]:
+    """peft and we ask transformers about gradient checkpointing by its older name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def quiet_libraries() -> None:
@@ -336,7 +347,8 @@ def load_policy(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if gradient_checkpointing and not four_bit:
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        with _by_older_names():
+            causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     frozen = copy.deepcopy(causal_lm).requires_grad_(False).eval() if keep_reference else None
     if adapter is not None:
         if not os.path.isfile(Path(adapter) / "adapter_model.safetensors"):
@@ -364,8 +376,6 @@ def load_policy(
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        with warnings.catch_warnings():
-            # peft asks transformers about gradient checkpointing by its older name.
-            warnings.simplefilter("ignore", FutureWarning)
+        with _by_older_names():
             peft = get_peft_model(causal_lm, config)
     return Policy(peft, tokenizer, None)

@@ -32,8 +32,9 @@ from iapo_mini.information import answer_entropies, informativeness
 from iapo_mini.objective import AGGREGATIONS, policy_loss
 from iapo_mini.policy import EMBEDDED, Policy, load_policy
 from iapo_mini.rewards import score
-from iapo_mini.rollouts import Rollouts, sample, token_logprobs
+from iapo_mini.rollouts import Rollouts, token_logprobs
 from iapo_mini.tasks import ROLES, Problem, stories, token_roles
+from iapo_mini.vllm_engine import ENGINES, sampler_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class TrainConfig:
         threads: CPU threads; two runs are identical only with the same number.
         four_bit: keep the weights under the adapter in 4 bits (NF4); needs bitsandbytes.
         gradient_checkpointing: compute activations twice instead of keeping them.
+        engine: who samples: ``"native"`` (``iapo_mini.rollouts``) or, where installed, ``"vllm"``.
     """
 
     method: str = "iapo"
@@ -94,6 +96,7 @@ class TrainConfig:
     threads: int = 2
     four_bit: bool = False
     gradient_checkpointing: bool = False
+    engine: str = "native"
 
     def __post_init__(self) -> None:
         for field, kind in typing.get_type_hints(TrainConfig).items():
@@ -104,7 +107,9 @@ class TrainConfig:
             if not optional and (not isinstance(value, wanted) or wrong_bool):
                 names = " or ".join(t.__name__ for t in wanted)
                 raise ValueError(f"{field} is {value!r}; allowed are values of type {names}.")
-        choices = {"method": tuple(ADVANTAGES), "aggregation": AGGREGATIONS}
+        choices = {
+            "method": tuple(ADVANTAGES), "aggregation": AGGREGATIONS, "engine": ENGINES,
+        }  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
@@ -213,7 +218,7 @@ def train(
     _trim_log(run / "metrics.jsonl", done)
     stream = stories("train", config.seed) if problems is None else itertools.cycle(problems)
     stream = itertools.islice(stream, done * config.prompts_per_step, None)
-    advantage_of = ADVANTAGES[config.method]
+    advantage_of, sample = ADVANTAGES[config.method], sampler_of(config.engine, config.model)
 
     bar = tqdm(
         range(done, config.max_steps), initial=done, total=config.max_steps,
