@@ -106,6 +106,7 @@ def main() -> None:
         raise SystemExit(2)
     name, length, prompts = ("tiny", 12, 2) if args.tiny else (args.shape, 512, 8)
     config = TINY if args.tiny else shape(args.shape)
+    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         write_random_model(config, Path(folder), args.device)
         adapted = load_policy(folder, four_bit=True, device=args.device)

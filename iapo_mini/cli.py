@@ -240,7 +240,7 @@ def _plan(args: argparse.Namespace) -> None:
     settings, gb = _train_config(args), card_gb(args.gpu)
     config = shape(args.shape or settings.model)
     planned = plan(config, settings, args.prompt)
-    print(table(planned))
+    print(table({args.shape or settings.model: planned}))
     if planned.total <= gb * GB:
         print(f"\nFits into {gb:g} GB; {gb - planned.total / GB:.1f} GB are left.")
         return

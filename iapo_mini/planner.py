@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
 
+from iapo_mini.advantages import NEEDS_INFORMATION
+from iapo_mini.flat import CARD_BLOCK
 from iapo_mini.policy import model_source, quiet_libraries
 from iapo_mini.trainer import TrainConfig
 
@@ -234,10 +236,12 @@ def plan(
             "logits": rows * vocabulary * (width + 5 * 4),
         },
         "information": {
-            "KV cache": kept if settings.method == "iapo" else 0,
+            "KV cache": kept,
             "estimator": int(settings.estimator_memory_mb * 2**20),
-            "working memory (estimate)": dequantised,
-        },
+            "working memory (estimate)": 10 * CARD_BLOCK + dequantised,
+        }
+        if settings.method in NEEDS_INFORMATION
+        else {},
         "update": {
             "activations": activations,
             "logits chunk": logits,
@@ -285,15 +289,24 @@ def lower(
     return steps
 
 
-def table(planned: Plan) -> str:
-    """The plan as a Markdown table, GB."""
-    lines = ["| part | when | GB |", "|---|---|---|"]
-    for part, size in planned.always.items():
-        if size:
-            lines.append(f"| {part} | always | {size / GB:.2f} |")
-    for phase, parts in planned.phases.items():
-        lines += [f"| {part} | {phase} | {size / GB:.2f} |" for part, size in parts.items() if size]
-    slack = planned.total - planned.tensors
-    lines.append(f"| CUDA context and fragmentation (estimate) | always | {slack / GB:.2f} |")
-    lines.append(f"| **peak**, while {planned.peak} | | **{planned.total / GB:.1f}** |")
+def table(plans: dict[str, Plan]) -> str:
+    """Plans side by side as a Markdown table, in GB; the keys of ``plans`` head the columns."""
+    columns = list(plans.values())
+    parts = [("always", part) for part in dict.fromkeys(p for x in columns for p in x.always)]
+    parts += dict.fromkeys(
+        (phase, part) for x in columns for phase, held in x.phases.items() for part in held
+    )
+    lines = [
+        "| when | part | " + " | ".join(plans) + " |",
+        "|---|---|" + "---|" * len(plans),
+    ]
+    for phase, part in parts:
+        held = [{"always": x.always, **x.phases}[phase].get(part, 0) for x in columns]
+        if any(held):
+            cells = " | ".join(f"{size / GB:.2f}" if size else "" for size in held)
+            lines.append(f"| {phase} | {part} | {cells} |")
+    slack = " | ".join(f"{(x.total - x.tensors) / GB:.2f}" for x in columns)
+    lines.append(f"| always | CUDA context and fragmentation (estimate) | {slack} |")
+    peaks = " | ".join(f"**{x.total / GB:.1f}** ({x.peak})" for x in columns)
+    lines.append(f"| | **peak** (during) | {peaks} |")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,9 +138,11 @@ def test_the_largest_phase_counts():
     assert planned.tensors == sum(planned.always.values()) + sums[planned.peak]
     assert sums[planned.peak] == max(sums.values())
     assert planned.total > planned.tensors + 0.5 * GB
-    text = table(planned)
+    text = table({"this": planned, "other": planned})
     for part in (*planned.always, "KV cache", "activations", "logits chunk", "CUDA context"):
         assert f"| {part}" in text
+    (last,) = [line for line in text.splitlines() if "**peak**" in line]
+    assert last.count(f"**{planned.total / GB:.1f}** ({planned.peak})") == 2
 
 
 @pytest.mark.parametrize(
@@ -226,3 +229,16 @@ def test_command_line():
     settings = TrainConfig(four_bit=True, max_completion_length=512)
     for change, _, after in lower(shape("qwen2.5-7b"), settings, 200, 8 * GB):
         assert f"{change}: {after.total / GB:.1f} GB" in done.stdout
+
+
+def test_the_documented_table_is_the_planners():
+    settings = {name: TrainConfig(**fields) for name, fields in PRESETS.items()}
+    planned = {f"`{n}`": plan(shape(s.model), s, 200) for n, s in settings.items()}
+    docs = (Path(__file__).parent.parent / "docs" / "real_models.md").read_text()
+    assert table(planned) in docs
+    for name, s in settings.items():
+        cells = f"| {s.prompts_per_step} x {s.num_generations} | {s.max_completion_length} "
+        assert f"| `{name}` | {s.model.split('/')[1]} {cells}| {s.micro_batch_size} |" in docs
+    for name in ("t4", "12gb"):
+        without = replace(settings[name], gradient_checkpointing=False)
+        assert f"{plan(shape(without.model), without, 200).total / GB:.1f}" in docs
