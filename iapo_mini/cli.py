@@ -233,11 +233,13 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from iapo_mini.planner import GB, card_gb, lower, plan, shape, table
+    from iapo_mini.planner import GB, SHAPES, card_gb, lower, plan, shape, table
 
     if args.completion is not None:
         args.max_completion_length = args.completion
     settings, gb = _train_config(args), card_gb(args.gpu)
+    if args.shape not in (None, *SHAPES):
+        raise ValueError(f"shape is {args.shape!r}; allowed are {', '.join(SHAPES)}.")
     config = shape(args.shape or settings.model)
     planned = plan(config, settings, args.prompt)
     print(table({args.shape or settings.model: planned}))

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwe
 from iapo_mini.advantages import NEEDS_INFORMATION
 from iapo_mini.flat import CARD_BLOCK
 from iapo_mini.policy import model_source, quiet_libraries
+from iapo_mini.rollouts import LOGIT_BYTES
 from iapo_mini.trainer import TrainConfig
 
 GB = 2**30
@@ -204,36 +205,35 @@ def plan(
     rows, completion = settings.prompts_per_step * group, settings.max_completion_length
     vocabulary, hidden = text.vocab_size, text.hidden_size
     inner = getattr(text, "intermediate_size", 4 * hidden)
-    heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
     kept = cache_bytes(config, rows, prompt, completion, width)
-    # Keys and values of one layer, repeated for all heads, and while its buffer grows.
-    repeated = 2 * rows * heads * head_dim * (prompt + completion) * width
-    repeated = repeated if kv_heads not in (None, heads) else 0
-    attention = max(repeated, kept // text.num_hidden_layers)
     dequantised = inner * hidden * width if settings.four_bit else 0
     size = settings.micro_batch_size
     if settings.gradient_checkpointing:
         size = min(size, rows)
         tokens = size * (prompt + completion)
         layer = tokens * layer_bytes(config, settings.lora_rank, width)
-        activations = text.num_hidden_layers * tokens * hidden * width + layer
+        kept_by_layers = text.num_hidden_layers * tokens * hidden * width
     else:
         size = min(math.ceil(size / group) * group, rows)
         tokens = size * completion + size // group * prompt
         layer = tokens * layer_bytes(config, settings.lora_rank, width)
         # The keys and values of the prompt are copied for each of its completions.
         copied = size * prompt * 2 * heads * head_dim * width
-        activations = text.num_hidden_layers * (layer + copied)
+        kept_by_layers = text.num_hidden_layers * (layer + copied)
+        layer = 0
     # Final hidden states, those picked for the head, and their gradients.
-    activations += 4 * size * completion * hidden * width
-    logits = min(512 * 2**20, 20 * size * completion * vocabulary)
-    gradients_of_mlp = tokens * inner * (4 + 2 * width)
+    kept_by_layers += 4 * size * completion * hidden * width
+    logits = min(512 * 2**20, LOGIT_BYTES * size * completion * vocabulary)
     phases = {
         "sampling": {
             "KV cache": kept,
-            "working memory (estimate)": attention + dequantised,
-            "logits": rows * vocabulary * (width + 5 * 4),
+            # One after the other: logits and what is made of them, the weights of the largest
+            # layer, and the buffer of one layer while it grows.
+            "working memory (estimate)": max(
+                rows * vocabulary * (width + 5 * 4), dequantised, kept // text.num_hidden_layers
+            ),
         },
         "information": {
             "KV cache": kept,
@@ -242,10 +242,10 @@ def plan(
         }
         if settings.method in NEEDS_INFORMATION
         else {},
-        "update": {
-            "activations": activations,
-            "logits chunk": logits,
-            "working memory (estimate)": gradients_of_mlp + dequantised,
+        "update, at the head": {"activations": kept_by_layers, "logits chunk": logits},
+        "update, in a layer": {
+            "activations": kept_by_layers + layer,
+            "working memory (estimate)": tokens * inner * (2 + width) + dequantised,
         },
     }
     return Plan(weight_bytes(config, settings.lora_rank, settings.four_bit, width), phases)

@@ -495,6 +495,11 @@ def _predictions(
         )[:, :-1]  # fmt: skip
 
 
+LOGIT_BYTES = 14
+"""Peak bytes that reading one logit takes, gradient included, as measured: the logit as the model
+makes it, in fp32, tempered, log-softmax."""
+
+
 def _read(logits: torch.Tensor, ids: torch.Tensor, temperature: float):
     """Log-probability of the tokens ``ids`` (...) under ``logits`` (..., V), and the entropy."""
     log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
@@ -547,8 +552,8 @@ def token_logprobs(
     order, logprobs, entropies = [], [], []
     rows, length = rollouts.completion_ids.shape
     plain = _plain(model)
-    # Logits as the model makes them and in fp32, tempered, log-softmax and its gradient.
-    size = max(1, int(memory_mb * 2**20 / (20 * plain.config.get_text_config().vocab_size)))
+    vocabulary = plain.config.get_text_config().vocab_size
+    size = max(1, int(memory_mb * 2**20 / (LOGIT_BYTES * vocabulary)))
     chunked = min(rows, rows_per_block) * length > size and head_alone(plain)
     head = plain.get_output_embeddings() if chunked else None
     for block, states in _predictions(model, rollouts, rows_per_block, hidden=chunked):

@@ -242,6 +242,22 @@ def test_a_killed_run_resumes_to_the_same_bits(config, tmp_path):
     assert any(x["grad_norm"] > 1e-2 for x in metrics(folder))
 
 
+def test_a_run_from_before_these_settings_resumes(config, tmp_path):
+    """Its config.json does not name them; they are at their defaults then."""
+    config = replace(config, four_bit=False, gradient_checkpointing=False, max_steps=2)
+    train(config, tmp_path / "run", progress=False)
+    file = tmp_path / "run" / "config.json"
+    old = json.loads(file.read_text())
+    for name in ("four_bit", "gradient_checkpointing", "engine"):
+        del old[name]
+    file.write_text(json.dumps(old))
+    train(replace(config, max_steps=3), tmp_path / "run", resume=True, progress=False)
+    assert [x["step"] for x in metrics(tmp_path / "run")] == [1, 2, 3]
+    with pytest.raises(ValueError, match="four_bit is True"):
+        file.write_text(json.dumps(old))
+        train(replace(config, four_bit=True), tmp_path / "run", resume=True, progress=False)
+
+
 def first_step(config, folder, **changes):
     """Trained adapter and metrics after one step of GRPO from given changes."""
     config = replace(config, max_steps=1, warmup_steps=0, prompts_per_step=8, **changes)

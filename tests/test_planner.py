@@ -1,5 +1,6 @@
 """The memory planner: counted parts against real tensors, suggestions against its own numbers."""
 
+import itertools
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,7 +28,7 @@ from iapo_mini.planner import (
 from iapo_mini.policy import load_policy
 from iapo_mini.rollouts import sample, token_logprobs
 from iapo_mini.tasks import Problem
-from iapo_mini.trainer import PRESETS, TrainConfig
+from iapo_mini.trainer import PRESETS, TrainConfig, _update
 
 PARAMETERS = {  # as the models' cards and safetensors indices say
     "qwen2.5-0.5b": 494_032_768,
@@ -124,10 +125,12 @@ def test_activations_are_those_that_autograd_keeps(folder, dtype, checkpointing)
         four_bit=True, gradient_checkpointing=checkpointing, lora_rank=8, prompts_per_step=1,
         micro_batch_size=8, max_completion_length=60,
     )  # fmt: skip
-    planned = plan(shape(folder), settings, 40, width=dtype.itemsize).phases["update"]
-    expected = planned["activations"]
-    if checkpointing:  # one layer at a time is computed again later, in the backward pass
-        expected -= 8 * 100 * layer_bytes(shape(folder), 8, dtype.itemsize)
+    planned = plan(shape(folder), settings, 40, width=dtype.itemsize)
+    expected = planned.phases["update, at the head"]["activations"]
+    # With checkpointing one layer at a time is computed again later, in the backward pass.
+    more = planned.phases["update, in a layer"]["activations"] - expected
+    layer = 8 * 100 * layer_bytes(shape(folder), 8, dtype.itemsize)
+    assert more == (layer if checkpointing else 0)
     # Gradients of the final hidden states are planned for and not kept by the forward pass.
     assert 0.93 * kept < expected < 1.2 * kept
 
@@ -162,7 +165,9 @@ def test_more_of_anything_takes_more_memory(change, part):
 
     def size(settings):
         planned = plan(config, settings, 200, width=2)
-        return ({**planned.always, **planned.phases["update"], **planned.phases["sampling"]})[part]
+        return (
+            {**planned.always, **planned.phases["sampling"], **planned.phases["update, in a layer"]}
+        )[part]
 
     assert size(replace(settings, **change)) > size(settings)
 
@@ -242,3 +247,67 @@ def test_the_documented_table_is_the_planners():
     for name in ("t4", "12gb"):
         without = replace(settings[name], gradient_checkpointing=False)
         assert f"{plan(shape(without.model), without, 200).total / GB:.1f}" in docs
+
+
+def peak_bytes(function):
+    """Most bytes that were allocated at a time, above those before."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    events = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events))
+
+
+@pytest.fixture(params=[1024, 96], ids=["wide", "narrow"])
+def card_like(request, tokenizer, tmp_path):
+    """A policy as on a card, 4-bit and bf16, and its configuration."""
+    config = Qwen2Config(
+        hidden_size=256, intermediate_size=request.param, num_hidden_layers=3,
+        num_attention_heads=8, num_key_value_heads=2, vocab_size=4000, tie_word_embeddings=True,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return config, str(tmp_path)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_peak_of_an_update(card_like, checkpointing):
+    config, folder = card_like
+    settings = TrainConfig(
+        four_bit=True, gradient_checkpointing=checkpointing, prompts_per_step=1, num_generations=4,
+        micro_batch_size=4, max_completion_length=60,
+    )  # fmt: skip
+    policy = load_policy(
+        folder, four_bit=True, dtype=torch.bfloat16, gradient_checkpointing=checkpointing
+    )
+    rollouts = make_rollouts([40], [60] * 4, group=4)
+    parameters = list(policy.trainable().values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+
+    def update():
+        _update(policy, optimizer, parameters, rollouts, torch.randn(4, 60), settings)
+
+    update()  # moments are made
+    planned = plan(config, settings, 40)
+    update_phases = [sum(x.values()) for name, x in planned.phases.items() if "update" in name]
+    measured = peak_bytes(update)
+    assert max(update_phases) == pytest.approx(measured, rel=0.12)
+
+
+def test_peak_of_sampling(card_like):
+    config, folder = card_like
+    settings = TrainConfig(prompts_per_step=2, num_generations=4, max_completion_length=40)
+    # In fp32: in bf16 a CPU lays out the head's weight anew at every step, which no card does.
+    policy = load_policy(folder, lora_rank=0)
+    policy.model.generation_config.eos_token_id = 3999
+    problems = [Problem("7 " * 30 + "?", "7")] * 2
+
+    def draw():
+        return sample(
+            policy, problems, num_generations=4, max_completion_length=40, keep_cache=True
+        )
+
+    prompt = draw().prompt_ids.shape[1]
+    planned = plan(config, settings, prompt)
+    measured = peak_bytes(draw)
+    assert sum(planned.phases["sampling"].values()) == pytest.approx(measured, rel=0.12)
