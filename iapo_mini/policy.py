@@ -19,7 +19,7 @@ import huggingface_hub
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
@@ -181,7 +181,8 @@ class Policy:
 
 def _dequantised(layer: torch.nn.Module) -> torch.Tensor:
     """The weight of a layer as plain numbers, whether it is kept in 4 bits or not."""
-    return dequantize_module_weight(layer)
+    weight = layer.weight
+    return dequantize_bnb_weight(weight) if hasattr(weight, "quant_state") else weight
 
 
 def compute_dtype(device: str | torch.device) -> torch.dtype:
@@ -218,7 +219,7 @@ def _load_four_bit(
         source,
         dtype=dtype,
         use_safetensors=True,
-        device_map={"": device},
+        device_map=device,
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

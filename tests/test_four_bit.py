@@ -118,6 +118,14 @@ def test_the_copy_for_inference_equals_the_adapters_forward(policy):
     assert not torch.allclose(logits(plain), logits(policy.model), atol=0.1)  # until refreshed
 
 
+def test_merging_leaves_the_quantised_weights_as_they_are(policy):
+    parameters = dict(policy.model.named_parameters())
+    before = {n: p.detach().clone() for n, p in parameters.items()}
+    policy.merged()
+    for name, p in policy.model.named_parameters():
+        assert p is parameters[name] and torch.equal(p, before[name]), name
+
+
 def test_16_bit_policies_are_not_merged_for_inference(tiny_folder):
     policy = load_policy(tiny_folder, lora_rank=4, four_bit=True, dtype=torch.bfloat16)
     assert policy.for_inference() is policy.model
