@@ -109,8 +109,10 @@ class Policy:
         loses most of a young adapter.
         """
         self.model.eval()
-        small = self.model.num_parameters() <= _MERGED_COPY_LIMIT and self.dtype == torch.float32
-        if not self.uses_lora or not small:
+        if not self.uses_lora:
+            return self.model
+        small = self.model.num_parameters() <= _MERGED_COPY_LIMIT
+        if not small or self.dtype != torch.float32:
             return self.model
         if self._merged is None:
             self._merged = self.merged()

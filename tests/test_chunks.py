@@ -12,7 +12,7 @@ from iapo_mini.policy import load_policy
 from iapo_mini.rollouts import head_alone, token_logprobs
 
 SIZES = dict(prompts=[5, 9], completions=[4, 1, 6, 3], group=2)
-CHUNKS = 0.08  # MiB: four tokens at a time with the tests' vocabulary of 864
+CHUNKS = 0.05  # MiB: four tokens at a time with the tests' vocabulary of 864
 
 
 class Widest(TorchDispatchMode):
