@@ -1,4 +1,4 @@
-"""Command line: ``iapo-mini compare | train | evaluate | explain | figures``. A thin door."""
+"""Command line: ``iapo-mini compare | train | evaluate | explain | export | plan | figures``."""
 
 from __future__ import annotations
 
@@ -31,20 +31,19 @@ def _field_help(cls) -> dict[str, str]:
 
 
 def _add_train_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of TrainConfig."""
+    """One option for each field of TrainConfig; one that is not given leaves no trace."""
     from iapo_mini.trainer import TrainConfig
 
     sentences, types = _field_help(TrainConfig), typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         kind = types[field.name]
-        kind = float if kind not in (int, str) else kind
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=kind,
-            default=field.default,
-            metavar=kind.__name__.upper(),
-            help=sentences[field.name] + " (default: %(default)s)",
-        )
+        option, shown = "--" + field.name.replace("_", "-"), f" (default: {field.default})"
+        settings = {"default": argparse.SUPPRESS, "help": sentences[field.name] + shown}
+        if kind is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, **settings)
+        else:
+            kind = float if kind not in (int, str) else kind
+            parser.add_argument(option, type=kind, metavar=kind.__name__.upper(), **settings)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +66,18 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train one policy")
     train.add_argument("--out", required=True, help="folder of the run")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    preset_help = "settings for a real model on one card: t4, 12gb or 24gb; options given beside "
+    preset_help += "it take precedence (default: none, the settings below)"
+    train.add_argument("--preset", help=preset_help)
     _add_train_options(train)
+
+    plan = commands.add_parser("plan", help="predict the memory of a training run on a card")
+    plan.add_argument("--gpu", default="12gb", help="t4, or a size such as 12gb (%(default)s)")
+    plan.add_argument("--shape", help="qwen2.5-0.5b, -1.5b, -3b or -7b, in place of --model")
+    plan.add_argument("--prompt", type=int, default=200, help="prompt tokens (%(default)s)")
+    plan.add_argument("--completion", type=int, help="the same as --max-completion-length")
+    plan.add_argument("--preset", help=preset_help)
+    _add_train_options(plan)
 
     evaluate = commands.add_parser("evaluate", help="Pass@k, Length@k and Ratio@k on stories")
     evaluate.add_argument("--model", default="embedded", help=MODEL_HELP + " (%(default)s)")
@@ -93,6 +103,16 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--color", choices=("auto", "always", "never"), default="auto",
         help="colour the terminal; 'never' prints nats beside the tokens (%(default)s)",
+    )  # fmt: skip
+
+    export = commands.add_parser("export", help="merge an adapter into its model, in one folder")
+    export.add_argument("--model", help=MODEL_HELP + " (default: that of the adapter's run)")
+    export.add_argument("--adapter", required=True, help="folder of a trained adapter: RUN/final")
+    export.add_argument("--out", required=True, help="new folder: safetensors and tokenizer")
+    export.add_argument(
+        "--four-bit", action=argparse.BooleanOptionalAction,
+        help="merge into the 4-bit weights that the adapter was trained on, dequantised "
+        "(default: as in the adapter's run)",
     )  # fmt: skip
 
     figures = commands.add_parser("figures", help="remake the figures and results of a study")
@@ -124,11 +144,21 @@ def _compare(args: argparse.Namespace) -> None:
     print(f"Look at tokens: iapo-mini explain - --adapter {best}")
 
 
-def _train(args: argparse.Namespace) -> None:
-    from iapo_mini.trainer import TrainConfig, train
+def _train_config(args: argparse.Namespace):
+    """TrainConfig of the preset, if any, and the options that were given."""
+    from iapo_mini.trainer import PRESETS, TrainConfig
 
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
-    config = TrainConfig(**{name: getattr(args, name) for name in names})
+    if args.preset not in (None, *PRESETS):
+        raise ValueError(f"preset is {args.preset!r}; allowed are {', '.join(PRESETS)}.")
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    return TrainConfig(**{**PRESETS.get(args.preset, {}), **given})
+
+
+def _train(args: argparse.Namespace) -> None:
+    from iapo_mini.trainer import train
+
+    config = _train_config(args)
     try:
         train(config, args.out, resume=args.resume)
     except KeyboardInterrupt:
@@ -202,6 +232,50 @@ def _explain(args: argparse.Namespace) -> None:
     print(f"Heat map: {args.out}")
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from iapo_mini.planner import GB, SHAPES, card_gb, lower, plan, shape, table
+
+    if args.completion is not None:
+        args.max_completion_length = args.completion
+    settings, gb = _train_config(args), card_gb(args.gpu)
+    if args.shape not in (None, *SHAPES):
+        raise ValueError(f"shape is {args.shape!r}; allowed are {', '.join(SHAPES)}.")
+    config = shape(args.shape or settings.model)
+    planned = plan(config, settings, args.prompt)
+    print(table({args.shape or settings.model: planned}))
+    if planned.total <= gb * GB:
+        print(f"\nFits into {gb:g} GB; {gb - planned.total / GB:.1f} GB are left.")
+        return
+    print(f"\nDoes not fit into {gb:g} GB. Lower, in this order:")
+    after = planned
+    for change, _, after in lower(config, settings, args.prompt, gb * GB):
+        print(f"  {change}: {after.total / GB:.1f} GB")
+    if after.total > gb * GB:
+        print("Even so it does not fit; take a smaller model or a larger card.")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from iapo_mini.policy import load_policy
+    from iapo_mini.trainer import writable_folder
+
+    out = Path(args.out)
+    writable_folder(out, "out")
+    if any(out.iterdir()):
+        raise ValueError(f"out is '{out}', which is not empty; allowed is a new folder.")
+    trained = {"model": "embedded", "four_bit": False}
+    config = Path(args.adapter).parent / "config.json"
+    if config.is_file():
+        trained |= {k: v for k, v in json.loads(config.read_text()).items() if k in trained}
+    policy = load_policy(
+        args.model or trained["model"],
+        adapter=args.adapter,
+        four_bit=trained["four_bit"] if args.four_bit is None else args.four_bit,
+    )
+    policy.merged("cpu").save_pretrained(out)
+    policy.tokenizer.save_pretrained(out)
+    print(f"Merged model: {out}")
+
+
 def _figures(args: argparse.Namespace) -> None:
     import torch
 
@@ -224,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     command = {
         "compare": _compare, "train": _train, "evaluate": _evaluate, "explain": _explain,
-        "figures": _figures,
+        "figures": _figures, "export": _export, "plan": _plan,
     }  # fmt: skip
     try:
         command[args.command](args)

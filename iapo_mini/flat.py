@@ -26,6 +26,9 @@ from iapo_mini.rollouts import Rollouts
 FAMILIES = ("qwen2", "qwen3", "llama", "gemma")
 """Values of ``config.model_type`` whose decoder layers the walk spells out."""
 
+CARD_BLOCK = 2**25
+"""Numbers inside the MLP at a time on a card; they take about ten bytes each."""
+
 _QUERIES = 128  # per attention call: later keys, which none of them sees, are left out
 
 
@@ -207,8 +210,10 @@ def run_branches(
     branch_key, branch_value = trunk.new_empty(2, len(branch), k, kv_heads, head_dim)
     branch_query, branch_attended = trunk.new_empty(2, len(branch), k, heads, head_dim)
     lse = trunk.new_empty(len(branch), k, heads, dtype=torch.float32)
-    # A block of tokens that fits the processor's cache makes the walk a third faster.
-    tokens = max(256, 2**19 // config.intermediate_size)
+    # A block of tokens that fits the processor's cache makes the walk a third faster. A card wants
+    # large ones, all the more when 4-bit weights are dequantised for every block anew.
+    inner = 2**19 if device.type == "cpu" else CARD_BLOCK
+    tokens = max(256, inner // config.intermediate_size)
 
     def project(name: str, x: torch.Tensor, places: torch.Tensor, out: torch.Tensor) -> None:
         """Queries or keys (normed and rotated) or values of normed ``x`` into (..., heads, D)."""

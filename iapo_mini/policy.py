@@ -1,7 +1,8 @@
 """The policy: tokenizer + causal language model, LoRA by default, reference = adapter switched off.
 
 ``load_policy()`` gives the embedded policy that ships with the package; any causal LM folder or hub
-id goes the same way. Nothing is unpickled and no remote code runs.
+id goes the same way, with ``four_bit=True`` on weights in bitsandbytes' NF4 (QLoRA, arXiv
+2305.14314). Nothing is unpickled and no remote code runs.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.utils.integrations import dequantize_bnb_weight
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 EMBEDDED = "embedded"
 """Name under which the shipped policy is loaded."""
@@ -64,6 +66,11 @@ class Policy:
         return next(self.model.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights that are neither quantised nor the adapter's."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
     def uses_lora(self) -> bool:
         """Whether only adapter weights are trained."""
         return isinstance(self.model, PeftModel)
@@ -96,21 +103,71 @@ class Policy:
     def for_inference(self) -> torch.nn.Module:
         """The model to sample and estimate with, in eval mode.
 
-        Small LoRA policies are merged into a plain copy that is refreshed on every call (equal to
-        the adapter's forward up to rounding); other policies are returned as they are.
+        Small fp32 LoRA policies are merged into a plain copy, dequantised where they are in 4 bits,
+        that is refreshed on every call (equal to the adapter's forward up to rounding). Others are
+        returned as they are: a copy would be large, and rounding base plus adapter to 16 bits
+        loses most of a young adapter.
         """
         self.model.eval()
-        if not self.uses_lora or self.model.num_parameters() > _MERGED_COPY_LIMIT:
+        if not self.uses_lora:
             return self.model
-        base = self.model.get_base_model()
-        with torch.no_grad():
-            if self._merged is None:
-                self._merged = _plain_copy(base)
-            for name, layer in base.named_modules():
-                if hasattr(layer, "get_delta_weight"):
-                    target = self._merged.get_submodule(name).weight
-                    target.copy_(layer.base_layer.weight + layer.get_delta_weight("default"))
+        small = self.model.num_parameters() <= _MERGED_COPY_LIMIT
+        if not small or self.dtype != torch.float32:
+            return self.model
+        if self._merged is None:
+            self._merged = self.merged()
+        else:
+            plain = self._merged.state_dict()
+            with torch.no_grad():
+                for name, weight in self.merged_weights():
+                    plain[name].copy_(weight)
         return self._merged
+
+    @torch.no_grad()
+    def merged_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and value of every weight of the plain model that this policy amounts to.
+
+        Names are those of the architecture without adapter; base weights are dequantised, the
+        adapter's product is added in fp32 and the sum rounded to :attr:`dtype`. Merging into the
+        quantised weights instead would round each sum to one of 16 values.
+        """
+        base = self.model.get_base_model() if self.uses_lora else self.model
+        for name, layer in base.named_modules():
+            if name.endswith(".base_layer") or ".lora_" in name:
+                continue
+            prefix = name + "." if name else ""
+            if hasattr(layer, "get_delta_weight"):
+                inner = layer.base_layer
+                delta = layer.get_delta_weight("default")
+                yield prefix + "weight", (_dequantised(inner) + delta).to(self.dtype)
+                if inner.bias is not None:
+                    yield prefix + "bias", inner.bias
+                continue
+            for key, value in layer.named_parameters(recurse=False):
+                yield prefix + key, _dequantised(layer) if key == "weight" else value
+            for key, value in layer.named_buffers(recurse=False):
+                if key not in layer._non_persistent_buffers_set:
+                    yield prefix + key, value
+
+    def merged(self, device: str | torch.device | None = None) -> PreTrainedModel:
+        """A plain model, without adapter and in :attr:`dtype`, that computes what this one does.
+
+        Args:
+            device: where it is built, default where the policy is. On the CPU a model is merged
+                that would not fit beside its 4-bit self on the card.
+        """
+        device = self.device if device is None else torch.device(device)
+        base = self.model.get_base_model() if self.uses_lora else self.model
+        config = copy.deepcopy(base.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        weights = {name: value.to(device, copy=True) for name, value in self.merged_weights()}
+        plain = type(base).from_pretrained(
+            None, config=config, state_dict=weights, dtype=self.dtype,
+            attn_implementation=base.config._attn_implementation,
+        )  # fmt: skip
+        plain.generation_config = copy.deepcopy(base.generation_config)
+        return plain.to(device).requires_grad_(False).eval()
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Parameters that are trained, by name."""
@@ -118,21 +175,86 @@ class Policy:
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter in PEFT format (LoRA) or the whole model, and the tokenizer."""
-        self.model.save_pretrained(folder)
+        # Of an adapter peft would ask the hub, at the end of a run, whether the vocabulary changed.
+        settings = {"save_embedding_layers": False} if self.uses_lora else {}
+        self.model.save_pretrained(folder, **settings)
         self.tokenizer.save_pretrained(folder)
 
 
-def _plain_copy(base: PreTrainedModel) -> PreTrainedModel:
-    """A model without adapter layers and with its own storage for every weight."""
-    plain = copy.deepcopy(base)
-    for name, layer in list(plain.named_modules()):
-        if hasattr(layer, "base_layer"):
-            plain.set_submodule(name, layer.base_layer)
-    return plain.requires_grad_(False).eval()
+def _dequantised(layer: torch.nn.Module) -> torch.Tensor:
+    """The weight of a layer as plain numbers, whether it is kept in 4 bits or not."""
+    weight = layer.weight
+    return dequantize_bnb_weight(weight) if hasattr(weight, "quant_state") else weight
 
 
-def _model_source(model: str) -> str:
-    """Folder or hub id to load from, refused early when it can't be a model."""
+def compute_dtype(device: str | torch.device) -> torch.dtype:
+    """What 4-bit weights are computed with: bf16 where the card has it, else fp16; fp32 on a CPU.
+
+    A T4 answers that it supports bf16 because CUDA emulates it, slowly; hence the question without
+    emulation.
+    """
+    if torch.device(device).type != "cuda":
+        return torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
+
+def _check_four_bit(device: str) -> None:
+    """Quantise a few numbers, so that a broken installation shows before a model is read."""
+    try:
+        import bitsandbytes
+
+        bitsandbytes.functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
+    except (ImportError, OSError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"four_bit is True, but bitsandbytes can't quantise on this machine's {device} "
+            f"({_first_line(error)}); install it with pip install 'iapo-mini[four-bit]', or go "
+            "without it: four_bit=False, --no-four-bit on the command line."
+        ) from error
+
+
+def _load_four_bit(
+    source: str, device: str, dtype: torch.dtype, gradient_checkpointing: bool
+) -> PreTrainedModel:
+    """A causal LM whose linear layers, the vocabulary head excepted, are in NF4."""
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=dtype,
+        use_safetensors=True,
+        device_map=device,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+    )
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 the first forward in eval mode would repack the weights in place
+        # for a kernel without autograd, after which training fails or learns nothing.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    with _by_older_names():
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+    for parameter in model.parameters():
+        # The line above makes everything that is not quantised fp32; for the vocabulary of a 7B
+        # model that is two gigabytes, and activations and cache would be fp32 as well.
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def model_source(model: str, weights: bool = True) -> str:
+    """Folder or hub id to load from, refused early when it can't be a model.
+
+    Raises:
+        ValueError: for a folder without config.json or, unless ``weights`` is False, without
+            safetensors.
+    """
     if model in _SHIPPED:
         return str(_SHIPPED[model])
     path = Path(model)
@@ -145,11 +267,26 @@ def _model_source(model: str) -> str:
             f"model is '{model}', which is no model folder (it has no config.json); allowed are "
             f"'{EMBEDDED}', a folder written by save_pretrained, or a hub id."
         )
-    if not list(path.glob("*.safetensors")):
+    if weights and not list(path.glob("*.safetensors")):
         raise ValueError(
             f"model is '{model}', which holds no *.safetensors; pickled weights are never loaded."
         )
     return str(path)
+
+
+@contextlib.contextmanager
+def _by_older_names() -> Iterator[None]:
+    """peft and we ask transformers about gradient checkpointing by its older name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def quiet_libraries() -> None:
+    """Loading bars, retries and advice lines of the libraries would drown our own output."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
 
 
 def load_policy(
@@ -161,7 +298,9 @@ def load_policy(
     keep_reference: bool = False,
     seed: int = 0,
     device: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+    four_bit: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> Policy:
     """Load a policy.
 
@@ -174,22 +313,34 @@ def load_policy(
         keep_reference: keep a frozen copy of the weights (full fine-tuning with a KL term).
         seed: seed of the LoRA initialisation.
         device: default is the first CUDA device, else the CPU.
-        dtype: dtype of the weights.
+        dtype: dtype of the weights, and with ``four_bit`` of all that is not quantised and of the
+            arithmetic; default fp32, with ``four_bit`` what the device is good at
+            (:func:`compute_dtype`). Adapters are fp32 in any case.
+        four_bit: keep linear layers in NF4 with double quantisation (needs bitsandbytes).
+        gradient_checkpointing: keep only the input of every decoder layer for the backward pass and
+            compute the rest again: a tenth of the activations for a third more arithmetic.
 
     Raises:
-        ValueError: when ``model`` or ``adapter`` can't be loaded, naming it and what is allowed.
+        ValueError: when ``model`` or ``adapter`` can't be loaded, naming it and what is allowed, or
+            when ``four_bit`` is asked for where bitsandbytes does not work.
     """
     if lora_rank < 0:
         raise ValueError(f"lora_rank is {lora_rank}; allowed are 0 (full fine-tuning) and above.")
-    source = _model_source(model)
+    source = model_source(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # Weight-loading bars and advice lines of the libraries would drown our own output.
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    huggingface_hub.utils.logging.set_verbosity_error()
+    if four_bit:
+        _check_four_bit(device)
+    if dtype is None:
+        dtype = compute_dtype(device) if four_bit else torch.float32
+    quiet_libraries()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        causal_lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        if four_bit:
+            causal_lm = _load_four_bit(source, device, dtype, gradient_checkpointing)
+        else:
+            causal_lm = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True
+            ).to(device)
     except _LOAD_ERRORS as error:
         reason = _first_line(error)
         raise ValueError(
@@ -198,7 +349,9 @@ def load_policy(
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    causal_lm.to(device)
+    if gradient_checkpointing and not four_bit:
+        with _by_older_names():
+            causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     frozen = copy.deepcopy(causal_lm).requires_grad_(False).eval() if keep_reference else None
     if adapter is not None:
         if not os.path.isfile(Path(adapter) / "adapter_model.safetensors"):
@@ -218,14 +371,14 @@ def load_policy(
         return Policy(causal_lm, tokenizer, frozen)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        # Every linear layer of every block but the vocabulary head, whatever their names in this
+        # architecture: with QLoRA that matters more than the rank (arXiv 2305.14314, figure 2).
         config = LoraConfig(
             r=lora_rank,
             lora_alpha=lora_alpha if lora_alpha is not None else 2 * lora_rank,
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        with warnings.catch_warnings():
-            # peft asks transformers about gradient checkpointing by its older name.
-            warnings.simplefilter("ignore", FutureWarning)
+        with _by_older_names():
             peft = get_peft_model(causal_lm, config)
     return Policy(peft, tokenizer, None)

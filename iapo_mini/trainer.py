@@ -32,8 +32,9 @@ from iapo_mini.information import answer_entropies, informativeness
 from iapo_mini.objective import AGGREGATIONS, policy_loss
 from iapo_mini.policy import EMBEDDED, Policy, load_policy
 from iapo_mini.rewards import score
-from iapo_mini.rollouts import Rollouts, sample, token_logprobs
+from iapo_mini.rollouts import Rollouts, token_logprobs
 from iapo_mini.tasks import ROLES, Problem, stories, token_roles
+from iapo_mini.vllm_engine import ENGINES, sampler_of
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,16 @@ class TrainConfig:
         kl_coef: weight of KL(pi || pi_ref), nats per token (the paper's beta_KL).
         aggregation: ``"sequence"`` (GRPO) or ``"token"`` (DAPO) mean of the loss.
         lora_rank: rank of the adapter; 0 trains all weights.
-        micro_batch_size: completions per forward and backward pass (rounded up to whole groups).
+        micro_batch_size: completions per forward and backward pass (rounded up to whole groups,
+            whose prompt is run once; not so with gradient checkpointing).
         max_grad_norm: gradient clipping.
         save_steps: steps between checkpoints.
         seed: one seed for LoRA initialisation, prompts and sampling.
         estimator_memory_mb: memory the estimator may take beside the model, MiB.
         threads: CPU threads; two runs are identical only with the same number.
+        four_bit: keep the weights under the adapter in 4 bits (NF4); needs bitsandbytes.
+        gradient_checkpointing: compute activations twice instead of keeping them.
+        engine: who samples: ``"native"`` (``iapo_mini.rollouts``) or, where installed, ``"vllm"``.
     """
 
     method: str = "iapo"
@@ -89,16 +94,22 @@ class TrainConfig:
     seed: int = 0
     estimator_memory_mb: float = 256.0
     threads: int = 2
+    four_bit: bool = False
+    gradient_checkpointing: bool = False
+    engine: str = "native"
 
     def __post_init__(self) -> None:
         for field, kind in typing.get_type_hints(TrainConfig).items():
             value = getattr(self, field)
-            wanted = (int,) if kind is int else (str,) if kind is str else (int, float)
+            wanted = (kind,) if kind in (int, str, bool) else (int, float)
             optional = value is None and field == "epsilon_high"
-            if not optional and (not isinstance(value, wanted) or isinstance(value, bool)):
+            wrong_bool = isinstance(value, bool) and kind is not bool
+            if not optional and (not isinstance(value, wanted) or wrong_bool):
                 names = " or ".join(t.__name__ for t in wanted)
                 raise ValueError(f"{field} is {value!r}; allowed are values of type {names}.")
-        choices = {"method": tuple(ADVANTAGES), "aggregation": AGGREGATIONS}
+        choices = {
+            "method": tuple(ADVANTAGES), "aggregation": AGGREGATIONS, "engine": ENGINES,
+        }  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
@@ -119,6 +130,41 @@ class TrainConfig:
                 continue
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; allowed are numbers above 0.")
+        if self.four_bit and self.lora_rank == 0:
+            raise ValueError(
+                "lora_rank is 0 with four_bit; 4-bit weights can't be trained themselves, allowed "
+                "are 1 and above."
+            )
+
+
+_REAL = {
+    "prompts_per_step": 8,
+    "num_generations": 8,
+    "max_completion_length": 512,
+    "max_steps": 200,
+    "warmup_steps": 10,
+    "save_steps": 10,
+    # The paper trains all weights with 1e-6. An adapter starts at zero and takes about ten times
+    # the step of full fine-tuning.
+    "learning_rate": 1e-5,
+    "kl_coef": 0.001,
+    "lora_rank": 16,
+    "four_bit": True,
+    "gradient_checkpointing": True,
+    "estimator_memory_mb": 512.0,
+}
+PRESETS: dict[str, dict] = {
+    "t4": {**_REAL, "model": "Qwen/Qwen2.5-0.5B-Instruct", "micro_batch_size": 8},
+    "12gb": {**_REAL, "model": "Qwen/Qwen2.5-1.5B-Instruct", "micro_batch_size": 8},
+    "24gb": {**_REAL, "model": "Qwen/Qwen2.5-7B-Instruct", "micro_batch_size": 4},
+}
+"""Fields of TrainConfig for a real model on one card: the paper's three sizes, from the smallest
+card that has room for each. Memory of each by part: docs/real_models.md."""
+
+_FP16_LOSS_SCALE = 1024.0
+"""Factor of the loss under fp16 (cards without bf16), where a token's gradient, about one over the
+tokens of the batch, would come near the smallest number there is. A power of two, so that taking it
+back from the fp32 gradients of the adapter is exact."""
 
 
 def train(
@@ -161,6 +207,8 @@ def train(
             lora_rank=config.lora_rank,
             keep_reference=full and config.kl_coef > 0,
             seed=config.seed,
+            four_bit=config.four_bit,
+            gradient_checkpointing=config.gradient_checkpointing,
         )
     parameters = list(policy.trainable().values())
     optimizer = torch.optim.AdamW(
@@ -170,7 +218,7 @@ def train(
     _trim_log(run / "metrics.jsonl", done)
     stream = stories("train", config.seed) if problems is None else itertools.cycle(problems)
     stream = itertools.islice(stream, done * config.prompts_per_step, None)
-    advantage_of = ADVANTAGES[config.method]
+    advantage_of, sample = ADVANTAGES[config.method], sampler_of(config.engine, config.model)
 
     bar = tqdm(
         range(done, config.max_steps), initial=done, total=config.max_steps,
@@ -222,7 +270,10 @@ def train(
 def _update(policy, optimizer, parameters, rollouts: Rollouts, advantages, config) -> dict:
     """One optimiser step over all rollouts in micro-batches of whole groups."""
     policy.model.train()
-    rows, group = len(rollouts.completion_ids), config.num_generations
+    rows = len(rollouts.completion_ids)
+    # Completions of a group share the pass over their prompt, but not under checkpointing.
+    group = 1 if config.gradient_checkpointing else config.num_generations
+    scale = _FP16_LOSS_SCALE if policy.dtype == torch.float16 else 1.0
     size = math.ceil(config.micro_batch_size / group) * group
     tokens = int(rollouts.completion_mask.sum())
     totals: dict[str, float] = {}
@@ -231,11 +282,11 @@ def _update(policy, optimizer, parameters, rollouts: Rollouts, advantages, confi
         share = len(part.completion_ids) / rows
         if config.aggregation == "token":
             share = int(part.completion_mask.sum()) / tokens
-        logprobs, entropies = token_logprobs(policy.model, part, config.temperature)
         ref_logprobs = None
         if config.kl_coef > 0:
             with torch.no_grad(), policy.reference() as reference:
                 ref_logprobs, _ = token_logprobs(reference, part, config.temperature)
+        logprobs, entropies = token_logprobs(policy.model, part, config.temperature)
         loss, stats = policy_loss(
             logprobs, part.old_logprobs,
             advantages[start : start + size, : logprobs.shape[1]], part.completion_mask,
@@ -243,13 +294,15 @@ def _update(policy, optimizer, parameters, rollouts: Rollouts, advantages, confi
             epsilon=config.epsilon, epsilon_high=config.epsilon_high,
             aggregation=config.aggregation,
         )  # fmt: skip
-        (loss * share).backward()
+        (loss * share * scale).backward()
         stats["entropy"] = float(entropies.sum() / part.completion_mask.sum())
         # Token means are weighed by tokens, the loss as its aggregation asks.
         weight = int(part.completion_mask.sum()) / tokens
         for name, value in stats.items():
             totals[name] = totals.get(name, 0.0) + weight * value
         totals["loss"] = totals.get("loss", 0.0) + share * loss.item()
+    if scale != 1.0:
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], scale)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     totals["grad_norm"] = float(norm)
     if not math.isfinite(totals["grad_norm"]):
@@ -312,7 +365,8 @@ def _prepare(run: Path, config: TrainConfig, resume: bool) -> Path | None:
             raise ValueError(
                 f"output_dir is '{run}', which holds no run to resume (no config.json)."
             )
-        before = json.loads(saved.read_text())
+        # Fields that the version that began the run did not have are at their defaults.
+        before = dataclasses.asdict(TrainConfig()) | json.loads(saved.read_text())
         changed = [k for k in settings if k != "max_steps" and settings[k] != before.get(k)]
         if changed:
             name = changed[0]

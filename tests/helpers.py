@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from iapo_mini import flat, prefixes
 from iapo_mini.information import answer_entropies, encode_postfix
 from iapo_mini.policy import Policy
-from iapo_mini.rollouts import Rollouts
+from iapo_mini.rollouts import Rollouts, token_logprobs
 from iapo_mini.tasks import POSTFIX, Problem
 
 TRIVIAL = [
@@ -40,6 +40,16 @@ def perturb_lora(policy, seed=1, scale=0.1):
             if "lora_B" in name:
                 p.add_(scale * torch.randn(p.shape, generator=generator))
     return policy
+
+
+def assert_close_in_fp32(one, other):
+    """Equal up to fp32 rounding that a few layers add up, relative to the largest value.
+
+    One rounding is 6e-8 of a value; sums in another order, layer upon layer, came to 9e-6 of the
+    largest logit, more on some processors than on others.
+    """
+    size = float(other.abs().max())
+    torch.testing.assert_close(one, other, atol=3e-5 * size, rtol=0)
 
 
 def make_rollouts(prompts, completions, group, vocabulary=800, pad=0, seed=0, left=0, right=0):
@@ -130,6 +140,21 @@ def tiny_policy(name, tokenizer, attention="sdpa", dtype=torch.float32, **change
     config = AutoConfig.for_model(name, **(sizes | changes))
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return Policy(redraw(model).to(dtype), tokenizer)
+
+
+def saved_bytes(policy, rollouts, memory_mb):
+    """Bytes that the forward pass keeps for the backward pass, each storage once."""
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        logprobs, _ = token_logprobs(policy.model.train(), rollouts, memory_mb=memory_mb)
+    del logprobs
+    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    return sum(n for pointer, n in storages.items() if pointer not in weights)
 
 
 WAYS = ("flat", "shared", "cached", "naive")

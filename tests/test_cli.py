@@ -92,7 +92,7 @@ def test_explain_prints_tokens_and_saves_the_heat_map(tmp_path):
     assert "\x1b[" in colored.stdout
 
 
-@pytest.mark.parametrize("command", ["compare", "train", "evaluate", "explain"])
+@pytest.mark.parametrize("command", ["compare", "train", "evaluate", "explain", "plan", "export"])
 def test_help_names_defaults(command):
     done = run(command, "--help")
     assert done.returncode == 0
@@ -106,6 +106,13 @@ BAD = [
     (["train", "--out", "x", "--learning-rate", "nan"], "learning_rate"),
     (["train", "--out", "x", "--model", "."], "model"),
     (["train", "--out", "x", "--resume"], "output_dir"),
+    (["train", "--out", "x", "--preset", "h100"], "preset"),
+    (["train", "--out", "x", "--four-bit", "--lora-rank", "0"], "lora_rank"),
+    (["plan", "--gpu", "big"], "gpu is 'big'"),
+    (["plan", "--shape", "qwen9"], "shape is 'qwen9'"),
+    (["plan", "--prompt", "0"], "prompt is 0"),
+    (["export", "--adapter", ".", "--out", "x"], "adapter"),
+    (["export", "--adapter", ".", "--out", "."], "out is '.'"),
     (["train", "--out", "file/x"], "output_dir"),
     (["compare", "--preset", "huge"], "preset"),
     (["compare", "--preset", "quick", "--parallel", "0"], "parallel"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import perturb_lora, redraw
+from helpers import assert_close_in_fp32, perturb_lora, redraw
 from transformers import AutoModelForCausalLM
 
 from iapo_mini.policy import load_policy
@@ -108,10 +108,10 @@ def test_no_reference_was_kept(base_policy):
 def test_inference_equals_the_adapters_forward_and_follows_its_weights(perturbed):
     """The merged copy must be refreshed: sampling from last step's policy would be off-policy."""
     before = logits(perturbed.for_inference())
-    torch.testing.assert_close(before, logits(perturbed.model), atol=1e-5, rtol=0)
+    assert_close_in_fp32(before, logits(perturbed.model))
     perturb_lora(perturbed, seed=2)
     after = logits(perturbed.for_inference())
-    torch.testing.assert_close(after, logits(perturbed.model), atol=1e-5, rtol=0)
+    assert_close_in_fp32(after, logits(perturbed.model))
     assert not torch.allclose(before, after, atol=0.1)
 
 

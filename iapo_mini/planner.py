@@ -1,0 +1,312 @@
+"""How much memory a training run will take on a card, by part, before anything is loaded.
+
+The architecture is built on torch's ``meta`` device, which holds shapes and no numbers, so weights,
+adapter, optimiser and cache are counted, not estimated (tests hold them against real tensors).
+Activations are the sum of what one decoder layer of the Llama family keeps for its backward pass;
+working memory and the CUDA context are estimates, and say so in the table.
+
+A GB is 2**30 bytes here, as on the box of a graphics card and in ``nvidia-smi``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
+
+from iapo_mini.advantages import NEEDS_INFORMATION
+from iapo_mini.flat import CARD_BLOCK
+from iapo_mini.policy import model_source, quiet_libraries
+from iapo_mini.rollouts import LOGIT_BYTES
+from iapo_mini.trainer import TrainConfig
+
+GB = 2**30
+
+SHAPES = {
+    "qwen2.5-0.5b": dict(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True,
+    ),
+    "qwen2.5-1.5b": dict(
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True,
+    ),
+    "qwen2.5-3b": dict(
+        hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36, num_attention_heads=16,
+        num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True,
+    ),
+    "qwen2.5-7b": dict(
+        hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, vocab_size=152_064, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+"""Shapes that need no network: arguments of ``Qwen2Config``, from the models' config.json."""
+
+CARDS = {"t4": 14.7}
+"""GB of cards known by name; others are given by size, such as ``12gb``."""
+
+CONTEXT_GB = 0.6
+"""What the CUDA context and the kernels take before the first tensor; an estimate."""
+
+FRAGMENTATION = 0.05
+"""Share of everything that the allocator reserves and can't use; an estimate."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory of a run in bytes.
+
+    Attributes:
+        always: part -> bytes held from the first step to the last.
+        phases: phase of a step -> part -> bytes held during it. Phases follow each other, so the
+            largest counts.
+    """
+
+    always: dict[str, int]
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def peak(self) -> str:
+        """The phase that takes most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def tensors(self) -> int:
+        """Bytes of tensors at the peak: what ``torch.cuda.max_memory_allocated`` reports."""
+        return sum(self.always.values()) + sum(self.phases[self.peak].values())
+
+    @property
+    def total(self) -> int:
+        """Bytes of the card at the peak: tensors, fragmentation and the CUDA context."""
+        return int(self.tensors * (1 + FRAGMENTATION) + CONTEXT_GB * GB)
+
+
+def shape(model: str) -> PreTrainedConfig:
+    """The configuration of a model: a built-in shape, a folder's or a hub id's config.json.
+
+    Args:
+        model: a key of ``SHAPES``, a hub id of one of those (``Qwen/Qwen2.5-7B-Instruct``), a
+            folder, or another hub id if this machine can reach it.
+
+    Raises:
+        ValueError: when there is no configuration to be had.
+    """
+    name = model.rsplit("/", 1)[-1].lower()
+    for known, sizes in SHAPES.items():
+        if re.fullmatch(re.escape(known) + r"(-instruct)?", name):
+            return Qwen2Config(**sizes)
+    quiet_libraries()
+    try:
+        return AutoConfig.from_pretrained(model_source(model, weights=False))
+    except (OSError, KeyError) as error:
+        raise ValueError(
+            f"model is '{model}', whose config.json can't be had; allowed are a model folder, a "
+            f"hub id that this machine can reach, or one of {', '.join(SHAPES)}."
+        ) from error
+
+
+def card_gb(gpu: str) -> float:
+    """Memory of a card in GB.
+
+    Raises:
+        ValueError: for a card that is neither known nor given by its size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*gb", gpu.lower())
+    if gpu.lower() in CARDS:
+        return CARDS[gpu.lower()]
+    if not found or float(found[1]) <= 0:
+        raise ValueError(f"gpu is '{gpu}'; allowed are {', '.join(CARDS)} or a size, such as 12gb.")
+    return float(found[1])
+
+
+def weight_bytes(config: PreTrainedConfig, rank: int, four_bit: bool, width: int) -> dict[str, int]:
+    """Bytes of all that has weights: part -> bytes.
+
+    Args:
+        config: of a causal LM.
+        rank: of the adapter on every linear layer but the vocabulary head.
+        four_bit: whether those layers are in NF4 with double quantisation: half a byte a weight, a
+            byte for 64 of them, four bytes for 256 of those, and the tables of a layer.
+        width: bytes of a weight that is not quantised.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    adapter = 4 * sum(rank * (m.in_features + m.out_features) for m in linear)
+    inner = sum(m.weight.numel() for m in linear)
+    plain = sum(p.numel() for p in model.parameters()) - inner
+    quantised = 0
+    for m in linear if four_bit else ():
+        blocks = math.ceil(m.weight.numel() / 64)
+        tables = 4 * (16 + 256 + 1)  # NF4's values, those of the second quantisation, their mean
+        quantised += math.ceil(m.weight.numel() / 2) + blocks + 4 * math.ceil(blocks / 256) + tables
+    return {
+        "4-bit weights": quantised,
+        "16-bit weights" if width == 2 else "weights": width * (plain + (0 if four_bit else inner)),
+        "adapter": adapter,
+        "gradients": adapter,
+        "AdamW moments": 2 * adapter,
+    }
+
+
+def cache_bytes(config: PreTrainedConfig, rows: int, prompt: int, completion: int, width: int):
+    """Bytes of the keys and values of ``rows`` completions as sampling lays them out."""
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    # The buffers of rollouts.sample grow by a block whenever a token no longer fits.
+    length = prompt + 128
+    while length < prompt + completion:
+        length += 129
+    return 2 * text.num_hidden_layers * rows * kv_heads * head_dim * length * width
+
+
+def layer_bytes(config: PreTrainedConfig, rank: int, width: int) -> int:
+    """Bytes that one decoder layer under LoRA keeps of one token for the backward pass.
+
+    The adapter computes in fp32, so in 16 bits it keeps its own copy of the input of each of the
+    seven linear layers; that, and not the model, is the larger part.
+    """
+    text = config.get_text_config()
+    hidden, inner = text.hidden_size, getattr(text, "intermediate_size", 4 * text.hidden_size)
+    head_dim = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    queries = text.num_attention_heads * head_dim
+    norms = 2 * 4 * hidden
+    inputs = 4 * (hidden * (2 if width == 4 else 5) + queries + inner + 7 * rank)
+    attention = 4 * queries * width  # queries, keys and values for all heads, output
+    return norms + inputs + attention + 3 * inner * width
+
+
+def plan(
+    config: PreTrainedConfig, settings: TrainConfig, prompt: int, width: int | None = None
+) -> Plan:
+    """Predict the memory of a run.
+
+    Args:
+        config: of the model, from :func:`shape`.
+        settings: of the run; its ``model`` is not looked at.
+        prompt: tokens of the longest prompt.
+        width: bytes of a weight that is not quantised and of an activation; default 2 with
+            ``four_bit``, else 4, as :func:`iapo_mini.policy.load_policy` does on a card.
+
+    Raises:
+        ValueError: for a prompt without tokens, or full fine-tuning.
+    """
+    if prompt < 1:
+        raise ValueError(f"prompt is {prompt}; allowed are 1 token and above.")
+    if settings.lora_rank < 1:
+        raise ValueError("lora_rank is 0; the planner knows adapters, allowed are 1 and above.")
+    width = width or (2 if settings.four_bit else 4)
+    text, group = config.get_text_config(), settings.num_generations
+    rows, completion = settings.prompts_per_step * group, settings.max_completion_length
+    vocabulary, hidden = text.vocab_size, text.hidden_size
+    inner = getattr(text, "intermediate_size", 4 * hidden)
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    kept = cache_bytes(config, rows, prompt, completion, width)
+    dequantised = inner * hidden * width if settings.four_bit else 0
+    size = settings.micro_batch_size
+    if settings.gradient_checkpointing:
+        size = min(size, rows)
+        tokens = size * (prompt + completion)
+        layer = tokens * layer_bytes(config, settings.lora_rank, width)
+        kept_by_layers = text.num_hidden_layers * tokens * hidden * width
+    else:
+        size = min(math.ceil(size / group) * group, rows)
+        tokens = size * completion + size // group * prompt
+        layer = tokens * layer_bytes(config, settings.lora_rank, width)
+        # The keys and values of the prompt are copied for each of its completions.
+        copied = size * prompt * 2 * heads * head_dim * width
+        kept_by_layers = text.num_hidden_layers * (layer + copied)
+        layer = 0
+    # Final hidden states, those picked for the head, and their gradients.
+    kept_by_layers += 4 * size * completion * hidden * width
+    logits = min(512 * 2**20, LOGIT_BYTES * size * completion * vocabulary)
+    phases = {
+        "sampling": {
+            "KV cache": kept,
+            # One after the other: logits and what is made of them, the weights of the largest
+            # layer, and the buffer of one layer while it grows.
+            "working memory (estimate)": max(
+                rows * vocabulary * (width + 5 * 4), dequantised, kept // text.num_hidden_layers
+            ),
+        },
+        "information": {
+            "KV cache": kept,
+            "estimator": int(settings.estimator_memory_mb * 2**20),
+            "working memory (estimate)": 10 * CARD_BLOCK + dequantised,
+        }
+        if settings.method in NEEDS_INFORMATION
+        else {},
+        "update, at the head": {"activations": kept_by_layers, "logits chunk": logits},
+        "update, in a layer": {
+            "activations": kept_by_layers + layer,
+            "working memory (estimate)": tokens * inner * (2 + width) + dequantised,
+        },
+    }
+    return Plan(weight_bytes(config, settings.lora_rank, settings.four_bit, width), phases)
+
+
+def lower(
+    config: PreTrainedConfig, settings: TrainConfig, prompt: int, limit: float
+) -> list[tuple[str, TrainConfig, Plan]]:
+    """What to change, cheapest first, until the run fits into ``limit`` bytes.
+
+    Returns:
+        (change in words, settings after it and all before it, their plan); the last one fits unless
+        nothing is left to lower.
+    """
+
+    def halved(name: str, least: int) -> dict:
+        value = getattr(settings, name)
+        return {name: max(least, value // 2)} if value > least else {}
+
+    steps: list[tuple[str, TrainConfig, Plan]] = []
+    now = plan(config, settings, prompt)
+    while now.total > limit:
+        options = (  # time lost grows from the first to the last
+            {} if settings.four_bit else {"four_bit": True},
+            {} if settings.gradient_checkpointing else {"gradient_checkpointing": True},
+            halved("micro_batch_size", 1 if settings.gradient_checkpointing else 8),
+            halved("prompts_per_step", 1),
+            halved("estimator_memory_mb", 64),
+            halved("max_completion_length", 128),
+        )
+        for change in filter(None, options):
+            changed = replace(settings, **change)
+            after = plan(config, changed, prompt)
+            if after.total < 0.99 * now.total:
+                break
+        else:
+            return steps
+        ((name, value),) = change.items()
+        steps.append((f"{name} {getattr(settings, name)} -> {value}", changed, after))
+        settings, now = changed, after
+    return steps
+
+
+def table(plans: dict[str, Plan]) -> str:
+    """Plans side by side as a Markdown table, in GB; the keys of ``plans`` head the columns."""
+    columns = list(plans.values())
+    parts = [("always", part) for part in dict.fromkeys(p for x in columns for p in x.always)]
+    parts += dict.fromkeys(
+        (phase, part) for x in columns for phase, held in x.phases.items() for part in held
+    )
+    lines = [
+        "| when | part | " + " | ".join(plans) + " |",
+        "|---|---|" + "---|" * len(plans),
+    ]
+    for phase, part in parts:
+        held = [{"always": x.always, **x.phases}[phase].get(part, 0) for x in columns]
+        if any(held):
+            cells = " | ".join(f"{size / GB:.2f}" if size else "" for size in held)
+            lines.append(f"| {phase} | {part} | {cells} |")
+    slack = " | ".join(f"{(x.total - x.tensors) / GB:.2f}" for x in columns)
+    lines.append(f"| always | CUDA context and fragmentation (estimate) | {slack} |")
+    peaks = " | ".join(f"**{x.total / GB:.1f}** ({x.peak})" for x in columns)
+    lines.append(f"| | **peak** (during) | {peaks} |")
+    return "\n".join(lines)

@@ -1,0 +1,118 @@
+"""Sampling with vLLM, an optional extra: ``pip install 'iapo-mini[vllm]'``, ``--engine vllm``.
+
+vLLM keeps a 16-bit copy of the model on the card and is given the merged weights before every batch
+(:meth:`iapo_mini.policy.Policy.merged_weights`), so that what it samples from is the policy of this
+very step. Its own arithmetic still differs from ours by rounding, therefore log pi_old is computed
+by our model, once more, on what it has written.
+
+Not a part of what is tested on hardware: see docs/real_models.md.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from iapo_mini.policy import Policy, model_source
+from iapo_mini.rollouts import Rollouts, encode_prompts, sample, token_logprobs
+from iapo_mini.tasks import Problem
+
+ENGINES = ("native", "vllm")
+
+MEMORY_SHARE = 0.4
+"""Share of the card that vLLM may take for its weights and cache; the rest is for the update."""
+
+
+def sampler_of(engine: str, model: str) -> Callable[..., Rollouts]:
+    """The function that samples, with the arguments of :func:`iapo_mini.rollouts.sample`.
+
+    Args:
+        engine: one of ``ENGINES``. Without vLLM, ``"vllm"`` says so and samples natively.
+        model: what vLLM loads before the weights are put in.
+    """
+    if engine == "native":
+        return sample
+    # Only an engine in this process lets its weights be written.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    try:
+        import vllm
+    except ImportError:
+        warnings.warn(
+            "engine is 'vllm', which is not installed here (pip install 'iapo-mini[vllm]', on a "
+            "machine with a CUDA card); sampling goes on with the built-in sampler.",
+            stacklevel=2,
+        )
+        return sample
+    llm = vllm.LLM(
+        model_source(model), dtype="auto", gpu_memory_utilization=MEMORY_SHARE,
+        enable_prefix_caching=True,
+    )  # fmt: skip
+
+    def with_vllm(policy: Policy, problems: list[Problem], **settings) -> Rollouts:
+        return sample_with(llm, vllm.SamplingParams, policy, problems, **settings)
+
+    return with_vllm
+
+
+def sync_weights(llm, policy: Policy) -> None:
+    """Put the policy's merged weights into the engine and forget what it cached of older ones."""
+    executor = llm.llm_engine.model_executor
+    executor.driver_worker.model_runner.model.load_weights(policy.merged_weights())
+    llm.reset_prefix_cache()
+
+
+def sample_with(
+    llm,
+    sampling_params: Callable,
+    policy: Policy,
+    problems: list[Problem],
+    *,
+    num_generations: int = 8,
+    max_completion_length: int = 224,
+    temperature: float = 1.0,
+    seed: int = 0,
+    keep_cache: bool = False,
+) -> Rollouts:
+    """Sample with an engine, as :func:`iapo_mini.rollouts.sample` does without one.
+
+    Args:
+        llm: a ``vllm.LLM`` in this process.
+        sampling_params: ``vllm.SamplingParams``.
+        policy: its weights are put into the engine first.
+        problems, num_generations, max_completion_length, temperature, seed: as for ``sample``.
+        keep_cache: of no effect, since vLLM's keys and values are its own; the estimator runs the
+            trunk itself.
+
+    Raises:
+        ValueError: when ``problems`` is empty.
+    """
+    if not problems:
+        raise ValueError("problems is empty; at least one problem is needed to sample completions.")
+    sync_weights(llm, policy)
+    prompt_ids, prompt_mask = encode_prompts(policy, problems)
+    params = sampling_params(
+        n=num_generations, temperature=temperature, top_p=1.0, max_tokens=max_completion_length,
+        stop_token_ids=policy.eos_ids.tolist(), seed=seed,
+    )  # fmt: skip
+    prompts = [{"prompt_token_ids": i[m].tolist()} for i, m in zip(prompt_ids, prompt_mask)]
+    answers = llm.generate(prompts, params, use_tqdm=False)
+    rows = [list(output.token_ids) for answer in answers for output in answer.outputs]
+    lengths = torch.tensor([len(row) for row in rows], device=policy.device)
+    width, pad = int(lengths.max()), policy.tokenizer.pad_token_id
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=policy.device)
+    last = ids[torch.arange(len(rows)), lengths - 1]
+    rollouts = Rollouts(
+        prompt_ids=prompt_ids.repeat_interleave(num_generations, dim=0),
+        prompt_mask=prompt_mask.repeat_interleave(num_generations, dim=0),
+        completion_ids=ids,
+        completion_mask=torch.arange(width, device=policy.device) < lengths[:, None],
+        old_logprobs=torch.zeros(ids.shape, device=policy.device),
+        num_generations=num_generations,
+        finished=torch.isin(last, policy.eos_ids),
+    )
+    with torch.no_grad():
+        rollouts.old_logprobs, _ = token_logprobs(policy.for_inference(), rollouts, temperature)
+    return rollouts

@@ -1,0 +1,57 @@
+"""The GPU benchmarks on a tiny shape and a CPU, so that they run when a card is there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(script, *arguments):
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_memory_goes_the_whole_way_on_a_tiny_shape(tmp_path):
+    out = tmp_path / "memory.json"
+    done = run("memory.py", "--tiny", "--device", "cpu", "--steps", 2, "--out", out)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["shape"] == "tiny" and row["device"] == "cpu" and row["prompt"] == 200
+    assert row["peak_gb"] is None  # nothing is measured on a CPU, so nothing is said
+    assert 0 < row["planned_tensors_gb"] < row["planned_gb"]
+    assert row["iapo_step_over_grpo_step"] > 0
+    for method in ("grpo", "iapo"):
+        assert set(row["seconds"][method]) == {"sampling", "information", "update"}
+        assert row["seconds"][method]["update"] > 0
+    assert row["settings"]["four_bit"] and row["settings"]["num_generations"] == 8
+    assert 12 < row["length"] <= 16
+
+
+def test_sampling_goes_the_whole_way_on_a_tiny_shape(tmp_path):
+    out = tmp_path / "sampling.json"
+    done = run("sampling.py", "--tiny", "--device", "cpu", "--out", out)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert {(r["weights"], r["way"]) for r in rows} == {
+        (weights, way)
+        for weights in ("4-bit", "merged")
+        for way in ("native", "generate", "static")
+    }
+    assert all(r["tokens_per_second"] > 0 and r["tokens"] > 100 for r in rows), rows
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says so only without a CUDA device")
+@pytest.mark.parametrize("script", ["memory.py", "sampling.py"])
+def test_without_a_card_they_say_so(script):
+    done = run(script)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(script) and "CUDA device" in line

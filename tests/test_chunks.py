@@ -1,0 +1,151 @@
+"""Log-probabilities with the vocabulary head in chunks and layers checkpointed: the same numbers.
+
+A large vocabulary is what runs a small card out of memory; here a tiny budget has the same effect.
+"""
+
+import pytest
+import torch
+from helpers import make_rollouts, perturb_lora, plain_logprobs, saved_bytes, tiny_policy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from iapo_mini.policy import load_policy
+from iapo_mini.rollouts import head_alone, token_logprobs
+
+SIZES = dict(prompts=[5, 9], completions=[4, 1, 6, 3], group=2)
+CHUNKS = 0.05  # MiB: four tokens at a time with the tests' vocabulary of 864
+
+
+class Widest(TorchDispatchMode):
+    """Most rows of any tensor whose last dimension is the vocabulary."""
+
+    rows, vocabulary = 0, 864
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            # A view, such as the transposed weight of the head, is no new memory.
+            new = isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given
+            if new and x.shape[-1:] == (self.vocabulary,):
+                self.rows = max(self.rows, x.numel() // self.vocabulary)
+        return out
+
+
+def weighed(model, rollouts, **settings):
+    """Log-probabilities, entropies and gradients of a weighted sum."""
+    model.zero_grad()
+    logprobs, entropies = token_logprobs(model, rollouts, temperature=0.8, **settings)
+    weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(0))
+    (logprobs * weights).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return logprobs.detach(), entropies, gradients
+
+
+def assert_same(one, other, atol=1e-6):
+    """Values to ``atol`` nats; gradients, which are sums of hundreds of terms, to 3 ``atol``."""
+    for x, y in zip(one[:2], other[:2]):
+        torch.testing.assert_close(x, y, atol=atol, rtol=1e-6)
+    assert one[2].keys() == other[2].keys() and one[2]
+    for name, gradient in other[2].items():
+        size = float(gradient.abs().max())
+        torch.testing.assert_close(one[2][name], gradient, atol=3 * atol * max(1, size), rtol=0)
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize("rows_per_block", [3, 16])
+def test_chunks_give_the_same_results_and_gradients(tiny_folder, rank, rows_per_block):
+    """Rank 0 trains the head too, which is the embedding: its gradients add up over chunks."""
+    policy = perturb_lora(load_policy(tiny_folder, lora_rank=rank))
+    rollouts = make_rollouts(**SIZES)
+    policy.model.train()
+    plain = weighed(policy.model, rollouts, rows_per_block=rows_per_block)
+    chunked = weighed(policy.model, rollouts, rows_per_block=rows_per_block, memory_mb=CHUNKS)
+    assert_same(chunked, plain)
+    assert not torch.equal(chunked[0], plain[0]) or rank  # another way was gone
+
+
+def test_no_tensor_of_all_logits_exists(lora_policy):
+    rollouts = make_rollouts(**SIZES)
+    tokens = int(rollouts.completion_mask.sum())
+    lora_policy.model.train()
+    head_alone(lora_policy.model.get_base_model())
+    with Widest() as whole:
+        weighed(lora_policy.model, rollouts)
+    with Widest() as chunked:
+        weighed(lora_policy.model, rollouts, memory_mb=CHUNKS)
+    assert whole.rows >= tokens
+    assert 0 < chunked.rows <= 4
+
+
+def test_small_logits_go_the_plain_way(lora_policy):
+    """With room for all logits nothing is computed twice, and results are those of before."""
+    rollouts = make_rollouts(**SIZES)
+    with Widest() as seen:
+        token_logprobs(lora_policy.model, rollouts, memory_mb=512)
+    assert seen.rows == 4 * 7  # one block, its longest row and the token before it
+
+
+ODD = {
+    "gemma2": dict(final_logit_softcapping=0.5, head_dim=16, sliding_window=512),
+    "granite": dict(logits_scaling=8.0),
+    "cohere": dict(logit_scale=0.0625),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_logits_that_are_more_than_their_head_are_made_whole(tokenizer, name):
+    attention = "eager" if name == "gemma2" else "sdpa"
+    policy = tiny_policy(name, tokenizer, attention, **ODD[name])
+    assert not head_alone(policy.model)
+    rollouts = make_rollouts(**SIZES)
+    with torch.no_grad():
+        logprobs, _ = token_logprobs(policy.model, rollouts, memory_mb=CHUNKS)
+        plain = plain_logprobs(policy.model, rollouts)
+    torch.testing.assert_close(logprobs, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama", "gemma", "gpt2"])
+def test_plain_heads_are_recognised(tokenizer, name):
+    policy = tiny_policy(name, tokenizer)
+    policy.model.train()  # dropout must not make a head look odd
+    assert head_alone(policy.model)
+    policy.model.eval()
+    rollouts = make_rollouts(**SIZES)
+    with torch.no_grad():
+        logprobs, _ = token_logprobs(policy.model, rollouts, memory_mb=CHUNKS)
+        plain = plain_logprobs(policy.model, rollouts)
+    torch.testing.assert_close(logprobs, plain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("memory_mb", [512, CHUNKS])
+@pytest.mark.parametrize("rank", [4, 0])
+def test_gradient_checkpointing_changes_nothing(tiny_folder, rank, memory_mb):
+    """The prompts are run for each row there, and no cache is read."""
+    results = []
+    for checkpointing in (False, True):
+        policy = load_policy(tiny_folder, lora_rank=rank, gradient_checkpointing=checkpointing)
+        perturb_lora(policy).model.train()
+        results.append(weighed(policy.model, make_rollouts(**SIZES, left=3), memory_mb=memory_mb))
+    assert_same(results[1], results[0], atol=2e-5)
+
+
+def test_gradient_checkpointing_keeps_less(tiny_folder):
+    rollouts = make_rollouts([40, 40], [30] * 8, group=4)
+    kept = [
+        saved_bytes(
+            load_policy(tiny_folder, lora_rank=4, gradient_checkpointing=c), rollouts, CHUNKS
+        )
+        for c in (False, True)
+    ]
+    assert kept[1] < kept[0] / 5
+
+
+def test_rows_of_half_a_group_go_through_checkpointed_layers(tiny_folder):
+    policy = load_policy(tiny_folder, lora_rank=4, gradient_checkpointing=True)
+    perturb_lora(policy).model.train()
+    rollouts = make_rollouts([5, 9], [4, 1, 6, 3, 2, 2], group=3)
+    whole, _ = token_logprobs(policy.model, rollouts)
+    parts = [token_logprobs(policy.model, rollouts.rows(i, i + 2))[0] for i in (0, 2, 4)]
+    for i, part in enumerate(parts):
+        rows = whole[2 * i : 2 * i + 2, : part.shape[1]]
+        torch.testing.assert_close(part, rows, atol=1e-5, rtol=0)
