@@ -10,9 +10,9 @@ Three kinds of reference, told apart by how it is written:
 
 math-verify hands LaTeX to sympy, which can run for minutes and hold the interpreter's lock while it
 does, and its own limits use signals: they work on the main thread of a POSIX process alone. So it
-runs in a second process, started when first needed, which ends itself after ``TIME_LIMIT`` seconds;
-that works in threads, in notebooks and on Windows. This file is also that process: it imports
-nothing of the package.
+runs in a second process, started when first needed, which ends itself past ``TIME_LIMIT``; that
+works in threads, in notebooks and on Windows. This file is also that process: it imports nothing of
+the package.
 """
 
 from __future__ import annotations
@@ -26,13 +26,18 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from fractions import Fraction
 
 MAX_LENGTH = 400
 """Characters; a longer answer is wrong (the longest of MATH-500's references has 53)."""
 
 TIME_LIMIT = 3.0
-"""Seconds that math-verify may take for one comparison; past it the answer is wrong."""
+"""Seconds of processor time that math-verify may take for one comparison; past it the answer is
+wrong. Not of wall-clock time: a busy machine must not change a reward."""
+
+WALL_LIMIT = 60.0
+"""Seconds of wall-clock time after which a comparison ends in any case."""
 
 _WRAPPED = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), (r"\boxed{", "}"))
 _SPACING = re.compile(r"(?<=,)\\!\s*|\\[!,;:]|\\left(?![a-z])|\\right(?![a-z])|~")
@@ -65,7 +70,7 @@ def equal_answers(given: str, reference: str) -> bool:
 
     Returns:
         False as well when the answer is empty, longer than ``MAX_LENGTH`` characters, a tower of
-        powers, or not compared within ``TIME_LIMIT`` seconds.
+        powers, or not compared within ``TIME_LIMIT`` and ``WALL_LIMIT``.
 
     Raises:
         RuntimeError: when a comparison of LaTeX is needed and math-verify can't be started.
@@ -191,8 +196,9 @@ def _stop() -> None:
 def _serve() -> None:
     """The second process: a line ``[given, reference]`` in, a line ``true`` or ``false`` out.
 
-    The watchdog of faulthandler is a thread of its own that needs no interpreter lock, so it ends
-    the process even amid one huge multiplication, and also when nobody waits for the answer.
+    A thread watches the processor time. One huge multiplication keeps it from running, so the
+    watchdog of faulthandler, which needs no interpreter lock, keeps the wall-clock limit. Both also
+    end a process whose parent is gone.
     """
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -205,15 +211,27 @@ def _serve() -> None:
         )
 
     verify(read("x"), read("x"), timeout_seconds=None)  # the first takes long
+    began: float | None = None
+
+    def watch() -> None:
+        while True:
+            time.sleep(0.1)
+            start = began  # read once: the main thread may set it to None in between
+            if start is not None and time.process_time() - start > TIME_LIMIT:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
     print("ready", flush=True)
     with open(os.devnull, "w") as nowhere:
         for line in sys.stdin:
             given, reference = json.loads(line)
-            faulthandler.dump_traceback_later(TIME_LIMIT, exit=True, file=nowhere)
+            faulthandler.dump_traceback_later(WALL_LIMIT, exit=True, file=nowhere)
+            began = time.process_time()
             try:
                 equal = bool(verify(read(reference), read(given), timeout_seconds=None))
             except Exception:  # sympy may raise anything on text that only looks like LaTeX
                 equal = False
+            began = None
             faulthandler.cancel_dump_traceback_later()
             print(json.dumps(equal), flush=True)
 

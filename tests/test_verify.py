@@ -189,7 +189,7 @@ def test_what_takes_too_long_is_wrong_and_the_next_answer_is_judged_as_ever():
     assert equal_answers("k*2", "2k")
     before, began = verify._process.pid, time.perf_counter()
     assert equal_answers(SLOW, "2k") is False
-    assert verify.TIME_LIMIT <= time.perf_counter() - began < 10 * verify.TIME_LIMIT
+    assert verify.TIME_LIMIT <= time.perf_counter() - began < verify.WALL_LIMIT + 30
     assert equal_answers("k*2", "2k")
     assert verify._process.pid != before
 
