@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -79,24 +80,51 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--preset", help=preset_help)
     _add_train_options(plan)
 
-    evaluate = commands.add_parser("evaluate", help="Pass@k, Length@k and Ratio@k on stories")
+    evaluate = commands.add_parser("evaluate", help="Pass@k, Length@k and Ratio@k of a policy")
     evaluate.add_argument("--model", default="embedded", help=MODEL_HELP + " (%(default)s)")
     evaluate.add_argument("--adapter", help="folder of a trained adapter (PEFT format)")
-    evaluate.add_argument("--split", default="test", help="train, tune or test (%(default)s)")
-    evaluate.add_argument("--problems", type=int, default=200, help="stories (%(default)s)")
+    evaluate.add_argument(
+        "--four-bit", action="store_true", help="load the weights in 4 bits (NF4; bitsandbytes)"
+    )
+    evaluate.add_argument(
+        "--data", default="stories",
+        help="stories, gsm8k, math500, dapo_math or commonsense_qa (%(default)s)",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--data-file", default="", help=".jsonl, .json or .parquet file (default: ask the hub)"
+    )
+    evaluate.add_argument(
+        "--split", default="test", help="train, tune, test, or all of a local file (%(default)s)"
+    )
+    evaluate.add_argument(
+        "--problems", type=int, default=200, help="the first so many problems (%(default)s)"
+    )
     evaluate.add_argument(
         "--k", type=int, nargs="+", default=[1, 2, 4, 8],
-        help="values of k; the largest is the number of completions per story (1 2 4 8)",
+        help="values of k; the largest is the number of completions per problem (1 2 4 8)",
     )  # fmt: skip
+    evaluate.add_argument(
+        "--max-completion-length", type=int, default=224, help="tokens (%(default)s)"
+    )
+    evaluate.add_argument(
+        "--batch-size", type=int, default=128, help="completions sampled at once (%(default)s)"
+    )
     evaluate.add_argument("--temperature", type=float, default=1.0, help="sampling (%(default)s)")
     evaluate.add_argument("--seed", type=int, default=0, help="sampling seed (%(default)s)")
-    evaluate.add_argument("--out", help="results JSON; completions go beside it as JSONL")
+    evaluate.add_argument(
+        "--out",
+        help="results JSON; completions go beside it as JSONL, and the same command goes on from "
+        "them (default: a name in runs/evaluate that follows from the settings)",
+    )
     evaluate.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
 
     explain = commands.add_parser("explain", help="show which tokens of an answer inform")
     explain.add_argument("story", help="the question, in quotes; '-' draws a test story")
     explain.add_argument("--model", default="embedded", help=MODEL_HELP + " (%(default)s)")
     explain.add_argument("--adapter", help="folder of a trained adapter (PEFT format)")
+    explain.add_argument(
+        "--four-bit", action="store_true", help="load the weights in 4 bits (NF4; bitsandbytes)"
+    )
     explain.add_argument("--temperature", type=float, default=1.0, help="sampling (%(default)s)")
     explain.add_argument("--seed", type=int, default=0, help="sampling seed (%(default)s)")
     explain.add_argument("--out", default="figures/explain.png", help="heat map (%(default)s)")
@@ -169,26 +197,40 @@ def _train(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     import torch
 
+    from iapo_mini.data import check_data, load_problems
     from iapo_mini.evaluation import evaluate
     from iapo_mini.experiments import versions, write_json
     from iapo_mini.policy import load_policy
     from iapo_mini.tasks import stories
     from iapo_mini.trainer import writable_folder
 
-    if args.out:
-        writable_folder(Path(args.out).parent, "out")
+    for name in ("problems", "max_completion_length", "batch_size", "threads"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}; allowed are 1 and above.")
+    check_data(args.data, args.split, args.data_file)
+    if args.data == "stories":
+        problems = list(itertools.islice(stories(args.split), args.problems))
+    else:
+        problems = load_problems(args.data, args.split, args.data_file)
+    found, problems = len(problems), problems[: args.problems]
+    out = Path(args.out or f"runs/evaluate/{args.data}-{args.split}-{_digest(args)}.json")
+    if out.suffix == ".jsonl":
+        raise ValueError(f"out is '{out}'; allowed is a .json file, the completions get .jsonl.")
+    writable_folder(out.parent, "out")
     torch.set_num_threads(args.threads)
-    stream = stories(args.split)
-    policy = load_policy(args.model, adapter=args.adapter, lora_rank=0)
+    policy = load_policy(args.model, adapter=args.adapter, lora_rank=0, four_bit=args.four_bit)
     result = evaluate(
         policy,
-        list(itertools.islice(stream, args.problems)),
+        problems,
         ks=args.k,
         num_generations=max(args.k),
+        max_completion_length=args.max_completion_length,
         temperature=args.temperature,
+        batch_size=args.batch_size,
         seed=args.seed,
+        save_to=out.with_suffix(".jsonl"),
     )
-    completions = result.pop("completions")
+    del result["completions"]  # they are in their file
     print("| k | Pass@k | Length@k (tokens) | Ratio@k (1/1000 tokens) |\n|---|---|---|---|")
     for k in args.k:
         cells = []
@@ -198,13 +240,17 @@ def _evaluate(args: argparse.Namespace) -> None:
             cells.append(f"{unit * mean:.{digits}f} "
                          f"[{unit * low:.{digits}f}, {unit * high:.{digits}f}]")  # fmt: skip
         print(f"| {k} | " + " | ".join(cells) + " |")
-    print("\n95% intervals by bootstrap over problems.")
-    if args.out:
-        out = Path(args.out)
-        write_json(out, {**result, "config": vars(args), "versions": versions()})
-        lines = "".join(json.dumps(completion) + "\n" for completion in completions)
-        out.with_suffix(".jsonl").write_text(lines)
-        print(f"Results: {out}; completions: {out.with_suffix('.jsonl')}")
+    of = "" if args.data == "stories" else f" of {found}"
+    print(f"\n{len(problems)}{of} problems of {args.data} ({args.split}); 95% intervals by "
+          "bootstrap over problems.")  # fmt: skip
+    write_json(out, {**result, "config": vars(args), "versions": versions()})
+    print(f"Results: {out}; completions: {out.with_suffix('.jsonl')}")
+
+
+def _digest(args: argparse.Namespace) -> str:
+    """Eight characters that follow from all settings of a command but where results go."""
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "threads")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _explain(args: argparse.Namespace) -> None:
@@ -219,7 +265,7 @@ def _explain(args: argparse.Namespace) -> None:
     problem = Problem(args.story, "")
     if args.story == "-":
         problem = next(itertools.islice(stories("test"), args.seed, None))
-    policy = load_policy(args.model, adapter=args.adapter, lora_rank=0)
+    policy = load_policy(args.model, adapter=args.adapter, lora_rank=0, four_bit=args.four_bit)
     explained = explain(policy, problem, temperature=args.temperature, seed=args.seed)
     color = args.color == "always" or (
         args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -12,7 +16,8 @@ from tqdm.auto import tqdm
 from iapo_mini.policy import Policy
 from iapo_mini.rewards import score
 from iapo_mini.rollouts import sample
-from iapo_mini.tasks import Problem
+from iapo_mini.tasks import Problem, messages
+from iapo_mini.trainer import replace_text
 
 # Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
 _T95 = (
@@ -58,6 +63,7 @@ def evaluate(
     batch_size: int = 128,
     seed: int = 0,
     progress: bool = True,
+    save_to: str | Path | None = None,
 ) -> dict:
     """Sample completions for every problem and report the paper's three metrics.
 
@@ -71,6 +77,10 @@ def evaluate(
         batch_size: completions sampled at once.
         seed: sampling seed.
         progress: show a progress bar.
+        save_to: JSONL file of the completions, written batch by batch. If it holds some already,
+            made by this policy on these problems with these settings (kept beside it in
+            ``*.settings.json``), sampling goes on after the last whole batch, to the same numbers:
+            every batch has a seed of its own.
 
     Returns:
         ``{"pass@k", "length@k", "ratio@k" for each k, "length" (mean tokens of all completions),
@@ -79,35 +89,59 @@ def evaluate(
         of the first k; Ratio@k is per token. Intervals are 95%, by bootstrap over the problems.
 
     Raises:
-        ValueError: for an empty problem list or a k outside 1..num_generations.
+        ValueError: for an empty problem list, a k outside 1..num_generations, or completions in
+            ``save_to`` that were made with other settings.
     """
     if not problems:
         raise ValueError("problems is empty; at least one problem is needed to evaluate.")
     for k in ks:
         if not 1 <= k <= num_generations:
             raise ValueError(f"k is {k}; allowed are 1 to num_generations = {num_generations}.")
-    completions = []
     size = max(1, batch_size // num_generations)
-    for start in tqdm(range(0, len(problems), size), desc="evaluate", disable=not progress):
-        part = list(problems[start : start + size])
-        rollouts = sample(
-            policy, part,
-            num_generations=num_generations,
-            max_completion_length=max_completion_length,
-            temperature=temperature,
-            seed=seed * 1_000_003 + start,
-        )  # fmt: skip
-        rollouts = score(rollouts, policy.tokenizer, part)
-        texts, lengths = rollouts.texts(policy.tokenizer), rollouts.lengths.tolist()
-        for i, text in enumerate(texts):
-            completions.append(
+    completions: list[dict] = []
+    if save_to is not None:
+        settings = {
+            "num_generations": num_generations,
+            "max_completion_length": max_completion_length,
+            "temperature": temperature,
+            "batch_size": batch_size,
+            "seed": seed,
+            "number of problems": len(problems),
+            "fingerprint of the problems": _fingerprint_of_problems(problems),
+            "fingerprint of the policy": _fingerprint_of_policy(policy),
+        }
+        whole = [min(start, len(problems)) for start in range(0, len(problems) + size, size)]
+        completions = _restore(Path(save_to), settings, [n * num_generations for n in whole])
+    done = len(completions) // num_generations
+    bar = tqdm(
+        total=len(problems), initial=done, desc="evaluate", unit="problem", disable=not progress
+    )
+    with bar, open(save_to, "a") if save_to is not None else contextlib.nullcontext() as log:
+        for start in range(done, len(problems), size):
+            part = list(problems[start : start + size])
+            rollouts = sample(
+                policy, part,
+                num_generations=num_generations,
+                max_completion_length=max_completion_length,
+                temperature=temperature,
+                seed=seed * 1_000_003 + start,
+            )  # fmt: skip
+            rollouts = score(rollouts, policy.tokenizer, part)
+            texts, lengths = rollouts.texts(policy.tokenizer), rollouts.lengths.tolist()
+            batch = [
                 {
                     "problem": start + i // num_generations,
                     "text": text,
                     "correct": bool(rollouts.correct[i]),
                     "tokens": lengths[i],
                 }
-            )
+                for i, text in enumerate(texts)
+            ]
+            completions += batch
+            if log is not None:
+                log.write("".join(json.dumps(completion) + "\n" for completion in batch))
+                log.flush()
+            bar.update(len(part))
     right = torch.tensor([c["correct"] for c in completions]).view(len(problems), -1)
     tokens = torch.tensor([c["tokens"] for c in completions], dtype=torch.float64)
     tokens = tokens.view(len(problems), -1)
@@ -134,3 +168,41 @@ def evaluate(
         report(f"ratio@{k}", passed, length)
     result["completions"] = completions
     return result
+
+
+def _restore(path: Path, settings: dict, sizes: Sequence[int]) -> list[dict]:
+    """Completions of the whole batches in a file; a batch that a kill cut short is dropped.
+
+    ``sizes``: how many completions there are after 0, 1, 2, ... batches.
+    """
+    saved = path.with_suffix(".settings.json")
+    found: list[dict] = []
+    if path.is_file() and path.stat().st_size:
+        before = json.loads(saved.read_text()) if saved.is_file() else {}
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{name} is {value!r}, but the completions in '{path}' were made with "
+                    f"{before.get(name)!r}; go on with the same settings or name another file."
+                )
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut short
+                found.append(json.loads(line))
+        found = found[: max(n for n in sizes if n <= len(found))]
+    replace_text(saved, json.dumps(settings, indent=1) + "\n")
+    replace_text(path, "".join(json.dumps(completion) + "\n" for completion in found))
+    return found
+
+
+def _fingerprint_of_problems(problems: Sequence[Problem]) -> str:
+    told = json.dumps([[messages(problem), problem.answer] for problem in problems])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _fingerprint_of_policy(policy: Policy) -> str:
+    """Of a thousand values of every weight: training changes them all, reading all takes long."""
+    digest = hashlib.sha256()
+    for name, weight in policy.model.named_parameters():
+        some = weight.detach().flatten()[:: max(1, weight.numel() // 1000)]
+        digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

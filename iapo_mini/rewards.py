@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from decimal import Decimal, InvalidOperation
 
 import torch
 
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.tasks import Problem
+from iapo_mini.verify import equal_answers
 
 _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|answer)>")
-_NUMBER = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?")
 
 
 def parse_answer(completion: str) -> str | None:
@@ -27,21 +26,6 @@ def parse_answer(completion: str) -> str | None:
     if match is None or any(_TAG.search(part) for part in match.groups()):
         return None
     return match[2].strip()
-
-
-def equal_answers(given: str, reference: str) -> bool:
-    """Whether two answers are the same number (72.0, 1,234 and $5 are read), or the same text."""
-    values = []
-    for text in (given, reference):
-        text = text.strip().replace(",", "").removeprefix("$").strip()
-        if _NUMBER.fullmatch(text):
-            try:
-                values.append(Decimal(text))
-            except InvalidOperation:  # pragma: no cover - the pattern admits no such text
-                return False
-    if len(values) == 2:
-        return values[0] == values[1]
-    return not values and bool(given.strip()) and given.strip() == reference.strip()
 
 
 def reward(completion: str, reference: str) -> tuple[float, bool]:

@@ -28,12 +28,13 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from iapo_mini.advantages import ADVANTAGES, NEEDS_INFORMATION
+from iapo_mini.data import check_data, training_problems
 from iapo_mini.information import answer_entropies, informativeness
 from iapo_mini.objective import AGGREGATIONS, policy_loss
 from iapo_mini.policy import EMBEDDED, Policy, load_policy
 from iapo_mini.rewards import score
 from iapo_mini.rollouts import Rollouts, token_logprobs
-from iapo_mini.tasks import ROLES, Problem, stories, token_roles
+from iapo_mini.tasks import ROLES, Problem, token_roles
 from iapo_mini.vllm_engine import ENGINES, sampler_of
 
 
@@ -44,6 +45,9 @@ class TrainConfig:
     Attributes:
         method: advantage rule, a key of ``advantages.ADVANTAGES`` (``grpo``, ``iapo``).
         model: ``"embedded"``, a model folder or a hub id.
+        data: ``"stories"`` or a data set: gsm8k, math500, dapo_math, commonsense_qa.
+        data_file: local file with the problems (.jsonl, .json or .parquet); empty asks the hub.
+        split: part of the data to train on: train, tune, test, or all of a local file.
         alpha: weight of the informativeness term (paper's symbol).
         beta: weight of the exploration term (paper's symbol; not the KL weight).
         learning_rate: AdamW step size after warm-up (betas 0.9 and 0.99 as in the paper).
@@ -73,6 +77,9 @@ class TrainConfig:
 
     method: str = "iapo"
     model: str = EMBEDDED
+    data: str = "stories"
+    data_file: str = ""
+    split: str = "train"
     alpha: float = 0.2
     beta: float = 0.05
     learning_rate: float = 7e-4
@@ -114,6 +121,7 @@ class TrainConfig:
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
                 raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
+        check_data(self.data, self.split, self.data_file)
         least = {
             "alpha": 0, "beta": 0, "kl_coef": 0, "warmup_steps": 0, "lora_rank": 0,
             "max_steps": 1, "prompts_per_step": 1, "num_generations": 2, "num_iterations": 1,
@@ -184,7 +192,7 @@ def train(
         output_dir: folder of the run; must be empty or absent unless ``resume``.
         resume: go on from the newest checkpoint, to the same numbers as an uninterrupted run.
         policy: start policy; default is ``config.model`` with a new adapter.
-        problems: training problems, cycled; default is the endless train stream of stories.
+        problems: training problems, cycled; default is the endless stream of ``config.data``.
         on_step: called with each step's metrics.
         progress: show a progress bar.
 
@@ -193,10 +201,14 @@ def train(
 
     Raises:
         ValueError: an empty problem list, a folder that is in use, or a resume with another config.
-            Also when ``output_dir`` can't be written.
+            Also when ``output_dir`` can't be written, or the data can't be read.
     """
     if problems is not None and not problems:
         raise ValueError("problems is empty; at least one problem is needed to train.")
+    if problems is None:
+        stream = training_problems(config.data, config.seed, config.data_file, config.split)
+    else:
+        stream = itertools.cycle(problems)
     torch.set_num_threads(config.threads)
     run = Path(output_dir)
     checkpoint = _prepare(run, config, resume)
@@ -216,7 +228,6 @@ def train(
     )
     done = _restore(checkpoint, policy, optimizer) if checkpoint else 0
     _trim_log(run / "metrics.jsonl", done)
-    stream = stories("train", config.seed) if problems is None else itertools.cycle(problems)
     stream = itertools.islice(stream, done * config.prompts_per_step, None)
     advantage_of, sample = ADVANTAGES[config.method], sampler_of(config.engine, config.model)
 

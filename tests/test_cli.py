@@ -82,6 +82,55 @@ def test_train_then_resume(tmp_path):
     assert steps == [1, 2]
 
 
+@pytest.fixture
+def questions(tmp_path):
+    """A file such as GSM8K's, of a dozen problems."""
+    path = tmp_path / "questions.jsonl"
+    rows = [
+        {"question": f"What is {n} + {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"}
+        for n in range(1, 13)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_train_and_evaluate_on_a_local_file(tiny_folder, questions, tmp_path):
+    out, data = tmp_path / "run", ["--data", "gsm8k", "--data-file", questions]
+    small = [*SMALL, "--model", tiny_folder, "--max-completion-length", "6", *data]
+    small[1] = "2"
+    done = run("train", "--out", out, *small)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "config.json").read_text())["data"] == "gsm8k"
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [1, 2] and "tokens/compute" not in metrics[0]
+
+    results = tmp_path / "e.json"
+    judge = ["evaluate", "--model", tiny_folder, "--adapter", out / "final", *data, "--k", 1, 2]
+    judge += ["--split", "all", "--problems", 5, "--batch-size", 4, "--threads", 1]
+    judge += ["--max-completion-length", 6, "--out", results]
+    done = run(*judge)
+    assert done.returncode == 0, done.stderr
+    assert "5 of 12 problems of gsm8k (all)" in done.stdout
+    whole, text = results.read_text(), results.with_suffix(".jsonl").read_text()
+    assert text.count("\n") == 10
+    # As a kill would leave it: no results, one whole batch and a half.
+    results.unlink()
+    results.with_suffix(".jsonl").write_text("".join(text.splitlines(keepends=True)[:5]) + '{"pro')
+    assert run(*judge).returncode == 0
+    assert (results.read_text(), results.with_suffix(".jsonl").read_text()) == (whole, text)
+    other = run(*judge, "--seed", 1)
+    assert other.returncode == 2
+    assert other.stderr.splitlines()[-1].startswith("iapo-mini: seed is 1, but")
+
+
+def test_evaluate_names_its_results_after_the_settings(tiny_folder, tmp_path):
+    command = ["evaluate", "--model", tiny_folder, "--problems", 1, "--k", 1, "--threads", 1]
+    command += ["--max-completion-length", 4]
+    for seed in (0, 1, 1):
+        assert run(*command, "--seed", seed, cwd=tmp_path).returncode == 0
+    assert len(list((tmp_path / "runs/evaluate").glob("stories-test-*.jsonl"))) == 2
+
+
 def test_explain_prints_tokens_and_saves_the_heat_map(tmp_path):
     story = "Mia has 12 apples. She buys 5 more. How many apples does Mia have now?"
     done = run("explain", story, "--out", tmp_path / "h.png", "--color", "never")
@@ -124,15 +173,28 @@ BAD = [
     (["explain", "  "], "story"),
     (["explain", "How many?", "--out", "file/h.png"], "out"),
     (["evaluate", "--out", "file/e.json"], "out"),
+    (["evaluate", "--out", "e.jsonl"], "out is 'e.jsonl'"),
+    (["evaluate", "--batch-size", "0"], "batch_size"),
+    (["evaluate", "--max-completion-length", "0"], "max_completion_length"),
+    (["evaluate", "--data", "gsm8k"], "--data-file"),
+    (["evaluate", "--data", "gsm8k", "--data-file", "file"], "data_file is 'file'"),
+    (["evaluate", "--data", "gsm8k", "--data-file", "bad.jsonl"], "line 1 (no valid JSON)"),
+    (["train", "--out", "x", "--data", "gsm8k"], "--data-file"),
+    (["train", "--out", "x", "--data", "trivia"], "data is 'trivia'"),
+    (["train", "--out", "x", "--data", "math500"], "split is 'train'"),
+    (["train", "--out", "x", "--data", "gsm8k", "--data-file", "no.jsonl"], "no.jsonl"),
+    (["train", "--out", "x", "--data-file", "bad.jsonl"], "data is 'stories'"),
 ]
 
 
 @pytest.mark.parametrize("arguments, named", BAD, ids=[" ".join(a) for a, _ in BAD])
 def test_bad_input_is_one_sentence_and_status_two(arguments, named, tmp_path):
     (tmp_path / "file").write_text("")
+    (tmp_path / "bad.jsonl").write_text("{")
     done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("iapo-mini: ") and named in lines[0]
     assert not (tmp_path / "x" / "metrics.jsonl").exists()
+    assert not list((tmp_path / "runs").rglob("*.json*"))

@@ -1,12 +1,14 @@
 """Pass@k, Length@k, Ratio@k and their intervals."""
 
 import itertools
+import json
 import math
 import statistics
 
 import pytest
-from helpers import TRIVIAL
+from helpers import TRIVIAL, perturb_lora
 
+from iapo_mini import evaluation
 from iapo_mini.evaluation import evaluate, mean_interval, pass_at_k
 from iapo_mini.policy import load_policy
 from iapo_mini.rewards import reward
@@ -138,3 +140,98 @@ def test_a_policy_that_is_never_right_scores_zero(base_policy):
         max_completion_length=4, progress=False,
     )  # fmt: skip
     assert result["pass@2"] == result["ratio@2"] == 0.0
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def interrupted(policy, tmp_path, monkeypatch):
+    """A file of completions that an interrupt in the second of three batches left behind."""
+    calls = []
+
+    def sample(*args, **kwargs):
+        calls.append(kwargs["seed"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluation_sample(*args, **kwargs)
+
+    evaluation_sample = evaluation.sample
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "sample", sample)
+        with pytest.raises(KeyboardInterrupt):
+            run(policy, batch_size=4, save_to=tmp_path / "c.jsonl")
+    return tmp_path / "c.jsonl"
+
+
+def test_completions_are_saved_as_they_are_reported(policy, tmp_path):
+    saved = run(policy, save_to=tmp_path / "c.jsonl")
+    assert saved == run(policy)
+    assert lines(tmp_path / "c.jsonl") == saved["completions"]
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(policy, interrupted, monkeypatch):
+    kept = lines(interrupted)
+    assert [c["problem"] for c in kept] == [0] * 4
+    starts = []
+    sample = evaluation.sample
+    monkeypatch.setattr(
+        evaluation, "sample", lambda *a, **k: starts.append(k["seed"]) or sample(*a, **k)
+    )
+    result = run(policy, batch_size=4, save_to=interrupted)
+    assert starts == [1, 2]  # the first batch is not sampled again
+    assert result == run(policy, batch_size=4)
+    assert lines(interrupted) == result["completions"] and result["completions"][:4] == kept
+    starts.clear()
+    assert run(policy, batch_size=4, save_to=interrupted) == result and starts == []
+
+
+@pytest.mark.parametrize("left", [0, 1, 60, 400])
+def test_a_batch_that_a_kill_cut_short_is_sampled_again(policy, left, tmp_path):
+    path = tmp_path / "c.jsonl"
+    whole = run(policy, batch_size=8, save_to=path)
+    text = path.read_text()
+    path.write_text(text[:left])
+    assert run(policy, batch_size=8, save_to=path) == whole
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "seed is 1, but"),
+        ({"temperature": 0.5}, "temperature is 0.5, but"),
+        ({"max_completion_length": 13}, "max_completion_length is 13, but"),
+        ({"batch_size": 8}, "batch_size is 8, but"),
+        ({"num_generations": 5}, "num_generations is 5, but"),
+    ],
+)
+def test_completions_of_other_settings_are_refused(policy, interrupted, change, named):
+    before = interrupted.read_text()
+    with pytest.raises(ValueError, match=named):
+        run(policy, **{"batch_size": 4, "save_to": interrupted} | change)
+    assert interrupted.read_text() == before
+
+
+def test_completions_of_other_problems_or_another_policy_are_refused(
+    policy, schooled_folder, interrupted
+):
+    options = dict(num_generations=4, max_completion_length=12, batch_size=4, progress=False)
+    options |= dict(ks=(1,), save_to=interrupted)
+    with pytest.raises(ValueError, match="number of problems is 2, but"):
+        evaluate(policy, TRIVIAL, **options)
+    with pytest.raises(ValueError, match="fingerprint of the problems is"):
+        evaluate(policy, [*TRIVIAL, Problem("How many?", "5")], **options)
+    trained = perturb_lora(load_policy(schooled_folder, lora_rank=4), scale=1e-3)
+    with pytest.raises(ValueError, match="fingerprint of the policy is"):
+        run(trained, batch_size=4, save_to=interrupted)
+    (interrupted.parent / "c.settings.json").unlink()
+    with pytest.raises(ValueError, match=r"but the completions in .* were made with None"):
+        run(policy, batch_size=4, save_to=interrupted)
+
+
+def test_fewer_values_of_k_are_read_off_the_same_completions(policy, tmp_path):
+    whole = run(policy, save_to=tmp_path / "c.jsonl")
+    part = run(policy, ks=(2,), save_to=tmp_path / "c.jsonl")
+    assert part["pass@2"] == whole["pass@2"] and "pass@4" not in part

@@ -1,5 +1,6 @@
 """What the project says of itself is what its files hold."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -31,6 +32,22 @@ def test_tables_of_the_estimator_are_the_committed_results(estimator):
     assert study_table(estimator) in docs
     assert speed_table(estimator) in docs
     assert speed_table(estimator) in readme
+
+
+def test_table_of_the_verifier_is_the_committed_result():
+    spec = importlib.util.spec_from_file_location("rewards", ROOT / "benchmarks/rewards.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    results = json.loads((ROOT / "figures/results/rewards.json").read_text())
+    docs = (ROOT / "docs/data.md").read_text()
+    assert benchmark.table(results) in docs
+    assert results["references"] == 500 and f"{results['pairs']:,} pairs" in docs
+    assert f"agree on {results['agreement']:.3f}" in docs
+    for judge in ("ours", "strings"):
+        assert f"{results['accuracy'][judge]:.3f}" in docs
+    # What the table counts follows from the judges as they are now.
+    assert benchmark.by_strings("\\dfrac12", "\\frac{1}{2}") and benchmark.by_strings("50\\%", "50")
+    assert not benchmark.by_strings("72.0", "72")
 
 
 def test_estimator_results_hold_what_they_promise(estimator):

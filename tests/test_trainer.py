@@ -170,6 +170,40 @@ def test_run_with_given_problems_resumes_where_it_was_in_them(config, tmp_path):
     assert_same_run(tmp_path / "short", tmp_path / "whole")
 
 
+def test_run_on_a_local_file_resumes_where_it_was_in_it(config, tmp_path):
+    rows = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(3, 8)]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(config, data="gsm8k", data_file=str(file))
+    run(config, tmp_path / "whole")  # three training problems, two a step: passes cross steps
+    run(replace(config, max_steps=2), tmp_path / "short")
+    run(config, tmp_path / "short", resume=True)
+    assert_same_run(tmp_path / "short", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"data": "trivia"}, "data is 'trivia'"),
+        ({"data": "gsm8k", "data_file": "none.jsonl"}, "data_file is 'none.jsonl'"),
+        ({"data_file": "none.jsonl"}, "data is 'stories'"),
+        ({"split": "all"}, "split is 'all'"),
+        ({"data_file": None}, "data_file is None"),
+    ],
+)
+def test_data_that_cannot_be_is_refused_with_the_settings(changes, named):
+    with pytest.raises(ValueError, match=named):
+        TrainConfig(**changes)
+
+
+def test_data_that_cannot_be_read_leaves_no_folder_behind(config, tmp_path):
+    (tmp_path / "bad.jsonl").write_text("{")
+    config = replace(config, data="gsm8k", data_file=str(tmp_path / "bad.jsonl"))
+    with pytest.raises(ValueError, match=r"line 1 .no valid JSON"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_half_written_files_of_a_kill_are_dropped(config, tmp_path):
     run(config, tmp_path / "whole")
     folder = tmp_path / "stopped"

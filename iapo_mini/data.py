@@ -1,0 +1,341 @@
+"""Real problems: GSM8K, MATH-500, DAPO-Math-17k and CommonsenseQA, from the hub or a local file.
+
+Everything becomes a :class:`~iapo_mini.tasks.Problem` with the system prompt of its data set and a
+normalised reference answer. A file is never read in part: rows that can't be used are named, with
+their count, and nothing is trained or judged on the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from iapo_mini.tasks import SPLITS, SYSTEM_PROMPT, SYSTEM_PROMPT_INTEGER, Problem, stories
+from iapo_mini.verify import as_number
+
+ALL = "all"
+"""Split that is a whole local file."""
+
+FILE_TYPES = (".jsonl", ".json", ".parquet")
+
+DAPO_PREFIX = (
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+)
+DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set is found and how its rows are read.
+
+    Attributes:
+        hub: repository and configuration on the hub.
+        splits: our split -> the hub's; empty when the one split of the hub ("train") is cut as a
+            local file is.
+        system: system prompt of its problems.
+        fields: what a row holds, for messages.
+        read: row -> (question, normalised answer); raises ValueError.
+        limit: number of different questions to take, the first ones; None takes all rows.
+    """
+
+    hub: tuple[str, str]
+    splits: dict[str, str]
+    system: str
+    fields: str
+    read: Callable[[dict], tuple[str, str]]
+    limit: int | None = None
+
+
+def _field(row: dict, name: str) -> str:
+    value = row.get(name) if isinstance(row, dict) else None
+    value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"no text under '{name}'")
+    return value.strip()
+
+
+def _plain_number(text: str) -> str:
+    """``1,234`` as ``1234``, ``$5`` as ``5``; ValueError for what is no number."""
+    value = as_number(text)
+    if value is None:
+        raise ValueError(f"the answer '{text[:40]}' is no number")
+    plain = text.replace(",", "").replace("$", "").strip()
+    return str(value) if value.denominator == 1 else plain
+
+
+def _read_gsm8k(row: dict) -> tuple[str, str]:
+    return _field(row, "question"), _plain_number(_field(row, "answer").split("####")[-1].strip())
+
+
+def _read_math500(row: dict) -> tuple[str, str]:
+    return _field(row, "problem"), _field(row, "answer")
+
+
+def _read_dapo_math(row: dict) -> tuple[str, str]:
+    """Rows of the original (a chat, ``reward_model``) and of its processed copy (plain text)."""
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if isinstance(prompt, list) and prompt:
+        question = _field(prompt[0], "content")
+        answer = _field(row.get("reward_model"), "ground_truth")
+    else:
+        question, answer = _field(row, "prompt"), _field(row, "solution")
+    question = question.removeprefix(DAPO_PREFIX).removesuffix(DAPO_SUFFIX).strip()
+    if not question:
+        raise ValueError("no question between prefix and suffix")
+    return question, _plain_number(answer)
+
+
+def _read_commonsense_qa(row: dict) -> tuple[str, str]:
+    question, answer = _field(row, "question"), _field(row, "answerKey")
+    choices = row.get("choices")
+    try:
+        lettered = list(zip(choices["label"], choices["text"], strict=True))
+    except (TypeError, KeyError, ValueError):
+        raise ValueError("no 'label' and 'text' lists of one length under 'choices'") from None
+    if answer not in (letter for letter, _ in lettered):
+        raise ValueError(f"the answer '{answer}' is none of the choices")
+    lines = [f"{letter}. {text}" for letter, text in lettered]
+    return "\n".join([question, *lines, "Answer with the letter of one choice."]), answer
+
+
+SOURCES: dict[str, Source] = {
+    "gsm8k": Source(
+        ("openai/gsm8k", "main"),
+        {"train": "train", "test": "test"},
+        SYSTEM_PROMPT_INTEGER,
+        "'question' and 'answer', a number or a solution that ends with '#### number'",
+        _read_gsm8k,
+    ),
+    "math500": Source(
+        ("HuggingFaceH4/MATH-500", "default"),
+        {"test": "test"},
+        SYSTEM_PROMPT,
+        "'problem' and 'answer', in LaTeX",
+        _read_math500,
+    ),
+    "dapo_math": Source(
+        ("open-r1/DAPO-Math-17k-Processed", "all"),
+        {},
+        SYSTEM_PROMPT_INTEGER,
+        "'prompt' and 'solution', or a chat under 'prompt' and 'reward_model.ground_truth'",
+        _read_dapo_math,
+        limit=7000,
+    ),
+    "commonsense_qa": Source(
+        ("tau/commonsense_qa", "default"),
+        # The answers of the hub's own test split are not public.
+        {"train": "train", "test": "validation"},
+        SYSTEM_PROMPT,
+        "'question', 'choices' with lists 'label' and 'text', and 'answerKey'",
+        _read_commonsense_qa,
+    ),
+}
+DATA = ("stories", *SOURCES)
+"""Names of the data sets."""
+
+
+def check_data(data: str, split: str, data_file: str = "") -> None:
+    """Refuse settings that can't name any problems; reads no data.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+    if data not in DATA:
+        raise ValueError(f"data is '{data}'; allowed are {', '.join(DATA)}.")
+    if data_file:
+        if data == "stories":
+            raise ValueError(
+                f"data_file is '{data_file}', but data is 'stories', which are made on the spot; "
+                f"say with data how the file is written: {', '.join(SOURCES)}."
+            )
+        path = Path(data_file).expanduser()
+        if path.suffix.lower() not in FILE_TYPES:
+            raise ValueError(
+                f"data_file is '{data_file}'; allowed are files of type {', '.join(FILE_TYPES)}."
+            )
+        if not path.is_file():
+            raise ValueError(f"data_file is '{data_file}', which is no file.")
+    allowed = _splits(data, data_file)
+    if split not in allowed:
+        hint = ""
+        if len(allowed) < len(SPLITS):
+            hint = f" for {data} from the hub; a file of your own (data_file) has every split"
+        raise ValueError(f"split is '{split}'; allowed are {', '.join(allowed)}{hint}.")
+
+
+def _splits(data: str, data_file: str) -> tuple[str, ...]:
+    if data == "stories":
+        return SPLITS
+    return (*SPLITS, ALL) if data_file else tuple(SOURCES[data].splits) or (*SPLITS, ALL)
+
+
+def load_problems(data: str, split: str, data_file: str = "") -> list[Problem]:
+    """The problems of a split, in the order of their source.
+
+    GSM8K and CommonsenseQA keep the hub's splits, MATH-500 is for evaluation only. DAPO-Math-17k
+    and every local file are cut here (:func:`cut`); the split ``"all"`` is the whole of them.
+
+    Args:
+        data: a key of ``SOURCES``.
+        split: ``"train"``, ``"tune"``, ``"test"`` or ``"all"``, as far as the data set has it.
+        data_file: local .jsonl, .json (a list) or .parquet file with the data set's fields; empty
+            asks the hub.
+
+    Raises:
+        ValueError: for settings that name no problems, rows that can't be used (with their number
+            and the first of them), a file of too few problems, or a hub that can't be reached.
+    """
+    check_data(data, split, data_file)
+    source = SOURCES[data]
+    if data_file:
+        rows, name = _from_file(Path(data_file).expanduser()), f"data_file is '{data_file}', where"
+    else:
+        rows, name = _from_hub(data, source, split), f"data is '{data}', where"
+    problems = _read(rows, source, name)
+    if split == ALL or (source.splits and not data_file):
+        return problems
+    return cut(problems, split)
+
+
+def training_problems(
+    data: str, seed: int, data_file: str = "", split: str = "train"
+) -> Iterator[Problem]:
+    """Endless training stream: stories, or the problems of a split, shuffled anew in every pass.
+
+    Equal arguments give equal streams, so step n of a run always gets the same prompts. Real data
+    is read here, before the first problem is drawn. Raises as :func:`load_problems`.
+    """
+    check_data(data, split, data_file)
+    if data == "stories":
+        return stories(split, seed)
+    problems = load_problems(data, split, data_file)
+
+    def generate() -> Iterator[Problem]:
+        for epoch in itertools.count():
+            order = list(problems)
+            random.Random(f"{data}/{seed}/{epoch}").shuffle(order)
+            yield from order
+
+    return generate()
+
+
+def cut(problems: list[Problem], split: str) -> list[Problem]:
+    """A split of problems that come without one: a tenth each to tune and test, the rest to train.
+
+    Questions are dealt out by their hash, with a fixed seed, so a run's own seed never moves a test
+    problem into training, and a question that stands in a file twice is in one split only. The
+    splits depend on which questions there are, not on their order.
+
+    Raises:
+        ValueError: for fewer than three different questions.
+    """
+    questions = sorted(
+        {problem.question for problem in problems},
+        key=lambda question: hashlib.sha256(f"split/0/{question}".encode()).digest(),
+    )
+    if len(questions) < 3:
+        raise ValueError(
+            f"{len(questions)} different problems can't be cut into train, tune and test; "
+            f"allowed are three and more, or the split '{ALL}'."
+        )
+    tenth = max(1, len(questions) // 10)
+    chosen = {
+        "test": questions[:tenth],
+        "tune": questions[tenth : 2 * tenth],
+        "train": questions[2 * tenth :],
+    }
+    kept = set(chosen[split])
+    return [problem for problem in problems if problem.question in kept]
+
+
+def _read(rows: Iterable[tuple[str, object]], source: Source, name: str) -> list[Problem]:
+    """Problems of all rows; a row is ``(where it stands, its object or its line of JSON)``."""
+    problems, bad, seen, count = [], [], set(), 0
+    for place, row in rows:
+        count += 1
+        try:
+            row = json.loads(row) if isinstance(row, str) else row
+            question, answer = source.read(row)
+        except json.JSONDecodeError:
+            bad.append(f"{place} (no valid JSON)")
+            continue
+        except ValueError as error:
+            bad.append(f"{place} ({error})")
+            continue
+        if source.limit is not None:
+            if question in seen:
+                continue
+            if len(seen) == source.limit:
+                break
+            seen.add(question)
+        problems.append(Problem(question, answer, system=source.system))
+    if bad:
+        shown = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+        raise ValueError(
+            f"{name} {len(bad)} of {count} rows can't be used: {shown}; "
+            f"repair or remove them (a row holds {source.fields})."
+        )
+    if not problems:
+        raise ValueError(f"{name} there is no problem at all; a row holds {source.fields}.")
+    return problems
+
+
+def _from_file(path: Path) -> Iterator[tuple[str, object]]:
+    if path.suffix.lower() == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            # Batch by batch: the original DAPO file repeats its problems a hundred times.
+            with parquet.ParquetFile(path) as file:
+                rows = (row for batch in file.iter_batches(4096) for row in batch.to_pylist())
+                for number, row in enumerate(rows, start=1):
+                    yield f"row {number}", row
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"data_file is '{path}', which is no Parquet file.") from error
+        return
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data_file is '{path}', which is no UTF-8 text ({error}).") from error
+    if path.suffix.lower() == ".jsonl":
+        # Not splitlines: it also cuts at separators that JSON allows within its strings.
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                yield f"line {number}", line
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"data_file is '{path}', which is no valid JSON (line {error.lineno}: {error.msg}); "
+            "a file with one object a line is to be named .jsonl."
+        ) from error
+    if not isinstance(rows, list):
+        raise ValueError(f"data_file is '{path}', which holds no list; allowed is a list of rows.")
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row
+
+
+def _from_hub(data: str, source: Source, split: str) -> Iterator[tuple[str, object]]:
+    # Imported when needed: pandas and Arrow come with it and take a second.
+    import datasets
+    import huggingface_hub
+
+    huggingface_hub.utils.logging.set_verbosity_error()  # it reports each of its retries
+    repository, config = source.hub
+    try:
+        found = datasets.load_dataset(repository, config, split=source.splits.get(split, "train"))
+    except Exception as error:  # whatever the hub's client may raise, the way on is the same
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+        raise ValueError(
+            f"data is '{data}', and '{repository}' can't be loaded from the hub ({reason}); "
+            "connect to the network, or name a local copy with --data-file (data_file)."
+        ) from error
+    return ((f"row {number}", row) for number, row in enumerate(found, start=1))

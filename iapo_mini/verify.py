@@ -1,0 +1,240 @@
+"""Are two answers equal? Numbers exactly and here, LaTeX by math-verify in a process of its own.
+
+Three kinds of reference, told apart by how it is written:
+
+* a **number** (integer, decimal, fraction, mixed number; units and currency left out): the answer
+  must be a number written in one of these ways too, and equal exactly. Nothing is worked out, so
+  2+3 is not 5, 50% is not 50, and 1e3 or "71 72" are no numbers.
+* a **word or a letter** (Evelyn, even, (C)): the same text.
+* **LaTeX** (roots, sets, intervals, matrices, expressions): math-verify compares the values.
+
+math-verify hands LaTeX to sympy, which can run for minutes and hold the interpreter's lock while it
+does, and its own limits use signals: they work on the main thread of a POSIX process alone. So it
+runs in a second process, started when first needed, which ends itself past ``TIME_LIMIT``; that
+works in threads, in notebooks and on Windows. This file is also that process: it imports nothing of
+the package.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from fractions import Fraction
+
+MAX_LENGTH = 400
+"""Characters; a longer answer is wrong (the longest of MATH-500's references has 53)."""
+
+TIME_LIMIT = 3.0
+"""Seconds of processor time that math-verify may take for one comparison; past it the answer is
+wrong. Not of wall-clock time: a busy machine must not change a reward."""
+
+WALL_LIMIT = 60.0
+"""Seconds of wall-clock time after which a comparison ends in any case."""
+
+_WRAPPED = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), (r"\boxed{", "}"))
+_SPACING = re.compile(r"(?<=,)\\!\s*|\\[!,;:]|\\left(?![a-z])|\\right(?![a-z])|~")
+_INTEGER = r"[0-9]+"
+_DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_LATEX_FRACTION = (
+    rf"\\[dt]?frac\s*(?:\{{\s*(-?{_INTEGER})\s*\}}|([0-9]))\s*(?:\{{\s*({_INTEGER})\s*\}}|([0-9]))"
+)
+_NUMBER = re.compile(
+    rf"([-+]?)\s*(?:({_DECIMAL})|({_INTEGER})\s*/\s*({_INTEGER})|({_INTEGER})?\s*{_LATEX_FRACTION})"
+)
+_UNIT = re.compile(
+    r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?|°|"
+    r"\\(?:text|mbox|mathrm)\{(?![^{}]*(?:percent|hundred|thousand|illion))[^{}0-9]*\}"
+    r"(?:\^\{?[23]\}?)?)$"
+)
+_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\{([^{}]*)\}")
+_WORDS = re.compile(r"[A-Z]|[A-Za-z]{3,}(?:[ '-][A-Za-z]+)*")
+_BASE = re.compile(r"[0-9]_\{?([0-9]+)\}?")
+# A power of a power of a number, or an exponent of five digits: sympy would write it out.
+_TOWER = re.compile(r"\^[\s({]*-?[0-9.]+[\s)}]*\^|\^[\s({]*-?[0-9]{5}")
+
+
+def equal_answers(given: str, reference: str) -> bool:
+    """Whether an answer equals the reference answer; how, is told at the head of this module.
+
+    Args:
+        given: what stands between the answer tags; any text.
+        reference: the right answer: a number, words or LaTeX, ``$`` and ``\\boxed`` allowed.
+
+    Returns:
+        False as well when the answer is empty, longer than ``MAX_LENGTH`` characters, a tower of
+        powers, or not compared within ``TIME_LIMIT`` and ``WALL_LIMIT``.
+
+    Raises:
+        RuntimeError: when a comparison of LaTeX is needed and math-verify can't be started.
+    """
+    if len(given.strip()) > MAX_LENGTH:
+        return False
+    given, reference = _tidy(given), _tidy(reference)
+    if not given or not reference:
+        return False
+    if given == reference:
+        return True
+    wanted = as_number(reference)
+    if wanted is not None:
+        return as_number(given) == wanted
+    words = _as_words(reference)
+    if words is not None:
+        return _as_words(given) == words
+    # math-verify takes 50% for 50 and leaves out the base of a numeral: 52_8 for 52_9.
+    if ("%" in given) != ("%" in reference) or _BASE.findall(given) != _BASE.findall(reference):
+        return False
+    return not _TOWER.search(given) and _ask(given, reference)
+
+
+def as_number(text: str) -> Fraction | None:
+    """Exact value of a number as people write one: 1,234, -3/4, 1\\frac{4}{5}, \\$18.90, 30^\\circ.
+
+    None for all else: sums, products, powers, percentages, several numbers, words.
+    """
+    if len(text) > MAX_LENGTH:
+        return None
+    text = re.sub(r"^[A-Za-z]\s*=\s*", "", _tidy(text))
+    text = _UNIT.sub("", text)
+    text = re.sub(r"^([-+]?)\s*\\?\$\s*", r"\1", text)
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    sign, decimal, over, under, whole, *latex = match.groups()
+    if decimal is not None:
+        value = Fraction(decimal.replace(",", ""))
+    else:
+        if over is None:
+            over, under = latex[0] or latex[1], latex[2] or latex[3]
+        if int(under) == 0:
+            return None
+        value = int(whole or 0) + Fraction(int(over), int(under))
+    return -value if sign == "-" else value
+
+
+def _tidy(text: str) -> str:
+    """Text without what carries no meaning: delimiters, spacing commands, a full stop."""
+    text = _SPACING.sub("", text.replace("\N{MINUS SIGN}", "-").replace("**", "^"))
+    text = text.replace(r"\%", "%").strip().removesuffix(".").strip()
+    for start, end in _WRAPPED:
+        inner = text[len(start) : -len(end)]
+        if text == start + inner + end and start not in inner.replace(r"\$", ""):
+            return _tidy(inner)
+    return text
+
+
+def _as_words(text: str) -> str | None:
+    """The words or the single letter that a text is, without LaTeX and brackets; else None."""
+    text = _TEXT.sub(r"\1", text).strip().removesuffix(".")
+    if len(text) <= 3:
+        text = text.strip("() ")
+    return text if _WORDS.fullmatch(text) else None
+
+
+_lock = threading.Lock()
+_process: subprocess.Popen | None = None
+
+
+def _ask(given: str, reference: str) -> bool:
+    """What math-verify says; one question at a time, whichever thread asks."""
+    with _lock:
+        process = _started()
+        try:
+            process.stdin.write(json.dumps([given, reference]) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except OSError:  # it ended before it had read the question
+            line = ""
+        except BaseException:  # an interrupt: its answer must not be read as the next one's
+            _stop()
+            raise
+        if not line:
+            _stop()
+        return line.strip() == "true"
+
+
+def _started() -> subprocess.Popen:
+    """The process that compares, running and ready."""
+    global _process
+    if _process is None or _process.poll() is not None:
+        # -P: a file's folder joins the path otherwise, and our modules would hide other people's.
+        _process = subprocess.Popen(
+            [sys.executable, "-P", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+        )
+        if _process.stdout.readline().strip() != "ready":
+            _stop()
+            raise RuntimeError(
+                "math-verify can't be started; pip install 'math-verify>=0.9', and "
+                f"'{sys.executable} {__file__}' shows what it says."
+            )
+    return _process
+
+
+@atexit.register
+def _stop() -> None:
+    global _process
+    process, _process = _process, None
+    if process is not None:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+def _serve() -> None:
+    """The second process: a line ``[given, reference]`` in, a line ``true`` or ``false`` out.
+
+    A thread watches the processor time. One huge multiplication keeps it from running, so the
+    watchdog of faulthandler, which needs no interpreter lock, keeps the wall-clock limit. Both also
+    end a process whose parent is gone.
+    """
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    def read(text: str) -> list:
+        return parse(
+            f"${text}$",
+            extraction_config=[LatexExtractionConfig()],
+            fallback_mode="no_fallback",
+            parsing_timeout=None,
+        )
+
+    verify(read("x"), read("x"), timeout_seconds=None)  # the first takes long
+    began: float | None = None
+
+    def watch() -> None:
+        while True:
+            time.sleep(0.1)
+            start = began  # read once: the main thread may set it to None in between
+            if start is not None and time.process_time() - start > TIME_LIMIT:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    print("ready", flush=True)
+    with open(os.devnull, "w") as nowhere:
+        for line in sys.stdin:
+            given, reference = json.loads(line)
+            faulthandler.dump_traceback_later(WALL_LIMIT, exit=True, file=nowhere)
+            began = time.process_time()
+            try:
+                equal = bool(verify(read(reference), read(given), timeout_seconds=None))
+            except Exception:  # sympy may raise anything on text that only looks like LaTeX
+                equal = False
+            began = None
+            faulthandler.cancel_dump_traceback_later()
+            print(json.dumps(equal), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
