@@ -212,6 +212,12 @@ def exit_loss(
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+def _kl(before: torch.Tensor, now: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the masked (B, L) of KL(before || now), from logits (B, L, V); nats, fp32."""
+    p, q = (torch.log_softmax(logits.float(), dim=-1) for logits in (before, now))
+    return ((p.exp() * (p - q)).sum(-1) * mask).sum() / mask.sum()
+
+
 def calibrate(
     policy: Policy,
     problems: Iterable[Problem],
@@ -220,7 +226,7 @@ def calibrate(
     batch_size: int = 16,
     exits: int = 8,
     learning_rate: float = 1e-3,
-    exit_weight: float = 1.0,
+    anchor: float = 10.0,
     postfix: str = POSTFIX,
     texts: Sequence[str] | None = None,
     seed: int = 0,
@@ -228,19 +234,21 @@ def calibrate(
 ) -> list[dict[str, float]]:
     """A short fine-tune after which forced early answers are calibrated, in place.
 
-    Every step takes ``batch_size`` chains, keeps the ordinary next-token loss on them (so the
-    policy goes on reasoning as it did) and adds the loss of the true answer after ``exits`` random
-    prefixes. Only the policy's trainable weights move: the adapter under LoRA.
+    Every step takes ``batch_size`` chains and adds up two losses: the cross-entropy of the true
+    answer after ``exits`` random prefixes, and ``anchor`` times KL(before || now) of the next
+    token, which holds the policy to the way of reasoning it had. (The chains' own next-token loss
+    in its place is so noisy that the policy unlearns some of its arithmetic.) Only the policy's
+    trainable weights move: the adapter under LoRA.
 
     Args:
         policy: the policy to train.
         problems: problems with answers, at least ``steps * batch_size`` of them or an endless
             stream; stories bring their own chains of thought.
-        steps: optimiser steps (AdamW, warm-up over a tenth, cosine down).
+        steps: optimiser steps (AdamW, warm-up over a tenth, linear decay over the second half).
         batch_size: chains per step.
         exits: forced answers per chain.
         learning_rate: peak learning rate.
-        exit_weight: weight of the exit loss beside the next-token loss.
+        anchor: weight of the KL divergence from the policy before, beside the exit loss.
         postfix: text that forces an answer.
         texts: completions to learn from, one for each problem in order, for problems that are no
             stories (the policy's own right completions, say).
@@ -248,7 +256,7 @@ def calibrate(
         progress: show a progress bar.
 
     Returns:
-        One ``{"lm_loss", "exit_loss"}`` (nats) for each step.
+        One ``{"kl", "exit_loss"}`` for each step, nats per token and nats per forced answer.
 
     Raises:
         ValueError: when problems run out, or are no stories and ``texts`` is None.
@@ -256,15 +264,11 @@ def calibrate(
     model, rng = policy.model, random.Random(seed)
     ids = encode_postfix(policy, postfix)
     parameters = list(policy.trainable().values())
+    before = {name: p.detach().clone() for name, p in policy.trainable().items()}
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     warmup = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warmup)),
-        ],
-        [warmup],
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warmup, 2 * (1 - step / steps))
     )
     stream, given = iter(problems), iter(texts) if texts is not None else None
     history = []
@@ -288,28 +292,28 @@ def calibrate(
         position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)
         width = rollouts.prompt_ids.shape[1]
         causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device)
-        trunk = model(
-            tokens,
-            attention_mask=model_mask(model, (mask[:, None] & causal.tril())[:, None]),
-            position_ids=position_ids,
-            use_cache=True,
-        )
-        labels = tokens.masked_fill(~mask, -100)[:, width:]
-        lm = torch.nn.functional.cross_entropy(
-            trunk.logits[:, width - 1 : -1].flatten(0, 1).float(), labels.flatten()
-        )
+        inputs = {
+            "input_ids": tokens,
+            "attention_mask": model_mask(model, (mask[:, None] & causal.tril())[:, None]),
+            "position_ids": position_ids,
+            "use_cache": True,
+        }
+        trunk = model(**inputs)
+        with torch.no_grad():
+            was = torch.func.functional_call(model, before, kwargs=inputs).logits
+        kl = _kl(was[:, width - 1 : -1], trunk.logits[:, width - 1 : -1], rollouts.completion_mask)
         ends = torch.tensor(
             [[width - 1 + rng.randint(0, int(n)) for _ in range(exits)] for n in rollouts.lengths],
             device=mask.device,
         )
         answers = _answer_tokens(policy, [p.answer for p in batch])
         early = exit_loss(model, trunk.past_key_values, mask, position_ids, ends, ids, answers)
-        (lm + exit_weight * early).backward()
+        (anchor * kl + early).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        history.append({"lm_loss": lm.item(), "exit_loss": early.item()})
-        bar.set_postfix(lm=f"{history[-1]['lm_loss']:.3f}", exit=f"{history[-1]['exit_loss']:.3f}")
+        history.append({"kl": kl.item(), "exit_loss": early.item()})
+        bar.set_postfix(kl=f"{history[-1]['kl']:.4f}", exit=f"{history[-1]['exit_loss']:.3f}")
     model.eval()
     return history

@@ -173,7 +173,7 @@ def schedule(step: int, steps: int, warmup: int = 100) -> float:
 
 def pretrain(
     out: str | Path,
-    steps: int = 1600,
+    steps: int = 1000,
     batch_size: int = 48,
     lr: float = 2e-3,
     hidden: int = 128,
@@ -257,16 +257,18 @@ def pretrain(
 def teach_exits(
     folder: str | Path,
     out: str | Path,
-    steps: int = 600,
+    steps: int = 500,
     batch_size: int = 16,
     exits: int = 24,
-    lr: float = 3e-4,
+    lr: float = 6e-4,
+    anchor: float = 30.0,
     seed: int = 0,
     threads: int = 2,
 ) -> Path:
     """Lesson 2: the policy in ``folder`` learns to answer after every prefix; saved to ``out``.
 
-    All weights are trained. The log of ``folder`` is taken over and goes on with both losses.
+    All weights are trained. The log of ``folder`` is taken over and goes on with the KL divergence
+    from the policy in ``folder`` (nats per token) and the exit loss (nats per forced answer).
     """
     torch.set_num_threads(threads)
     folder, out = Path(folder), Path(out)
@@ -275,7 +277,7 @@ def teach_exits(
     before, began = json.loads(lines.splitlines()[-1]), time.perf_counter()
     history = calibrate(
         policy, stories("train", seed=seed + 2), steps=steps, batch_size=batch_size, exits=exits,
-        learning_rate=lr, seed=seed,
+        learning_rate=lr, anchor=anchor, seed=seed,
     )  # fmt: skip
     minutes = (time.perf_counter() - began) / 60
     for end in range(50, steps + 50, 50):
@@ -359,10 +361,10 @@ def main(argv: list[str] | None = None) -> None:
         help="folder for the policy and its log; that before the second lesson goes to its folder "
         "uncalibrated",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=1600, help="steps on whole chains")
+    parser.add_argument("--steps", type=int, default=1000, help="steps on whole chains")
     parser.add_argument("--batch-size", type=int, default=48, help="stories per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--exit-steps", type=int, default=600, help="steps on early answers")
+    parser.add_argument("--exit-steps", type=int, default=500, help="steps on early answers")
     parser.add_argument("--hidden", type=int, default=128, help="hidden size (multiple of 32)")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,6 +1,5 @@
 """Whether forced early answers can be trusted, and the fine-tune that makes them so."""
 
-import copy
 import itertools
 import random
 from dataclasses import replace
@@ -19,7 +18,7 @@ from iapo_mini.calibration import (
     expected_calibration_error,
 )
 from iapo_mini.information import encode_postfix
-from iapo_mini.policy import Policy, load_policy
+from iapo_mini.policy import load_policy
 from iapo_mini.rollouts import from_texts, sample
 from iapo_mini.tasks import Problem, chain_of_thought, stories
 
@@ -278,10 +277,9 @@ def test_calibrating_lowers_the_exit_loss(schooled_folder):
         policy, stories("train", max_steps=2), steps=30, batch_size=4, exits=4,
         learning_rate=3e-3, progress=False,
     )  # fmt: skip
-    assert [set(step) for step in history] == [{"lm_loss", "exit_loss"}] * 30
-    first, last = history[:5], history[-5:]
-    for name in ("lm_loss", "exit_loss"):
-        assert sum(s[name] for s in last) < 0.8 * sum(s[name] for s in first), name
+    assert [set(step) for step in history] == [{"kl", "exit_loss"}] * 30
+    first, last = (sum(s["exit_loss"] for s in part) for part in (history[:5], history[-5:]))
+    assert last < 0.8 * first
     assert mean_exit_loss(policy, problems) < 0.8 * before
     assert not policy.model.training
 
@@ -304,45 +302,49 @@ def test_equal_seeds_calibrate_alike(tiny_folder):
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_the_exit_weight_weighs(tiny_folder):
-    """Without weight on the exits the first update is that of the next-token loss alone."""
-    base = load_policy(tiny_folder, lora_rank=0)
-    after = []
-    for weight in (0.0, 0.0, 5.0):
-        policy = Policy(copy.deepcopy(base.model), base.tokenizer)
-        calibrate(
-            policy, chains(4), steps=1, batch_size=4, exits=2 + len(after), exit_weight=weight,
-            progress=False, texts=["<think> 3.</think><answer> 3</answer>"] * 4,
+def test_the_anchor_holds(schooled_folder):
+    """The stronger, the nearer the policy stays to what it was."""
+    drift = []
+    for anchor in (0.0, 100.0):
+        policy = load_policy(schooled_folder, lora_rank=0)
+        history = calibrate(
+            policy, stories("train", max_steps=2), steps=20, batch_size=4, exits=2,
+            learning_rate=1e-3, anchor=anchor, progress=False,
         )  # fmt: skip
-        after.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
-    torch.testing.assert_close(after[0], after[1], atol=1e-6, rtol=0)  # exits differ, weight is 0
-    assert (after[0] - after[2]).abs().max() > 1e-4
+        assert history[0]["kl"] == pytest.approx(0.0, abs=1e-6)  # nothing has moved yet
+        drift.append(history[-1]["kl"])
+    assert 0 < drift[1] < 0.5 * drift[0], drift
 
 
 def test_the_losses_of_a_step_by_explicit_passes(tiny_folder):
-    policy = load_policy(tiny_folder, lora_rank=0)
     text = "<think> 3.</think><answer> 5</answer>"
     problems = [TRIVIAL[0], next(stories("train"))]
-    plain = Policy(copy.deepcopy(policy.model), policy.tokenizer)
-    (step,) = calibrate(
-        policy, problems, steps=1, batch_size=2, exits=12, seed=4, progress=False, texts=[text] * 2
-    )
-    rollouts = from_texts(plain, problems, [text] * 2)
-    lm = []
+    settings = {"batch_size": 2, "exits": 12, "seed": 4, "progress": False, "learning_rate": 0.05}
+    before, now, goes_on = (load_policy(tiny_folder, lora_rank=0) for _ in range(3))
+    (first,) = calibrate(now, problems, steps=1, texts=[text] * 2, **settings)
+    # The second step of a longer run begins where the shorter one ended.
+    second = calibrate(goes_on, problems * 2, steps=2, texts=[text] * 4, **settings)[1]
+
+    rollouts = from_texts(before, problems, [text] * 2)
+    kl = []
     for i in range(2):
         prompt, completion = unpadded(rollouts, i)
         with torch.no_grad():
-            log_p = plain.model(torch.cat([prompt, completion])[None]).logits[0].log_softmax(-1)
-        lm += [-float(log_p[len(prompt) + j - 1, x]) for j, x in enumerate(completion)]
-    assert step["lm_loss"] == pytest.approx(sum(lm) / len(lm), abs=1e-3)
+            p, q = (
+                policy.model(torch.cat([prompt, completion])[None]).logits[0].log_softmax(-1)
+                for policy in (before, now)
+            )
+        at = slice(len(prompt) - 1, len(prompt) + len(completion) - 1)
+        kl += (p.exp() * (p - q)).sum(-1)[at].tolist()
+    assert second["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-3) and second["kl"] > 1e-3
     rng, exits = random.Random(4), []
     for i, problem in enumerate(problems):
-        (answer,) = plain.tokenizer.encode(f" {problem.answer}")
+        (answer,) = before.tokenizer.encode(f" {problem.answer}")
         for _ in range(12):
             t = rng.randint(0, int(rollouts.lengths[i]))
-            logits = forced_logits(plain, rollouts, i, t, encode_postfix(plain))[-1]
+            logits = forced_logits(before, rollouts, i, t, encode_postfix(before))[-1]
             exits.append(-float(logits.log_softmax(-1)[answer]))
-    assert step["exit_loss"] == pytest.approx(sum(exits) / 24, abs=1e-3)
+    assert first["exit_loss"] == pytest.approx(sum(exits) / 24, abs=1e-3)
 
 
 @pytest.mark.parametrize("texts", [None, ["<answer> 5</answer>"] * 3])
