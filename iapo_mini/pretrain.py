@@ -1,16 +1,15 @@
 """How the embedded policy was made: ``python -m iapo_mini.pretrain`` remakes it from nothing.
 
-Two lessons, one after the other:
+A Qwen2-architecture model learns to continue stories of the train stream with the world's own
+chains of thought. Two losses, one trunk pass:
 
-1. A Qwen2-architecture model learns to continue stories of the train stream with the world's own
-   chains of thought (:func:`pretrain`). Forced to answer early, it copies the last number it saw
-   and is sure of it: its answer entropy is near zero everywhere, and the estimator of the paper
-   measures noise. This policy ships as ``embedded-uncalibrated``.
-2. It learns to answer after every prefix (:func:`iapo_mini.calibration.calibrate`, the tool that
-   serves any policy). The result ships as ``embedded``.
+* next-token cross-entropy on the completion, and
+* **early exits**: at ``exits`` random prefixes of every chain a branch ``</think><answer>`` is
+  appended (all branches of a row packed behind its KV cache) and the branch must predict the true
+  answer. Only the answer is a target, so the policy does not learn to stop early.
 
-The order matters. Taught both at once, the model learns to work stories out in its head, in part
-and unreliably, and its forced answers waver at every word (figures/recipe_search.md).
+Without the second loss a policy that is forced to answer early copies the last number it saw, its
+answer entropy is near zero everywhere, and the estimator of the paper measures noise.
 """
 
 from __future__ import annotations
@@ -30,12 +29,14 @@ from tokenizers import AddedToken
 from tqdm.auto import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from iapo_mini.calibration import calibrate, exit_calibration, expected_calibration_error
+from iapo_mini.calibration import exit_calibration, exit_loss, expected_calibration_error
 from iapo_mini.plots import reliability
 from iapo_mini.policy import load_policy
 from iapo_mini.rewards import parse_answer, score
 from iapo_mini.rollouts import from_texts, sample
 from iapo_mini.tasks import (
+    MAX_VALUE,
+    POSTFIX,
     chain_of_thought,
     render_prompt,
     stories,
@@ -50,7 +51,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-LOG = "pretrain_log.jsonl"
 
 
 def build_tokenizer(n_stories: int = 6000) -> Qwen2Tokenizer:
@@ -103,44 +103,69 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int, hidden: int, layers: int) 
     return model
 
 
-def sample_batches(tokenizer, seed: int, batch_size: int, skip: int = 0):
-    """Endless batches ``{"ids", "labels"}``, each (rows, width) long, padded on the right.
+def sample_batches(tokenizer, seed: int, batch_size: int, exits: int, skip: int = 0):
+    """Endless batches of right-padded (ids, completion start, length, exit positions, answers).
 
-    ``labels`` are the completion's tokens, -100 elsewhere. Rows of similar length share a batch.
+    Rows of similar length share a batch. Exit positions index the last trunk token a branch sees:
+    from the prompt's last token (no reasoning yet) to the closing ``<|im_end|>`` itself, so that
+    every prefix a rollout can contain has been practised.
     """
     rng = random.Random(f"pretrain/{seed}")
     problems = stories("train", seed=seed + 1)
+    answers = {str(n): tokenizer.encode(f" {n}")[0] for n in range(MAX_VALUE + 1)}
     emitted = 0
     while True:
         rows = []
         for problem in itertools.islice(problems, 8 * batch_size):
             prompt = tokenizer.encode(render_prompt(tokenizer, problem))
             chain = "".join(s.text for s in chain_of_thought(problem, rng))
-            rows.append((prompt, tokenizer.encode(chain + tokenizer.eos_token)))
+            completion = tokenizer.encode(chain + tokenizer.eos_token)
+            rows.append((prompt, completion, answers[problem.answer]))
         rows.sort(key=lambda row: len(row[0]) + len(row[1]))
         batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         rng.shuffle(batches)
         for batch in batches:
+            cuts = []
+            for prompt, completion, _ in batch:
+                first, last = len(prompt) - 1, len(prompt) + len(completion) - 1
+                cuts.append(sorted(rng.randint(first, last) for _ in range(exits)))
             emitted += 1
             if emitted > skip:
-                yield _collate(batch, tokenizer.pad_token_id)
+                yield _collate(batch, cuts, tokenizer.pad_token_id)
 
 
-def _collate(batch, pad: int) -> dict[str, torch.Tensor]:
-    width = max(len(p) + len(c) for p, c in batch)
+def _collate(batch, cuts, pad: int) -> dict[str, torch.Tensor]:
+    width = max(len(p) + len(c) for p, c, _ in batch)
     ids = torch.full((len(batch), width), pad)
     labels = torch.full((len(batch), width), -100)
-    for i, (prompt, completion) in enumerate(batch):
+    for i, (prompt, completion, _) in enumerate(batch):
         ids[i, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
         labels[i, len(prompt) : len(prompt) + len(completion)] = torch.tensor(completion)
-    return {"ids": ids, "labels": labels}
+    answers = torch.tensor([a for _, _, a in batch])
+    ends = torch.tensor(cuts, dtype=torch.long)
+    return {"ids": ids, "labels": labels, "ends": ends, "answers": answers}
 
 
-def next_token_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy of the completions of a batch from :func:`sample_batches`, nats per token."""
+def losses(model, batch: dict[str, torch.Tensor], postfix: torch.Tensor):
+    """Completion cross-entropy and early-exit cross-entropy (both nats per target, fp32).
+
+    ``batch`` as from :func:`sample_batches`; ``postfix`` (K,) token ids. Without exits in the batch
+    the second is 0: a policy that only ever sees whole chains.
+    """
+    ids, ends = batch["ids"], batch["ends"]
     # Right padding and a causal mask: real tokens never see padding, so no mask is needed.
-    logits = model(batch["ids"]).logits[:, :-1].float()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    trunk = model(ids, use_cache=True)
+    lm = torch.nn.functional.cross_entropy(
+        trunk.logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten()
+    )
+    if not ends.shape[1]:
+        return lm, torch.zeros(())
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    position_ids = torch.arange(ids.shape[1]).expand_as(ids)
+    early = exit_loss(
+        model, trunk.past_key_values, mask, position_ids, ends, postfix, batch["answers"]
+    )
+    return lm, early
 
 
 def build_optimizers(model: Qwen2ForCausalLM, lr: float) -> dict[str, torch.optim.Optimizer]:
@@ -173,31 +198,31 @@ def schedule(step: int, steps: int, warmup: int = 100) -> float:
 
 def pretrain(
     out: str | Path,
-    steps: int = 1000,
+    steps: int = 1600,
     batch_size: int = 48,
+    exits: int = 8,
+    exit_weight: float = 0.5,
     lr: float = 2e-3,
     hidden: int = 128,
     layers: int = 4,
     seed: int = 0,
-    checkpoint_every: int = 200,
+    checkpoint_every: int = 500,
     threads: int = 2,
 ) -> Path:
-    """Lesson 1: train on whole chains and save model and tokenizer to ``out``.
+    """Train the embedded policy and save it with its tokenizer to ``out`` (transformers format).
 
     Checkpoints go to ``out/checkpoint.pt`` (written to a temporary name and renamed); a killed run
-    started again with the same arguments goes on where it was, and a finished one is left alone.
-    The log, ``out/pretrain_log.jsonl``, has one line per 50 steps with the loss (nats per token),
-    learning rate, tokens/s and minutes.
+    started again with the same arguments goes on where it was. The log, ``out/pretrain_log.jsonl``,
+    has one line per 50 steps with both losses (nats), learning rate, tokens/s and minutes.
     """
     torch.set_num_threads(threads)
     out = Path(out)
-    if (out / "tokenizer.json").exists():  # the last thing that is written
-        return out
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed, hidden, layers)
     optimizers = build_optimizers(model, lr)
-    checkpoint, log = out / "checkpoint.pt", out / LOG
+    postfix = torch.tensor(tokenizer.encode(POSTFIX))
+    checkpoint, log = out / "checkpoint.pt", out / "pretrain_log.jsonl"
     start, minutes = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -210,35 +235,37 @@ def pretrain(
         log.write_text("".join(line + "\n" for line in kept))
     elif log.exists():
         log.unlink()
-    batches = sample_batches(tokenizer, seed, batch_size, skip=start)
+    batches = sample_batches(tokenizer, seed, batch_size, exits, skip=start)
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc="pretrain")
-    began, seen, total = time.perf_counter(), 0, 0.0
+    began, seen, totals = time.perf_counter(), 0, torch.zeros(2)
     for step in bar:
         batch = next(batches)
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, steps)
-        loss = next_token_loss(model, batch)
+        lm, early = losses(model, batch, postfix)
         model.zero_grad()
-        loss.backward()
+        (lm + exit_weight * early).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers.values():
             optimizer.step()
         seen += batch["ids"].numel()
-        total += loss.item()
+        totals += torch.stack([lm.detach(), early.detach()])
         if (step + 1) % 50 == 0 or step + 1 == steps:
             elapsed = time.perf_counter() - began
+            mean = (totals / ((step % 50) + 1)).tolist()
             row = {
                 "step": step + 1,
-                "lm_loss": round(total / ((step % 50) + 1), 4),
+                "lm_loss": round(mean[0], 4),
+                "exit_loss": round(mean[1], 4),
                 "learning_rate": lr * schedule(step, steps),
                 "tokens_per_second": round(seen / elapsed),
                 "minutes": round(minutes + elapsed / 60, 2),
             }
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            bar.set_postfix(lm=f"{row['lm_loss']:.3f}")
-            total = 0.0
+            bar.set_postfix(lm=f"{mean[0]:.3f}", exit=f"{mean[1]:.3f}")
+            totals.zero_()
         if (step + 1) % checkpoint_every == 0:
             state = {
                 "model": model.state_dict(),
@@ -251,43 +278,6 @@ def pretrain(
     model.eval().save_pretrained(out)
     tokenizer.save_pretrained(out)
     checkpoint.unlink(missing_ok=True)
-    return out
-
-
-def teach_exits(
-    folder: str | Path,
-    out: str | Path,
-    steps: int = 500,
-    batch_size: int = 16,
-    exits: int = 24,
-    lr: float = 6e-4,
-    anchor: float = 30.0,
-    seed: int = 0,
-    threads: int = 2,
-) -> Path:
-    """Lesson 2: the policy in ``folder`` learns to answer after every prefix; saved to ``out``.
-
-    All weights are trained. The log of ``folder`` is taken over and goes on with the KL divergence
-    from the policy in ``folder`` (nats per token) and the exit loss (nats per forced answer).
-    """
-    torch.set_num_threads(threads)
-    folder, out = Path(folder), Path(out)
-    policy = load_policy(str(folder), lora_rank=0)
-    lines = (folder / LOG).read_text()
-    before, began = json.loads(lines.splitlines()[-1]), time.perf_counter()
-    history = calibrate(
-        policy, stories("train", seed=seed + 2), steps=steps, batch_size=batch_size, exits=exits,
-        learning_rate=lr, anchor=anchor, seed=seed,
-    )  # fmt: skip
-    minutes = (time.perf_counter() - began) / 60
-    for end in range(50, steps + 50, 50):
-        part = history[end - 50 : end]
-        row = {"step": before["step"] + min(end, steps)}
-        row |= {name: round(sum(h[name] for h in part) / len(part), 4) for name in part[0]}
-        row["minutes"] = round(before["minutes"] + minutes * min(end, steps) / steps, 2)
-        lines += json.dumps(row) + "\n"
-    policy.save(out)
-    (out / LOG).write_text(lines)
     return out
 
 
@@ -326,7 +316,7 @@ def report(folder: str | Path, figures: str | Path = "figures", n_stories: int =
         confidence, correct = e["confidence"][:, at], e["correct"][:, at]
         return expected_calibration_error(confidence.flatten(), correct.flatten())
 
-    log = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    log = [json.loads(line) for line in (folder / "pretrain_log.jsonl").read_text().splitlines()]
     tenths = range(exits["entropy"].shape[1])
     result = {
         "ece": error(exits),
@@ -356,15 +346,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--out", default="runs/pretrain",
-        help="folder for the policy and its log; that before the second lesson goes to its folder "
-        "uncalibrated",
-    )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=1000, help="steps on whole chains")
+    parser.add_argument("--out", default="runs/pretrain", help="folder for the policy and its log")
+    parser.add_argument("--steps", type=int, default=1600, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=48, help="stories per step")
+    parser.add_argument("--exits", type=int, default=8, help="early exits per story; 0: none")
+    parser.add_argument("--exit-weight", type=float, default=0.5, help="weight of the exit loss")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--exit-steps", type=int, default=500, help="steps on early answers")
     parser.add_argument("--hidden", type=int, default=128, help="hidden size (multiple of 32)")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers")
     parser.add_argument("--seed", type=int, default=0)
@@ -374,14 +361,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--figures", default="figures", help="where the report goes")
     options = vars(parser.parse_args(argv))
-    out, exit_steps, report_only, figures = (
-        options.pop(name) for name in ("out", "exit_steps", "report_only", "figures")
-    )
+    report_only, figures = options.pop("report_only"), options.pop("figures")
     if not report_only:
-        folder = pretrain(Path(out) / "uncalibrated", **options)
-        teach_exits(folder, out, exit_steps, seed=options["seed"], threads=options["threads"])
+        pretrain(**options)
     torch.set_num_threads(options["threads"])
-    print(json.dumps(report(out, figures), indent=1))
+    print(json.dumps(report(options["out"], figures), indent=1))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ and asks for its last value. The world also writes the chain of thought, so the 
 its tokens is known: that is the ground truth against which token informativeness is judged, and
 no benchmark of real text has it.
 
-Four choices matter for the science, and each is deliberate:
+Three choices matter for the science, and each is deliberate:
 
 * **Streams are split by arithmetic, not by wording.** Train, tune and test are told apart by a hash
   of the numbers and operations alone, so a test story is never a renamed training story.
@@ -14,10 +14,6 @@ Four choices matter for the science, and each is deliberate:
 * **A step can be an equation, prose, or a bare result.** The bare result ("35 apples.") is the
   shortest and needs the arithmetic done in the head, which a small policy often gets wrong: being
   brief is a temptation here, not only a virtue.
-* **Every step matters to the answer.** Operands are small against the range of values, and long
-  stories are the rarer, so that also an early result narrows the answer down. With large operands
-  a reader who doesn't look ahead knows next to nothing until the last two results, and no
-  estimator could tell an early step from talk.
 """
 
 from __future__ import annotations
@@ -33,7 +29,7 @@ ROLES = ("compute", "restate", "plan", "check", "hedge", "conclude")
 that a policy wrote outside the world's grammar has the role ``"other"``."""
 
 SPLITS = ("train", "tune", "test")
-MAX_VALUE = 99
+MAX_VALUE = 60
 """Largest value a quantity takes in a story (inclusive)."""
 
 POSTFIX = "</think><answer>"
@@ -178,10 +174,10 @@ def apply(value: int, op: str, operand: int) -> int:
 def operands(value: int) -> dict[str, list[int]]:
     """Operations that may follow a value, each with its operands; every result in 1..MAX_VALUE."""
     allowed = {
-        "+": [n for n in range(2, 7) if value + n <= MAX_VALUE],
-        "-": [n for n in range(2, 7) if value - n >= 1],
-        "*": [n for n in (2, 3) if value * n <= MAX_VALUE],
-        "/": [n for n in (2, 3) if value % n == 0 and value > n],
+        "+": [n for n in range(2, 10) if value + n <= MAX_VALUE],
+        "-": [n for n in range(2, 10) if value - n >= 1],
+        "*": [n for n in (2, 3, 4) if value * n <= MAX_VALUE],
+        "/": [n for n in (2, 3, 4, 5) if value % n == 0 and value > n],
     }
     return {op: numbers for op, numbers in allowed.items() if numbers}
 
@@ -242,8 +238,7 @@ def stories(split: str, seed: int = 0, min_steps: int = 2, max_steps: int = 6) -
     Args:
         split: ``"train"``, ``"tune"`` or ``"test"``.
         seed: equal seeds give equal streams.
-        min_steps, max_steps: how many events a story has; short stories are the more frequent,
-            the longest is the rarest (weights n, n - 1, ..., 1).
+        min_steps, max_steps: how many events a story has (uniform between the two, inclusive).
 
     Raises:
         ValueError: for an unknown split or an empty range of steps.
@@ -258,10 +253,8 @@ def stories(split: str, seed: int = 0, min_steps: int = 2, max_steps: int = 6) -
 
     def generate() -> Iterator[Problem]:
         rng = random.Random(f"{split}/{seed}")
-        sizes = range(min_steps, max_steps + 1)
         while True:
-            (n_steps,) = rng.choices(sizes, weights=range(len(sizes), 0, -1))
-            start, operations = _draw_skeleton(rng, n_steps)
+            start, operations = _draw_skeleton(rng, rng.randint(min_steps, max_steps))
             if split_of(start, operations) == split:
                 yield _tell(rng, start, operations)
 

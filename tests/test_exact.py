@@ -315,16 +315,16 @@ def test_the_estimator_finds_the_conditional_mi_of_a_tabular_policy(
 def rules(value):
     """(op, operand) of the next event and their probabilities, from the rules in words.
 
-    Values stay from 1 to 99; add or subtract 2 to 6, multiply by 2 or 3, divide evenly by 2 or 3
-    and not down to 1. First the operation, then the operand, both uniform.
+    Values stay from 1 to 60; add or subtract 2 to 9, multiply by 2 to 4, divide evenly by 2 to 5
+    and not down to nothing less than 1. First the operation, then the operand, both uniform.
     """
     by_op = {
-        "+": [value + n for n in range(2, 7)],
-        "-": [value - n for n in range(2, 7)],
-        "*": [value * n for n in (2, 3)],
-        "/": [value // n for n in (2, 3) if value % n == 0 and value > n],
+        "+": [value + n for n in range(2, 10)],
+        "-": [value - n for n in range(2, 10)],
+        "*": [value * n for n in range(2, 5)],
+        "/": [value // n for n in range(2, 6) if value % n == 0 and value > n],
     }
-    by_op = {op: [r for r in found if 1 <= r <= 99] for op, found in by_op.items()}
+    by_op = {op: [r for r in found if 1 <= r <= 60] for op, found in by_op.items()}
     by_op = {op: found for op, found in by_op.items() if found}
     return [(r, 1 / len(by_op) / len(found)) for found in by_op.values() for r in found]
 

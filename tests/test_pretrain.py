@@ -1,6 +1,5 @@
-"""The recipe of the embedded policy: resumable, and its loss is what it claims to be."""
+"""The recipe of the embedded policy: resumable, and its two losses are what they claim to be."""
 
-import json
 import subprocess
 import sys
 import time
@@ -8,17 +7,10 @@ import time
 import torch
 from safetensors.torch import load_file
 
-from iapo_mini.pretrain import (
-    LOG,
-    build_model,
-    build_tokenizer,
-    next_token_loss,
-    pretrain,
-    sample_batches,
-    teach_exits,
-)
+from iapo_mini.pretrain import build_model, build_tokenizer, losses, pretrain, sample_batches
+from iapo_mini.tasks import POSTFIX
 
-SMALL = {"steps": 12, "batch_size": 4, "hidden": 32, "layers": 1, "threads": 1}
+SMALL = {"steps": 12, "batch_size": 4, "exits": 2, "hidden": 32, "layers": 1, "threads": 1}
 
 
 def test_killed_pretraining_resumes_to_the_same_weights(tmp_path):
@@ -44,27 +36,28 @@ def test_killed_pretraining_resumes_to_the_same_weights(tmp_path):
     assert not (killed / "checkpoint.pt").exists()
 
 
-def test_finished_pretraining_is_left_alone_and_goes_on_to_early_answers(tmp_path):
-    folder = pretrain(tmp_path / "first", **SMALL)
-    saved = (folder / "model.safetensors").stat().st_mtime_ns
-    assert pretrain(folder, **SMALL) == folder
-    assert (folder / "model.safetensors").stat().st_mtime_ns == saved
-    out = teach_exits(folder, tmp_path / "second", steps=3, batch_size=2, exits=2, threads=1)
-    a, b = (load_file(f / "model.safetensors") for f in (folder, out))
-    assert a.keys() == b.keys() and not all(torch.equal(a[name], b[name]) for name in a)
-    rows = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
-    assert [row["step"] for row in rows] == [12, 15]
-    assert set(rows[1]) == {"step", "kl", "exit_loss", "minutes"}
-    assert rows[1]["minutes"] >= rows[0]["minutes"]
-
-
-def test_loss_equals_a_row_by_row_run():
+def test_losses_equal_a_row_by_row_run():
     tokenizer = build_tokenizer(n_stories=200)
     model = build_model(tokenizer, seed=0, hidden=32, layers=2)
-    batch = next(sample_batches(tokenizer, seed=0, batch_size=3))
-    expected = []
-    for ids, labels in zip(batch["ids"], batch["labels"]):
+    batch = next(sample_batches(tokenizer, seed=0, batch_size=3, exits=4))
+    postfix = torch.tensor(tokenizer.encode(POSTFIX))
+    lm, early = losses(model, batch, postfix)
+    token_losses, exit_losses = [], []
+    for ids, labels, ends, answer in zip(*(batch[k] for k in ("ids", "labels", "ends", "answers"))):
         log_p = torch.log_softmax(model(ids[None]).logits[0], dim=-1)
         for t in (labels != -100).nonzero()[:, 0].tolist():
-            expected.append(-log_p[t - 1, labels[t]])
-    assert torch.allclose(next_token_loss(model, batch), torch.stack(expected).mean(), atol=1e-5)
+            token_losses.append(-log_p[t - 1, labels[t]])
+        for end in ends.tolist():
+            forced = model(torch.cat([ids[: end + 1], postfix])[None]).logits[0, -1]
+            exit_losses.append(-torch.log_softmax(forced, dim=-1)[answer])
+    assert torch.allclose(lm, torch.stack(token_losses).mean(), atol=1e-5)
+    assert torch.allclose(early, torch.stack(exit_losses).mean(), atol=1e-5)
+
+
+def test_exit_loss_does_not_train_the_policy_to_stop_early():
+    """No branch token is a next-token target: the completion labels are the chain's alone."""
+    tokenizer = build_tokenizer(n_stories=200)
+    batch = next(sample_batches(tokenizer, seed=0, batch_size=4, exits=3))
+    close = tokenizer.encode("</think>")[0]
+    for labels in batch["labels"]:
+        assert int((labels == close).sum()) == 1
