@@ -349,6 +349,7 @@ def estimator_speed(results: Mapping) -> Figure:
                       edgecolor="white", alpha=0.8, label=label)  # fmt: skip
         ax.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
     ax.axhline(1, color="black", lw=0.8)
+    ax.margins(y=0.1)
     ax.set_xticks(range(len(ratios)), ratios.values(), fontsize=8)
     ax.set_ylabel("ratio")
     ax.legend(frameon=False, fontsize=8)
