@@ -360,7 +360,8 @@ def load_policy(
                 "folder in PEFT format, such as the one a training run writes."
             )
         try:
-            peft = PeftModel.from_pretrained(causal_lm, adapter, is_trainable=True)
+            with _by_older_names():
+                peft = PeftModel.from_pretrained(causal_lm, adapter, is_trainable=True)
         except _LOAD_ERRORS as error:
             raise ValueError(
                 f"adapter is '{adapter}' and can't be loaded onto '{model}' "
