@@ -24,10 +24,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache, Qwen2ForCausalLM
 
 from iapo_mini.experiments import versions, write_json
 from iapo_mini.information import answer_entropies, encode_postfix, entropy
+from iapo_mini.planner import shape
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.rollouts import Rollouts, sample, trunk_blocks
 from iapo_mini.tasks import POSTFIX, stories
@@ -119,14 +120,11 @@ def qwen_shape(rows: int = 2, prompt: int = 100, completion: int = 256) -> tuple
     The keys of the rows are kept in the form in which ``sample`` leaves them.
     """
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
+    config = shape("qwen2.5-0.5b")
     model = Qwen2ForCausalLM(config).to(torch.bfloat16).eval()
     policy = Policy(model, load_policy(lora_rank=0).tokenizer)
     policy.model.generation_config.eos_token_id = policy.tokenizer.eos_token_id
-    ids = torch.randint(1, 151_936, (rows, prompt + completion))
+    ids = torch.randint(1, config.vocab_size, (rows, prompt + completion))
     ones = torch.ones_like(ids, dtype=torch.bool)
     rollouts = Rollouts(
         prompt_ids=ids[:, :prompt], prompt_mask=ones[:, :prompt],

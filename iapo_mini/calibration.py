@@ -296,10 +296,10 @@ def calibrate(
             "input_ids": tokens,
             "attention_mask": model_mask(model, (mask[:, None] & causal.tril())[:, None]),
             "position_ids": position_ids,
-            "use_cache": True,
         }
-        trunk = model(**inputs)
+        trunk = model(**inputs, use_cache=True)
         with torch.no_grad():
+            inputs["use_cache"] = False
             was = torch.func.functional_call(model, before, kwargs=inputs).logits
         kl = _kl(was[:, width - 1 : -1], trunk.logits[:, width - 1 : -1], rollouts.completion_mask)
         ends = torch.tensor(

@@ -47,6 +47,15 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(option, type=kind, metavar=kind.__name__.upper(), **settings)
 
 
+def _add_policy_options(parser: argparse.ArgumentParser) -> None:
+    """Which policy a command looks at."""
+    parser.add_argument("--model", default="embedded", help=MODEL_HELP + " (%(default)s)")
+    parser.add_argument("--adapter", help="folder of a trained adapter (PEFT format)")
+    parser.add_argument(
+        "--four-bit", action="store_true", help="load the weights in 4 bits (NF4; bitsandbytes)"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="iapo-mini",
@@ -81,11 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train_options(plan)
 
     evaluate = commands.add_parser("evaluate", help="Pass@k, Length@k and Ratio@k of a policy")
-    evaluate.add_argument("--model", default="embedded", help=MODEL_HELP + " (%(default)s)")
-    evaluate.add_argument("--adapter", help="folder of a trained adapter (PEFT format)")
-    evaluate.add_argument(
-        "--four-bit", action="store_true", help="load the weights in 4 bits (NF4; bitsandbytes)"
-    )
+    _add_policy_options(evaluate)
     evaluate.add_argument(
         "--data", default="stories",
         help="stories, gsm8k, math500, dapo_math or commonsense_qa (%(default)s)",
@@ -120,11 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = commands.add_parser("explain", help="show which tokens of an answer inform")
     explain.add_argument("story", help="the question, in quotes; '-' draws a test story")
-    explain.add_argument("--model", default="embedded", help=MODEL_HELP + " (%(default)s)")
-    explain.add_argument("--adapter", help="folder of a trained adapter (PEFT format)")
-    explain.add_argument(
-        "--four-bit", action="store_true", help="load the weights in 4 bits (NF4; bitsandbytes)"
-    )
+    _add_policy_options(explain)
     explain.add_argument("--temperature", type=float, default=1.0, help="sampling (%(default)s)")
     explain.add_argument("--seed", type=int, default=0, help="sampling seed (%(default)s)")
     explain.add_argument("--out", default="figures/explain.png", help="heat map (%(default)s)")

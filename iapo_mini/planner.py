@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwe
 from iapo_mini.advantages import NEEDS_INFORMATION
 from iapo_mini.flat import CARD_BLOCK
 from iapo_mini.policy import model_source, quiet_libraries
-from iapo_mini.rollouts import LOGIT_BYTES
+from iapo_mini.rollouts import CACHE_BLOCK, LOGIT_BYTES, LOGITS_MB
 from iapo_mini.trainer import TrainConfig
 
 GB = 2**30
@@ -159,9 +159,9 @@ def cache_bytes(config: PreTrainedConfig, rows: int, prompt: int, completion: in
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     # The buffers of rollouts.sample grow by a block whenever a token no longer fits.
-    length = prompt + 128
+    length = prompt + CACHE_BLOCK
     while length < prompt + completion:
-        length += 129
+        length += CACHE_BLOCK + 1
     return 2 * text.num_hidden_layers * rows * kv_heads * head_dim * length * width
 
 
@@ -225,7 +225,7 @@ def plan(
         layer = 0
     # Final hidden states, those picked for the head, and their gradients.
     kept_by_layers += 4 * size * completion * hidden * width
-    logits = min(512 * 2**20, LOGIT_BYTES * size * completion * vocabulary)
+    logits = min(int(LOGITS_MB * 2**20), LOGIT_BYTES * size * completion * vocabulary)
     phases = {
         "sampling": {
             "KV cache": kept,

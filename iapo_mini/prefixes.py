@@ -27,7 +27,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from iapo_mini import flat
-from iapo_mini.rollouts import Rollouts, model_mask, sliding_window, trunk_blocks
+from iapo_mini.rollouts import (
+    Rollouts,
+    model_mask,
+    plain_model,
+    sliding_window,
+    trunk_blocks,
+)
 
 METHODS = ("packed", "cached", "naive")
 
@@ -285,7 +291,7 @@ def ask(
     if not asked.any():
         raise ValueError("asked holds no prefix within the completions; allowed is at least one.")
     suffix = suffix.expand(rows, -1)
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = plain_model(model)
     way = {"packed": _packed, "cached": _cached, "naive": _naive}[method]
     if way is not _naive:
         problem = packing_problem(model, rollouts.prompt_ids.shape[1] + width + suffix.shape[1])

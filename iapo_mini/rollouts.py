@@ -80,6 +80,10 @@ class Rollouts:
         return out
 
 
+CACHE_BLOCK = 128
+"""Tokens by which the buffers of sampling grow beyond what is needed at once."""
+
+
 class _GrowingLayer(DynamicLayer):
     """Cache layer whose buffer grows in blocks: a decoding step writes one column in place.
 
@@ -87,7 +91,7 @@ class _GrowingLayer(DynamicLayer):
     swapping them behind the running ones, where their keys and values stay readable.
     """
 
-    block = 128
+    block = CACHE_BLOCK
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
@@ -165,6 +169,26 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
+def check_sampling(
+    problems: list[Problem], num_generations: int, max_completion_length: int, temperature: float
+) -> None:
+    """Refuse what can't be sampled.
+
+    Raises:
+        ValueError: when an argument is out of range or ``problems`` is empty.
+    """
+    if not problems:
+        raise ValueError("problems is empty; at least one problem is needed to sample completions.")
+    for name, value in (
+        ("num_generations", num_generations),
+        ("max_completion_length", max_completion_length),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; allowed are 1 and above.")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; allowed are numbers above 0.")
+
+
 @torch.no_grad()
 def sample(
     policy: Policy,
@@ -193,16 +217,7 @@ def sample(
     Raises:
         ValueError: when an argument is out of range or ``problems`` is empty.
     """
-    if not problems:
-        raise ValueError("problems is empty; at least one problem is needed to sample completions.")
-    for name, value in (
-        ("num_generations", num_generations),
-        ("max_completion_length", max_completion_length),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; allowed are 1 and above.")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; allowed are numbers above 0.")
+    check_sampling(problems, num_generations, max_completion_length, temperature)
     model, device = policy.for_inference(), policy.device
     prompt_ids, prompt_mask = encode_prompts(policy, problems)
     total, width = len(problems) * num_generations, prompt_ids.shape[1]
@@ -320,19 +335,36 @@ def from_texts(policy: Policy, problems: list[Problem], completions: list[str]) 
     prompt_ids, prompt_mask = encode_prompts(policy, problems)
     eos = int(policy.eos_ids[0])
     rows = [[*policy.tokenizer.encode(t, add_special_tokens=False), eos] for t in completions]
-    length = max(map(len, rows))
-    pad = policy.tokenizer.pad_token_id
-    ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=policy.device)
+    return from_ids(policy, prompt_ids, prompt_mask, rows, 1)
+
+
+def from_ids(
+    policy: Policy,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    rows: list[list[int]],
+    num_generations: int,
+) -> Rollouts:
+    """Rollouts made of token ids, with ``old_logprobs`` all zero.
+
+    Args:
+        policy: its tokenizer pads, its stop tokens tell which rows are ``finished``.
+        prompt_ids, prompt_mask: (N, P) long and bool, a row for each prompt.
+        rows: N * num_generations completions of at least one token, rows of one prompt adjacent.
+        num_generations: completions for each prompt.
+    """
     lengths = torch.tensor([len(row) for row in rows], device=policy.device)
-    mask = torch.arange(length, device=policy.device) < lengths[:, None]
+    width, pad = int(lengths.max()), policy.tokenizer.pad_token_id
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=policy.device)
+    last = ids[torch.arange(len(rows)), lengths - 1]
     return Rollouts(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
+        prompt_ids=prompt_ids.repeat_interleave(num_generations, dim=0),
+        prompt_mask=prompt_mask.repeat_interleave(num_generations, dim=0),
         completion_ids=ids,
-        completion_mask=mask,
+        completion_mask=torch.arange(width, device=policy.device) < lengths[:, None],
         old_logprobs=torch.zeros(ids.shape, device=policy.device),
-        num_generations=1,
-        finished=torch.ones(len(rows), dtype=torch.bool, device=policy.device),
+        num_generations=num_generations,
+        finished=torch.isin(last, policy.eos_ids),
     )
 
 
@@ -392,11 +424,11 @@ def _forward(model, hidden: bool) -> Callable[..., torch.Tensor]:
     """
     if not hidden:
         return lambda ids, keep, **inputs: model(ids, logits_to_keep=keep, **inputs).logits
-    decoder = _plain(model).get_decoder()
+    decoder = plain_model(model).get_decoder()
     return lambda ids, keep, **inputs: decoder(ids, **inputs).last_hidden_state[:, -keep:]
 
 
-def _plain(model):
+def plain_model(model):
     """The causal LM itself, its adapter layers in place, out of peft's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -499,6 +531,9 @@ LOGIT_BYTES = 14
 """Peak bytes that reading one logit takes, gradient included, as measured: the logit as the model
 makes it, in fp32, tempered, log-softmax."""
 
+LOGITS_MB = 512.0
+"""MiB that logits and what is made of them may take; above it the head runs in chunks."""
+
 
 def _read(logits: torch.Tensor, ids: torch.Tensor, temperature: float):
     """Log-probability of the tokens ``ids`` (...) under ``logits`` (..., V), and the entropy."""
@@ -530,7 +565,7 @@ def token_logprobs(
     rollouts: Rollouts,
     temperature: float = 1.0,
     rows_per_block: int = 16,
-    memory_mb: float = 512.0,
+    memory_mb: float = LOGITS_MB,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of every completion token and entropy of its distribution.
 
@@ -551,7 +586,7 @@ def token_logprobs(
     """
     order, logprobs, entropies = [], [], []
     rows, length = rollouts.completion_ids.shape
-    plain = _plain(model)
+    plain = plain_model(model)
     vocabulary = plain.config.get_text_config().vocab_size
     size = max(1, int(memory_mb * 2**20 / (LOGIT_BYTES * vocabulary)))
     chunked = min(rows, rows_per_block) * length > size and head_alone(plain)

@@ -17,7 +17,14 @@ from collections.abc import Callable
 import torch
 
 from iapo_mini.policy import Policy, model_source
-from iapo_mini.rollouts import Rollouts, encode_prompts, sample, token_logprobs
+from iapo_mini.rollouts import (
+    Rollouts,
+    check_sampling,
+    encode_prompts,
+    from_ids,
+    sample,
+    token_logprobs,
+)
 from iapo_mini.tasks import Problem
 
 ENGINES = ("native", "vllm")
@@ -87,10 +94,9 @@ def sample_with(
             trunk itself.
 
     Raises:
-        ValueError: when ``problems`` is empty.
+        ValueError: as ``sample``.
     """
-    if not problems:
-        raise ValueError("problems is empty; at least one problem is needed to sample completions.")
+    check_sampling(problems, num_generations, max_completion_length, temperature)
     sync_weights(llm, policy)
     prompt_ids, prompt_mask = encode_prompts(policy, problems)
     params = sampling_params(
@@ -100,19 +106,7 @@ def sample_with(
     prompts = [{"prompt_token_ids": i[m].tolist()} for i, m in zip(prompt_ids, prompt_mask)]
     answers = llm.generate(prompts, params, use_tqdm=False)
     rows = [list(output.token_ids) for answer in answers for output in answer.outputs]
-    lengths = torch.tensor([len(row) for row in rows], device=policy.device)
-    width, pad = int(lengths.max()), policy.tokenizer.pad_token_id
-    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=policy.device)
-    last = ids[torch.arange(len(rows)), lengths - 1]
-    rollouts = Rollouts(
-        prompt_ids=prompt_ids.repeat_interleave(num_generations, dim=0),
-        prompt_mask=prompt_mask.repeat_interleave(num_generations, dim=0),
-        completion_ids=ids,
-        completion_mask=torch.arange(width, device=policy.device) < lengths[:, None],
-        old_logprobs=torch.zeros(ids.shape, device=policy.device),
-        num_generations=num_generations,
-        finished=torch.isin(last, policy.eos_ids),
-    )
+    rollouts = from_ids(policy, prompt_ids, prompt_mask, rows, num_generations)
     with torch.no_grad():
         rollouts.old_logprobs, _ = token_logprobs(policy.for_inference(), rollouts, temperature)
     return rollouts
