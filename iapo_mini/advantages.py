@@ -5,6 +5,8 @@ A_{i,t} of the paper is ``advantages[i, t]``. Padding is 0 everywhere.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from iapo_mini.rollouts import Rollouts
@@ -52,11 +54,85 @@ def grpo(rollouts: Rollouts, alpha: float = 0.0, beta: float = 0.0) -> torch.Ten
     return group_advantage(rollouts)[:, None] * rollouts.completion_mask
 
 
+def dapo(rollouts: Rollouts, alpha: float = 0.0, beta: float = 0.0) -> torch.Tensor:
+    """DAPO: A_i at every token, nothing for completions cut at the length limit.
+
+    The other half of DAPO are settings of the loss: a mean over all tokens of the batch and a clip
+    range of 0.2 below and 0.28 above (``experiments.RECIPES``). alpha and beta are not used.
+    """
+    return grpo(rollouts) * rollouts.finished[:, None]
+
+
+def gfpo(rollouts: Rollouts, alpha: float = 0.0, beta: float = 0.0) -> torch.Tensor:
+    """GFPO: the three shortest quarters of each group teach, normalised among themselves.
+
+    Of G = 8 the 6 shortest are kept (ties by order); the others get 0. alpha and beta are not used.
+    """
+    group = rollouts.num_generations
+    rank = rollouts.lengths.view(-1, group).argsort(dim=1, stable=True).argsort(dim=1)
+    kept = rank < math.ceil(0.75 * group)
+    base = normalize(rollouts.rewards.view(-1, group), kept).flatten()
+    return base[:, None] * rollouts.completion_mask
+
+
+def gtpo(rollouts: Rollouts, alpha: float = 0.1, beta: float = 0.0) -> torch.Tensor:
+    """GTPO: A_i, and a bonus where a right completion is unsure, a malus where a wrong one is sure.
+
+    Right: A_i + alpha * d_t * H_{i,t} / sum_k H_{k,t}; wrong: A_i - alpha * d_t * (1 / H_{i,t}) /
+    sum_k (1 / H_{k,t}). The sums run over the right (or wrong) completions k of the group that are
+    still running at t; d_t is how many these are.
+
+    Args:
+        rollouts: with ``rewards``, ``correct`` and ``token_entropies`` H_{i,t} (nats, kept above
+            ``EPS``, so that a token without any doubt doesn't take the whole sum).
+        alpha: weight of the entropy term; GTPO takes 0.1.
+        beta: not used.
+    """
+    group, mask = rollouts.num_generations, rollouts.completion_mask
+    h = rollouts.token_entropies.float().clamp(min=EPS)
+    terms = torch.zeros(mask.shape, device=mask.device)
+    for sign, chosen, values in ((1, rollouts.correct, h), (-1, ~rollouts.correct, 1 / h)):
+        running = (mask & chosen[:, None]).view(-1, group, mask.shape[1])
+        values = values.view(running.shape) * running
+        share = values / values.sum(1, keepdim=True).clamp(min=1e-30)
+        terms += sign * (running.sum(1, keepdim=True) * share).view(mask.shape)
+    return grpo(rollouts) + alpha * terms
+
+
+SGRPO_ALWAYS, SGRPO_UNTIL = 150, 341
+"""Tokens that always count, and tokens after which none does, as S-GRPO's authors set them."""
+
+
+def sgrpo(rollouts: Rollouts, alpha: float = 1.0, beta: float = 0.0) -> torch.Tensor:
+    """S-GRPO (Lee and Tong): A_i at the first tokens, at some of those that follow, then nothing.
+
+    Tokens before ``SGRPO_ALWAYS`` always count, those up to ``SGRPO_UNTIL`` with probability 1/2
+    if the completion is shorter than that, none after.
+
+    Args:
+        rollouts: with ``rewards``.
+        alpha: factor of both thresholds, which belong to completions of some hundred tokens.
+        beta: not used.
+
+    The coins are seeded with the tokens of the batch: a resumed run flips the same ones.
+    """
+    mask = rollouts.completion_mask
+    always, until = round(alpha * SGRPO_ALWAYS), round(alpha * SGRPO_UNTIL)
+    generator = torch.Generator().manual_seed(int(rollouts.completion_ids[mask].sum()))
+    heads = (torch.rand(mask.shape, generator=generator) < 0.5).to(mask.device)
+    t = torch.arange(mask.shape[1], device=mask.device)
+    some = heads & (t < until) & (rollouts.lengths < until)[:, None]
+    return grpo(rollouts) * ((t < always) | some)
+
+
 def iapo(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
     """IAPO: A_{i,t} = norm(r_i, r) + alpha * norm(s_{i,t}, s_i) + beta * norm(c_{i,t}, c_i).
 
     The first norm is over the group, the other two over the tokens of the one completion, padding
-    left out (paper, Section 4).
+    left out (paper, Section 4). The method is called ``iapo`` where s is the drop of the answer
+    entropy, ``iapo_ne`` (paper, Fig. 5) where it is that of the next token's, and ``iapo_pmi``
+    (ours) where it is the pointwise information on the completion's own answer; which one the
+    rollouts bring is decided by ``information.INFORMATION``.
 
     Args:
         rollouts: with ``rewards``, ``correct`` and ``informativeness``.
@@ -72,8 +148,21 @@ def iapo(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
     return grpo(rollouts) + token_terms
 
 
-ADVANTAGES = {"grpo": grpo, "iapo": iapo}
-"""Method name -> advantage function; all take ``(rollouts, alpha, beta)``."""
+def iapo_ni(rollouts: Rollouts, alpha: float = 0.0, beta: float = 0.05) -> torch.Tensor:
+    """IAPO without the informativeness term (paper, Fig. 5): alpha is taken as 0."""
+    return grpo(rollouts) + beta * normalize(exploration(rollouts), rollouts.completion_mask)
 
-NEEDS_INFORMATION = frozenset({"iapo"})
-"""Methods that read ``rollouts.informativeness``; for the others it is never estimated."""
+
+ADVANTAGES = {
+    "grpo": grpo,
+    "dapo": dapo,
+    "gfpo": gfpo,
+    "gtpo": gtpo,
+    "sgrpo": sgrpo,
+    "iapo": iapo,
+    "iapo_ni": iapo_ni,
+    "iapo_ne": iapo,
+    "iapo_pmi": iapo,
+}
+"""Method name -> advantage function; all take ``(rollouts, alpha, beta)``. Add yours: see
+docs/methods.md."""

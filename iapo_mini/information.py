@@ -27,7 +27,7 @@ estimates mean something only if the policy is calibrated when it is forced to a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -323,3 +323,27 @@ def next_token_informativeness(
     """
     following = torch.nn.functional.pad((entropies * completion_mask)[:, 1:], (0, 1))
     return (entropies - following) * completion_mask
+
+
+def _of_entropies(policy: Policy, rollouts: Rollouts, memory_mb: float) -> torch.Tensor:
+    entropies = answer_entropies(policy, rollouts, memory_mb=memory_mb)
+    return informativeness(entropies, rollouts.completion_mask)
+
+
+def _of_surprisals(policy: Policy, rollouts: Rollouts, memory_mb: float) -> torch.Tensor:
+    surprisals = answer_surprisals(policy, rollouts, memory_mb=memory_mb)
+    return informativeness(surprisals, rollouts.completion_mask)
+
+
+def _of_next_tokens(policy: Policy, rollouts: Rollouts, memory_mb: float) -> torch.Tensor:
+    return next_token_informativeness(rollouts.token_entropies, rollouts.completion_mask)
+
+
+INFORMATION: dict[str, Callable[[Policy, Rollouts, float], torch.Tensor]] = {
+    "iapo": _of_entropies,
+    "iapo_ne": _of_next_tokens,
+    "iapo_pmi": _of_surprisals,
+}
+"""Method -> ``(policy, rollouts, memory_mb) -> (B, L)`` nats: what ``rollouts.informativeness`` is
+filled with before its advantages are computed. A method without an entry never pays for an
+estimate. ``iapo_pmi`` gives zeros to a completion without an answer."""

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
 
-from iapo_mini.advantages import NEEDS_INFORMATION
 from iapo_mini.flat import CARD_BLOCK
+from iapo_mini.information import INFORMATION
 from iapo_mini.policy import model_source, quiet_libraries
 from iapo_mini.rollouts import CACHE_BLOCK, LOGIT_BYTES, LOGITS_MB
 from iapo_mini.trainer import TrainConfig
@@ -240,7 +240,7 @@ def plan(
             "estimator": int(settings.estimator_memory_mb * 2**20),
             "working memory (estimate)": 10 * CARD_BLOCK + dequantised,
         }
-        if settings.method in NEEDS_INFORMATION
+        if settings.method in INFORMATION
         else {},
         "update, at the head": {"activations": kept_by_layers, "logits chunk": logits},
         "update, in a layer": {

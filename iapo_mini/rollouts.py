@@ -30,6 +30,8 @@ class Rollouts:
         prompt_ids, prompt_mask: (B, P) long and bool, left-padded.
         completion_ids, completion_mask: (B, L) long and bool, right-padded.
         old_logprobs: (B, L) fp32 nats, log pi_old(o_t | q, o_<t) of the tempered policy; padding 0.
+        token_entropies: (B, L) fp32 nats, entropy of the distribution each token was drawn from;
+            padding 0. None for completions that nobody sampled.
         num_generations: G, completions per prompt; rows of one prompt are adjacent.
         finished: (B,) bool, whether the row ended by itself (False: cut at the length limit).
         rewards: (B,) fp32, filled in by ``rewards.score``.
@@ -47,6 +49,7 @@ class Rollouts:
     old_logprobs: torch.Tensor
     num_generations: int
     finished: torch.Tensor
+    token_entropies: torch.Tensor | None = None
     rewards: torch.Tensor | None = None
     correct: torch.Tensor | None = None
     informativeness: torch.Tensor | None = None
@@ -60,7 +63,8 @@ class Rollouts:
     def rows(self, start: int, stop: int) -> Rollouts:
         """Rows ``start`` to ``stop`` (whole groups), completions cut to their longest."""
         width = max(1, int(self.lengths[start:stop].max()))
-        cut = {"completion_ids", "completion_mask", "old_logprobs", "informativeness"}
+        cut = {"completion_ids", "completion_mask", "old_logprobs", "token_entropies"}
+        cut |= {"informativeness"}
         fields = {}
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
@@ -245,6 +249,7 @@ def sample(
         device=device,
     )
     logprobs = torch.zeros(total, max_completion_length, device=device)
+    entropies = torch.zeros(total, max_completion_length, device=device)
     lengths = torch.full((total,), max_completion_length, device=device)
     active = torch.arange(total, device=device)  # rows of the full batch still in the cache
     running = torch.ones(total, dtype=torch.bool, device=device)  # of those, not yet ended
@@ -264,13 +269,15 @@ def sample(
     for t in range(max_completion_length):
         uniform = torch.rand(total, generator=generator, device=device)[active]
         log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
-        cdf = log_p.exp().cumsum(-1)
+        p = log_p.exp()
+        cdf = p.cumsum(-1)
         # Scaling by the last entry keeps rounding from pointing past the vocabulary.
         token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)
         token = token.clamp(max=cdf.shape[1] - 1)
         alive = active[running]
         ids[alive, t] = token[running, 0]
         logprobs[alive, t] = log_p.gather(1, token)[running, 0]
+        entropies[alive, t] = -p.mul_(log_p).sum(-1)[running]
         ended = running & torch.isin(token[:, 0], policy.eos_ids)
         lengths[active[ended]] = t + 1
         running &= ~ended
@@ -317,6 +324,7 @@ def sample(
         old_logprobs=logprobs[:, :longest] * mask,
         num_generations=num_generations,
         finished=finished,
+        token_entropies=entropies[:, :longest] * mask,
         cache=kept,
     )
 

@@ -27,9 +27,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from iapo_mini.advantages import ADVANTAGES, NEEDS_INFORMATION
+from iapo_mini.advantages import ADVANTAGES
 from iapo_mini.data import check_data, training_problems
-from iapo_mini.information import answer_entropies, informativeness
+from iapo_mini.information import INFORMATION
 from iapo_mini.objective import AGGREGATIONS, policy_loss
 from iapo_mini.policy import EMBEDDED, Policy, load_policy
 from iapo_mini.rewards import score
@@ -43,12 +43,14 @@ class TrainConfig:
     """Settings of one run; names as in TRL where TRL has the same thing.
 
     Attributes:
-        method: advantage rule, a key of ``advantages.ADVANTAGES`` (``grpo``, ``iapo``).
+        method: advantage rule, a key of ``advantages.ADVANTAGES``: grpo, dapo, gfpo, gtpo, sgrpo,
+            iapo, iapo_ni, iapo_ne or iapo_pmi.
         model: ``"embedded"``, a model folder or a hub id.
         data: ``"stories"`` or a data set: gsm8k, math500, dapo_math, commonsense_qa.
         data_file: local file with the problems (.jsonl, .json or .parquet); empty asks the hub.
         split: part of the data to train on: train, tune, test, or all of a local file.
-        alpha: weight of the informativeness term (paper's symbol).
+        alpha: weight of the informativeness term (paper's symbol); of the entropy term in gtpo,
+            factor of the thresholds in sgrpo.
         beta: weight of the exploration term (paper's symbol; not the KL weight).
         learning_rate: AdamW step size after warm-up (betas 0.9 and 0.99 as in the paper).
         warmup_steps: steps of linear warm-up.
@@ -185,7 +187,7 @@ def train(
     on_step: Callable[[dict], None] | None = None,
     progress: bool = True,
 ) -> Policy:
-    """Train a policy with GRPO or IAPO.
+    """Train a policy with GRPO, IAPO or another method of ``advantages.ADVANTAGES``.
 
     Args:
         config: validated settings.
@@ -246,14 +248,14 @@ def train(
                 max_completion_length=config.max_completion_length,
                 temperature=config.temperature,
                 seed=config.seed * 1_000_003 + step,
-                keep_cache=config.method in NEEDS_INFORMATION,
+                keep_cache=config.method in INFORMATION,
             )  # fmt: skip
             rollouts = score(rollouts, policy.tokenizer, batch)
             clock.append(time.perf_counter())
             # Estimate what each token tells about the answer, if the method asks for it.
-            if config.method in NEEDS_INFORMATION:
-                entropies = answer_entropies(policy, rollouts, memory_mb=config.estimator_memory_mb)
-                rollouts.informativeness = informativeness(entropies, rollouts.completion_mask)
+            if config.method in INFORMATION:
+                estimate = INFORMATION[config.method]
+                rollouts.informativeness = estimate(policy, rollouts, config.estimator_memory_mb)
                 rollouts.cache = None  # the update makes it stale
             clock.append(time.perf_counter())
             advantages = advantage_of(rollouts, config.alpha, config.beta)

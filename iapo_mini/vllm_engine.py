@@ -108,5 +108,7 @@ def sample_with(
     rows = [list(output.token_ids) for answer in answers for output in answer.outputs]
     rollouts = from_ids(policy, prompt_ids, prompt_mask, rows, num_generations)
     with torch.no_grad():
-        rollouts.old_logprobs, _ = token_logprobs(policy.for_inference(), rollouts, temperature)
+        rollouts.old_logprobs, rollouts.token_entropies = token_logprobs(
+            policy.for_inference(), rollouts, temperature
+        )
     return rollouts

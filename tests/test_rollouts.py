@@ -11,6 +11,7 @@ from helpers import (
     make_rollouts,
     perturb_lora,
     plain_log_softmax,
+    plain_log_softmax,
     plain_logprobs,
     unpadded,
 )
@@ -119,6 +120,12 @@ def test_old_logprobs_are_those_of_a_plain_forward_pass(lora_policy, temperature
     with torch.no_grad():
         expected = plain_logprobs(policy.model, rollouts, temperature)
     torch.testing.assert_close(rollouts.old_logprobs, expected, atol=1e-4, rtol=0)
+    for i, n in enumerate(rollouts.lengths.tolist()):
+        with torch.no_grad():
+            log_p = plain_log_softmax(policy.model, rollouts, i, temperature)
+        entropies = -(log_p.exp() * log_p).sum(-1)
+        torch.testing.assert_close(rollouts.token_entropies[i, :n], entropies, atol=1e-4, rtol=0)
+        assert not rollouts.token_entropies[i, n:].any()
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

@@ -91,6 +91,7 @@ def test_what_it_writes_becomes_rollouts(policy, tiny_folder):
     with torch.no_grad():
         plain = plain_logprobs(policy.model, rollouts, temperature=0.9)
     torch.testing.assert_close(rollouts.old_logprobs, plain, atol=1e-4, rtol=0)
+    assert ((rollouts.token_entropies > 0) == rollouts.completion_mask).all()
 
 
 def test_no_problems_are_refused(policy, tiny_folder):
