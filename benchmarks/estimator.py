@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache, Qwen2ForCausalLM
 
-from iapo_mini.experiments import versions, write_json
 from iapo_mini.information import answer_entropies, encode_postfix, entropy
 from iapo_mini.planner import shape
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.rollouts import Rollouts, sample, trunk_blocks
+from iapo_mini.runs import versions, write_json
 from iapo_mini.tasks import POSTFIX, stories
 from iapo_mini.trainer import TrainConfig, train
 

@@ -29,10 +29,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
 
-from iapo_mini.experiments import versions, write_json
 from iapo_mini.planner import GB, plan, shape
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.rollouts import encode_prompts
+from iapo_mini.runs import versions, write_json
 from iapo_mini.tasks import Problem
 from iapo_mini.trainer import PRESETS, TrainConfig, train
 

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from iapo_mini.data import load_problems
-from iapo_mini.experiments import versions, write_json
+from iapo_mini.runs import versions, write_json
 from iapo_mini.verify import as_number, equal_answers
 
 RESULTS = Path(__file__).parent.parent / "figures" / "results" / "rewards.json"

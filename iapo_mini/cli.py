@@ -1,4 +1,4 @@
-"""Command line: ``iapo-mini compare | train | evaluate | explain | export | plan | figures``."""
+"""Command line: ``iapo-mini compare | train | evaluate | explain | table1 | claims | ...``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ from pathlib import Path
 # Read by the libraries when they are imported, hence before them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+EXPERIMENTS = {
+    "tune": "three trials of every method on the tune stream; the choice is what table1 trains",
+    "table1": "Table 1: all methods, five seeds; Pass@k, Length@k, Ratio@k, wall clock, Fig. 7",
+    "ablation": "Fig. 5: IAPO without parts of its advantage; from the runs of table1",
+    "sweeps": "Fig. 6: IAPO at other weights alpha and beta; three seeds",
+    "departures": "the authors' departures from the paper, one at a time; three seeds",
+    "claims": "every claim of the paper against our results; runs what is missing, theory included",
+}
 
 MODEL_HELP = "'embedded', a model folder, or a hub id"
 
@@ -73,9 +82,24 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--figures", default="figures", help="folder of figures (%(default)s)")
     compare.add_argument("--parallel", type=int, help="processes at a time (default: one per core)")
 
+    for name, sentence in EXPERIMENTS.items():
+        science = commands.add_parser(name, help=sentence.split(";")[0])
+        science.description = sentence
+        science.add_argument(
+            "--preset", default="full", help="full, or quick: a smoke test (%(default)s)"
+        )
+        science.add_argument("--out", default="runs/science", help="folder of runs (%(default)s)")
+        science.add_argument("--figures", default="figures", help="of figures (%(default)s)")
+        science.add_argument(
+            "--parallel", type=int, help="processes at a time (default: one per core)"
+        )
+
     train = commands.add_parser("train", help="train one policy")
     train.add_argument("--out", required=True, help="folder of the run")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    train.add_argument(
+        "--methods", help="Python module with methods of your own (docs/methods.md; default: none)"
+    )
     preset_help = "settings for a real model on one card: t4, 12gb or 24gb; options given beside "
     preset_help += "it take precedence (default: none, the settings below)"
     train.add_argument("--preset", help=preset_help)
@@ -173,6 +197,29 @@ def _compare(args: argparse.Namespace) -> None:
     print(f"Look at tokens: iapo-mini explain - --adapter {best}")
 
 
+def _experiment(args: argparse.Namespace) -> None:
+    """Table 1, its tuning, Fig. 5 and 6, the departures, the claims: run what is missing, tell."""
+    from iapo_mini import experiments
+
+    options = {name: getattr(args, name) for name in ("preset", "out", "figures", "parallel")}
+    if args.command == "claims":
+        from iapo_mini.claims import claims
+
+        print(claims(**options))
+        return
+    if args.command == "departures":
+        from iapo_mini.departures import departures as run
+    else:
+        run = getattr(experiments, args.command)
+    results = run(**options)
+    if args.command == "table1":
+        for k in results["config"]["evaluation"]["ks"]:
+            print(experiments.table(results, ks=(k,)) + "\n")
+    name = "tuning" if args.command == "tune" else args.command
+    print(f"Every number: {experiments.results_path(Path(args.figures), name, args.preset)}")
+    print(f"Figures: {Path(args.figures)}")
+
+
 def _train_config(args: argparse.Namespace):
     """TrainConfig of the preset, if any, and the options that were given."""
     from iapo_mini.trainer import PRESETS, TrainConfig
@@ -185,8 +232,12 @@ def _train_config(args: argparse.Namespace):
 
 
 def _train(args: argparse.Namespace) -> None:
+    from iapo_mini.runs import use_methods
     from iapo_mini.trainer import train
 
+    if args.methods:
+        sys.path.insert(0, "")  # modules of this folder, as with python -m
+        use_methods(args.methods)
     config = _train_config(args)
     try:
         train(config, args.out, resume=args.resume)
@@ -200,8 +251,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     from iapo_mini.data import check_data, load_problems
     from iapo_mini.evaluation import evaluate
-    from iapo_mini.experiments import versions, write_json
     from iapo_mini.policy import load_policy
+    from iapo_mini.runs import versions, write_json
     from iapo_mini.tasks import stories
     from iapo_mini.trainer import writable_folder
 
@@ -346,6 +397,7 @@ def main(argv: list[str] | None = None) -> None:
     command = {
         "compare": _compare, "train": _train, "evaluate": _evaluate, "explain": _explain,
         "figures": _figures, "export": _export, "plan": _plan,
+        **dict.fromkeys(EXPERIMENTS, _experiment),
     }  # fmt: skip
     try:
         command[args.command](args)

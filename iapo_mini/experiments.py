@@ -1,208 +1,181 @@
-"""Which runs, which seeds, where results go.
+"""Which experiments there are, how large, and where their results go.
 
-``compare`` trains every method from the same start policy on the same prompts, judges each on the
-test stream and writes one results file:
+Every experiment trains its rows from the same start policy on the same prompts (``runs.py``),
+judges each on the same stories and writes one results file. ``<preset>`` is in the name of a file
+unless it is ``full``; compare has it always.
 
-    figures/results/compare_<preset>.json
+    figures/results/compare_<preset>.json, table1.json
       seeds      [int, ...]
       methods    name -> {"length", "pass@k", "length@k", "ratio@k": [one per seed],
                           "intervals": [one per seed: metric -> [low, high] over problems],
                           "roles": role -> tokens per completion, mean over seeds,
+                          "by_steps": operations of the story -> {"accuracy", "length": [per seed]},
                           "train_minutes": [one per seed]}
       curves     name -> [one per seed: {"length", "accuracy", "entropy": [one per step]}]
       config     name -> training settings;  evaluation -> evaluation settings
       versions   package -> version
+      wall_clock (table1) name -> [one per seed: seconds per 1,000 completions, one thread]
 
-Every (method, seed) is a process of its own with one thread, so two run side by side on two cores.
-A run that is there already is not made again; one that was interrupted goes on.
+    figures/results/tuning.json
+      trials     method -> [{"settings": TrainConfig fields, "pass@1", "pass@8", "length",
+                             "ratio@1"}], on the tune stream
+      start      the same of the start policy;  rule  how the choice was made
+      chosen     method -> index of the trial that was chosen
+
+    figures/results/ablation.json
+      ratio      method -> [Ratio@k per seed], k the largest;  length, pass  the same
+      gap        "iapo - iapo_ne", ... -> [mean, low, high] of the difference within a seed
+
+    figures/results/sweeps.json
+      alpha, beta   [{"value", "length", "pass@1", "pass@k", "entropy": [one per seed]}], entropy
+                    in nats per token at the last training step
+      fixed      {"alpha", "beta", ...}: what the other weight was
+
+    figures/results/theory.json, departures.json    see theory.py, departures.py
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
-import os
-import platform
-import subprocess
-import sys
 import time
-from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
-from iapo_mini import plots
-from iapo_mini.evaluation import evaluate
+from iapo_mini import plots, plots_methods
+from iapo_mini.evaluation import mean_interval
 from iapo_mini.policy import load_policy
-from iapo_mini.tasks import ROLES, stories, token_roles
-from iapo_mini.trainer import TrainConfig, replace_text, train, writable_folder
+from iapo_mini.rollouts import sample
+from iapo_mini.runs import START, Size, collect, make_jobs, run_all, versions, write_json
+from iapo_mini.tasks import stories
+from iapo_mini.trainer import writable_folder
 
 RECIPES: dict[str, dict] = {
     "grpo": {"method": "grpo"},
+    "dapo": {"method": "dapo", "aggregation": "token", "epsilon": 0.2, "epsilon_high": 0.28},
+    "gfpo": {"method": "gfpo"},
+    "gtpo": {"method": "gtpo", "alpha": 0.1},
+    "sgrpo": {"method": "sgrpo"},
+    "iapo_ni": {"method": "iapo_ni"},
+    "iapo_ne": {"method": "iapo_ne"},
     "iapo": {"method": "iapo"},
+    "iapo_pmi": {"method": "iapo_pmi"},
 }
-"""Settings of each row of the comparison; found on the tune stream (figures/recipe_search.md)."""
+"""What makes each row of Table 1 the method it is; learning rate and weights are tuned."""
+
+COMPARED: dict[str, Size] = {
+    "quick": Size(seeds=(0,), max_steps=2, problems=4, prompts_per_step=2),
+    "demo": Size(seeds=(0, 1, 2), max_steps=22, problems=200),
+    "full": Size(seeds=(0, 1, 2, 3, 4), max_steps=22, problems=300),
+    "long": Size(seeds=(0, 1, 2), max_steps=60, problems=300),
+}
+"""Sizes of ``compare``."""
+COMPARED_ALPHA = {"long": 0.2}
+"""Weight of IAPO's informativeness term in ``compare`` where it is not 0.4: longer runs are stable
+only at a smaller one (figures/recipe_search.md)."""
+
+_WEIGHTS: dict[str, Sequence[dict]] = {
+    "gtpo": ({"alpha": 0.1}, {"alpha": 0.4}),
+    # S-GRPO's thresholds belong to completions of 178 tokens (the paper's 7B model on GSM8K); the
+    # start policy writes about 60, a factor of 0.35. The other trial cuts deeper.
+    "sgrpo": ({"alpha": 0.35}, {"alpha": 0.2}),
+    "iapo_ni": ({"beta": 0.05}, {"beta": 0.2}),
+    "iapo_ne": ({"alpha": 0.2, "beta": 0.05}, {"alpha": 0.4, "beta": 0.05}),
+    "iapo": ({"alpha": 0.2, "beta": 0.05}, {"alpha": 0.4, "beta": 0.05}),
+    "iapo_pmi": ({"alpha": 0.2, "beta": 0.05}, {"alpha": 0.4, "beta": 0.05}),
+}
+
+
+def trials_of(method: str) -> list[dict]:
+    """The three settings that are tried for a method.
+
+    A method with weights: two of them, and the first again at twice the learning rate. One without:
+    three learning rates.
+    """
+    if method in _WEIGHTS:
+        first, second = _WEIGHTS[method]
+        tried = [(7e-4, first), (7e-4, second), (1.4e-3, first)]
+    else:
+        tried = [(rate, {}) for rate in (3.5e-4, 7e-4, 1.4e-3)]
+    return [RECIPES[method] | {"learning_rate": rate} | weights for rate, weights in tried]
+
+
+def _tried(preset: str) -> dict[str, list[dict]]:
+    return {method: trials_of(method)[: preset_of(preset).trials] for method in RECIPES}
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Size of a comparison.
+    """Sizes of the experiments behind the paper's tables and figures.
 
     Attributes:
-        seeds: one training run per method and seed.
-        max_steps: training steps.
-        alpha: weight of IAPO's informativeness term; longer runs are stable only at a smaller one.
-        prompts_per_step: prompts per training step, eight completions each.
-        problems: test stories, the same for every run.
-        num_generations: completions per test story.
-        ks: values of k.
+        trials: how many of each method's three trials are made.
+        tuning: one run for each trial, on the tune stream.
+        table1: Table 1 and the ablation.
+        sweeps: one run for each weight; departures are of this size too.
+        timed: stories of the wall-clock measurement, eight completions each.
     """
 
-    seeds: tuple[int, ...]
-    max_steps: int
-    alpha: float
-    problems: int
-    prompts_per_step: int = 12
-    num_generations: int = 8
-    ks: tuple[int, ...] = (1, 2, 4, 8)
+    trials: int
+    tuning: Size
+    table1: Size
+    sweeps: Size
+    timed: int
 
 
+_KS = (1, 2, 4, 8, 16, 32)
 PRESETS = {
-    "quick": Preset(seeds=(0,), max_steps=2, alpha=0.4, problems=4, prompts_per_step=2),
-    "demo": Preset(seeds=(0, 1, 2), max_steps=22, alpha=0.4, problems=200),
-    "full": Preset(seeds=(0, 1, 2, 3, 4), max_steps=22, alpha=0.4, problems=300),
-    "long": Preset(seeds=(0, 1, 2), max_steps=60, alpha=0.2, problems=300),
+    "quick": Preset(
+        trials=1,
+        tuning=Size(seeds=(100,), max_steps=1, problems=2, prompts_per_step=1),
+        table1=Size((0,), 2, 4, 2, 4, (1, 4)),
+        sweeps=Size((0,), 1, 2, 1, 4, (1, 4)),
+        timed=2,
+    ),
+    "full": Preset(
+        trials=3,
+        tuning=Size(seeds=(100,), max_steps=22, problems=100),
+        table1=Size((0, 1, 2, 3, 4), 22, 500, 12, 32, _KS),
+        sweeps=Size((0, 1, 2), 22, 100, 12, 32, _KS),
+        timed=100,
+    ),
 }
-START = "start"
+SWEPT = {
+    "alpha": (1e-6, 1e-4, 1e-2, 0.1, 0.2, 0.4, 1.0),
+    "beta": (1e-6, 1e-4, 1e-2, 0.05, 0.2, 1.0),
+}
+"""The paper's four values each (Fig. 6) and finer ones where lengths change."""
+ABLATED = ("grpo", "iapo_ni", "iapo_ne", "iapo", "iapo_pmi")
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a number depends on."""
-    packages = ("torch", "transformers", "peft", "tokenizers", "iapo-mini")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+def preset_of(name: str) -> Preset:
+    """The preset of this name.
 
-
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON whole or not at all (temporary name, then rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def run_job(job: dict) -> None:
-    """Train (unless the method is the start policy), evaluate on the test stream, write results.
-
-    ``job``: ``{"run": folder, "config": TrainConfig fields or None, "seed": int, "split": str,
-    "preset": Preset fields}``.
+    Raises:
+        ValueError: when there is none.
     """
-    torch.set_num_threads(1)
-    run, preset, seed = Path(job["run"]), job["preset"], job["seed"]
-    run.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    if job["config"] is None:
-        policy = load_policy()
-    else:
-        folder = run / "train"
-        config = TrainConfig(**job["config"])
-        resume = (folder / "config.json").is_file()
-        policy = train(config, folder, resume=resume, progress=False)
-    minutes = (time.perf_counter() - began) / 60
-    problems = list(itertools.islice(stories(job["split"], seed=0), preset["problems"]))
-    result = evaluate(
-        policy, problems,
-        ks=preset["ks"], num_generations=preset["num_generations"], seed=seed, progress=False,
-    )  # fmt: skip
-    completions = result.pop("completions")
-    counts: Counter[str] = Counter()
-    for completion in completions:
-        ids = policy.tokenizer.encode(completion["text"], add_special_tokens=False)
-        counts.update(token_roles(policy.tokenizer, ids))
-    roles = {role: counts[role] / len(completions) for role in (*ROLES, "format", "other")}
-    lines = "".join(json.dumps(completion) + "\n" for completion in completions)
-    (run / "completions.jsonl").write_text(lines)
-    write_json(run / "result.json", {**result, "roles": roles, "train_minutes": minutes})
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}; allowed are {', '.join(PRESETS)}.")
+    return PRESETS[name]
 
 
-def _jobs(preset: Preset, out: Path, split: str, recipes: dict[str, dict]) -> list[dict]:
-    jobs = []
-    for seed in preset.seeds:
-        for name, recipe in {START: None, **recipes}.items():
-            config = None
-            if recipe is not None:
-                settings = {
-                    "max_steps": preset.max_steps,
-                    "alpha": preset.alpha,
-                    "prompts_per_step": preset.prompts_per_step,
-                    "seed": seed,
-                    "threads": 1,
-                } | recipe
-                config = dataclasses.asdict(TrainConfig(**settings))
-            jobs.append(
-                {
-                    "run": str(out / f"{name}-{seed}"),
-                    "config": config,
-                    "seed": seed,
-                    "split": split,
-                    "preset": dataclasses.asdict(preset),
-                }
-            )
-    return jobs
+def results_path(figures: Path, experiment: str, preset: str) -> Path:
+    """Where an experiment's results go."""
+    return figures / "results" / f"{_name(experiment, preset)}.json"
 
 
-def _run_all(jobs: list[dict], parallel: int) -> None:
-    """Run the jobs that have no result yet, ``parallel`` processes at a time."""
-    waiting = []
-    for job in jobs:
-        run = Path(job["run"])
-        saved = run / "job.json"
-        if (run / "result.json").is_file() and json.loads(saved.read_text()) == _plain(job):
-            continue
-        if saved.is_file() and json.loads(saved.read_text()) != _plain(job):
-            raise ValueError(
-                f"out holds '{run}', made with other settings; name a new folder or remove it."
-            )
-        write_json(saved, job)
-        waiting.append(job)
-    sizes = {Path(j["run"]): (j["config"] or {"max_steps": 1})["max_steps"] for j in waiting}
-    bar = tqdm(
-        total=sum(sizes.values()), unit="step", desc=f"{len(waiting)} runs", disable=not waiting
-    )
-    running: dict[subprocess.Popen, Path] = {}
-    counted: dict[Path, int] = {}
-    # One thread for each process: two processes beat two threads on models this small.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    try:
-        while waiting or running:
-            while waiting and len(running) < parallel:
-                run = Path(waiting.pop(0)["run"])
-                with (run / "log.txt").open("a") as log:
-                    command = [sys.executable, "-m", "iapo_mini.experiments", str(run / "job.json")]
-                    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-                running[process] = run
-            time.sleep(0.5)
-            for process, run in list(running.items()):
-                metrics = run / "train" / "metrics.jsonl"
-                done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
-                bar.update(done - counted.get(run, 0))
-                counted[run] = done
-                if process.poll() is None:
-                    continue
-                del running[process]
-                bar.update(sizes[run] - done)  # the start policy trains nothing
-                if process.returncode != 0:
-                    lines = (run / "log.txt").read_text().strip().splitlines() or ["no message"]
-                    raise RuntimeError(f"the run in '{run}' failed: {lines[-1]}")
-    finally:
-        for process in running:
-            process.terminate()
-        bar.close()
+def _name(experiment: str, preset: str) -> str:
+    return experiment if preset == "full" else f"{experiment}_{preset}"
 
 
-def _plain(job: dict) -> dict:
-    return json.loads(json.dumps(job))
+def _check(out: Path, figures: Path, parallel: int | None) -> None:
+    if parallel is not None and parallel < 1:
+        raise ValueError(f"parallel is {parallel}; allowed are 1 and above.")
+    writable_folder(figures / "results", "figures")
+    writable_folder(out, "out")
 
 
 def compare(
@@ -214,15 +187,15 @@ def compare(
     split: str = "test",
     recipes: dict[str, dict] | None = None,
 ) -> dict:
-    """Train and judge every recipe; write the results file and the figures.
+    """Train and judge GRPO and IAPO; write the results file and the figures.
 
     Args:
-        preset: a key of ``PRESETS``.
+        preset: a key of ``COMPARED``.
         out: folder of the runs.
         figures: results go to ``figures/results``, figures beside.
         parallel: processes at a time, default one per core.
         split: stream of the evaluation; ``"tune"`` when looking for a recipe.
-        recipes: rows to run, default ``RECIPES``.
+        recipes: rows to run, name -> TrainConfig fields; default GRPO and IAPO.
 
     Returns:
         The content of the results file, as described at the head of this module.
@@ -231,76 +204,283 @@ def compare(
         ValueError: for an unknown preset, or runs in ``out`` made with other settings.
         RuntimeError: when a run fails; the message holds its last line.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset is {preset!r}; allowed are {', '.join(PRESETS)}.")
-    if parallel is not None and parallel < 1:
-        raise ValueError(f"parallel is {parallel}; allowed are 1 and above.")
-    sizes, figures = PRESETS[preset], Path(figures)
-    recipes = RECIPES if recipes is None else recipes
-    writable_folder(figures / "results", "figures")
-    writable_folder(Path(out), "out")
-    jobs = _jobs(sizes, Path(out) / preset, split, recipes)
-    _run_all(jobs, parallel or os.cpu_count() or 1)
-    results = collect(jobs, sizes, split, [START, *recipes])
+    if preset not in COMPARED:
+        raise ValueError(f"preset is {preset!r}; allowed are {', '.join(COMPARED)}.")
+    size, out, figures = COMPARED[preset], Path(out), Path(figures)
+    _check(out, figures, parallel)
+    alpha = COMPARED_ALPHA.get(preset, 0.4)
+    recipes = recipes or {"grpo": {"method": "grpo"}, "iapo": {"method": "iapo", "alpha": alpha}}
+    jobs = make_jobs(size, out / preset, {START: None, **recipes}, split)
+    run_all(jobs, parallel)
+    results = collect(jobs, size)
     write_json(figures / "results" / f"compare_{preset}.json", results)
-    plots.training_curves(results["curves"]).savefig(
-        figures / f"compare_{preset}_training.png", dpi=150
-    )
-    plots.comparison(results["methods"], max(sizes.ks)).savefig(
-        figures / f"compare_{preset}.png", dpi=150
-    )
-    plots.role_composition({m: r["roles"] for m, r in results["methods"].items()}).savefig(
-        figures / f"compare_{preset}_roles.png", dpi=150
-    )
+    _draw(results, figures, f"compare_{preset}")
     return results
 
 
-def collect(jobs: list[dict], preset: Preset, split: str, names: list[str]) -> dict:
-    """Gather the results of finished jobs into the content of a results file."""
-    methods: dict[str, dict] = {}
-    curves: dict[str, list] = {}
-    configs: dict[str, dict] = {}
-    metrics = ["length"]
-    metrics += [f"{name}@{k}" for k in preset.ks for name in ("pass", "length", "ratio")]
-    for name in names:
-        own = [job for job in jobs if Path(job["run"]).name.rsplit("-", 1)[0] == name]
-        found = [json.loads((Path(job["run"]) / "result.json").read_text()) for job in own]
-        methods[name] = {metric: [result[metric] for result in found] for metric in metrics}
-        methods[name]["intervals"] = [result["intervals"] for result in found]
-        methods[name]["roles"] = {
-            role: sum(result["roles"][role] for result in found) / len(found)
-            for role in found[0]["roles"]
-        }
-        methods[name]["train_minutes"] = [result["train_minutes"] for result in found]
-        if name == START:
-            continue
-        configs[name] = {k: v for k, v in own[0]["config"].items() if k != "seed"}
-        curves[name] = []
-        for job in own:
-            lines = (Path(job["run"]) / "train" / "metrics.jsonl").read_text().splitlines()
-            rows = [json.loads(line) for line in lines]
-            names_of = ("length", "accuracy", "entropy")
-            curves[name].append({k: [round(row[k], 5) for row in rows] for k in names_of})
-    evaluation = dataclasses.asdict(preset) | {"split": split, "temperature": 1.0}
+def _draw(results: dict, figures: Path, name: str) -> None:
+    """Bars, training curves and composition by role."""
+    ks = results["config"]["evaluation"]["ks"]
+    for ending, figure in (
+        ("", plots.comparison(results["methods"], max(ks))),
+        ("_training", plots.training_curves(results["curves"])),
+        ("_roles", plots.role_composition({m: r["roles"] for m, r in results["methods"].items()})),
+    ):
+        figure.savefig(figures / f"{name}{ending}.png", dpi=150)
+
+
+RULE = (
+    "highest Ratio@1 (Pass@1 over mean length) among the trials whose Pass@1 is at least that of "
+    "the start policy; if there is none, the highest Pass@1 (Problem 1 of the paper: most right "
+    "answers per token, accuracy kept)"
+)
+
+
+def choose(trials: Sequence[Mapping], floor: float) -> int:
+    """Index of the best trial by ``RULE``; ``floor`` is the start policy's Pass@1."""
+    kept = [i for i, trial in enumerate(trials) if trial["pass@1"] >= floor]
+    if kept:
+        return max(kept, key=lambda i: trials[i]["ratio@1"])
+    return max(range(len(trials)), key=lambda i: trials[i]["pass@1"])
+
+
+def tune(
+    preset: str = "full",
+    *,
+    out: str | Path = "runs/science",
+    figures: str | Path = "figures",
+    parallel: int | None = None,
+) -> dict:
+    """The same number of trials for every method on the tune stream; write ``tuning.json``.
+
+    The seed of the trials (100) is none of the reported runs'. Arguments, errors and the results
+    file as for :func:`compare`; presets are those of ``PRESETS``.
+    """
+    size, out, figures = preset_of(preset).tuning, Path(out), Path(figures)
+    _check(out, figures, parallel)
+    tried = _tried(preset)
+    recipes: dict[str, dict | None] = {START: None}
+    for method, rows in tried.items():
+        recipes |= {f"{method}-trial{i}": settings for i, settings in enumerate(rows)}
+    jobs = make_jobs(size, out / preset / "tuning", recipes, split="tune")
+    run_all(jobs, parallel)
+    found = collect(jobs, size)
+
+    def measured(name: str) -> dict:
+        metrics = ("pass@1", f"pass@{max(size.ks)}", "length", "ratio@1")
+        return {metric: found["methods"][name][metric][0] for metric in metrics}
+
+    start = measured(START)
+    trials = {
+        method: [
+            {"settings": settings} | measured(f"{method}-trial{i}")
+            for i, settings in enumerate(rows)
+        ]
+        for method, rows in tried.items()
+    }
+    chosen = {method: choose(rows, start["pass@1"]) for method, rows in trials.items()}
+    results = {
+        "trials": trials, "start": start, "rule": RULE, "chosen": chosen,
+        "config": {"evaluation": found["config"]["evaluation"]}, "versions": versions(),
+    }  # fmt: skip
+    write_json(results_path(figures, "tuning", preset), results)
+    return results
+
+
+def tuned(preset: str, out: Path, figures: Path, parallel: int | None) -> dict[str, dict]:
+    """Method -> the settings that :func:`tune` chose; from its file if that has these trials."""
+    path = results_path(figures, "tuning", preset)
+    results = json.loads(path.read_text()) if path.is_file() else {"trials": None}
+    settings = {
+        method: [trial["settings"] for trial in rows]
+        for method, rows in (results["trials"] or {}).items()
+    }
+    if settings != _tried(preset):
+        results = tune(preset, out=out, figures=figures, parallel=parallel)
     return {
-        "seeds": list(preset.seeds),
-        "methods": methods,
-        "curves": curves,
-        "config": {**configs, "evaluation": evaluation},
-        "versions": versions(),
+        method: results["trials"][method][index]["settings"]
+        for method, index in results["chosen"].items()
     }
 
 
-def table(results: dict) -> str:
-    """The comparison as a Markdown table; mean and 95% interval.
+def table1(
+    preset: str = "full",
+    *,
+    out: str | Path = "runs/science",
+    figures: str | Path = "figures",
+    parallel: int | None = None,
+) -> dict:
+    """Table 1: every method against the start policy, equal budget; results and figures.
+
+    Arguments, errors and the results file as for :func:`compare`; presets are those of
+    ``PRESETS``. Methods are tuned first, unless ``tuning.json`` is there.
+    """
+    sizes, out, figures = preset_of(preset), Path(out), Path(figures)
+    _check(out, figures, parallel)
+    recipes = tuned(preset, out, figures, parallel)
+    jobs = make_jobs(sizes.table1, out / preset / "table1", {START: None, **recipes})
+    run_all(jobs, parallel)
+    results = collect(jobs, sizes.table1)
+    path = results_path(figures, "table1", preset)
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    if before.get("methods") == results["methods"] and "wall_clock" in before:
+        results["wall_clock"] = before["wall_clock"]
+    else:
+        results["wall_clock"] = wall_clock(jobs, (START, "grpo", "iapo"), sizes.timed)
+    write_json(path, results)
+    name = _name("table1", preset)
+    _draw(results, figures, name)
+    plots_methods.tradeoff(results["methods"], sizes.table1.ks).savefig(
+        figures / f"{name}_tradeoff.png", dpi=150
+    )
+    plots_methods.by_steps(results["methods"]).savefig(figures / f"{name}_steps.png", dpi=150)
+    case_study(jobs).savefig(figures / f"{_name('case_study', preset)}.png", dpi=150)
+    return results
+
+
+def wall_clock(jobs: Sequence[dict], names: Sequence[str], problems: int) -> dict[str, list]:
+    """Seconds to sample 1,000 completions, by name and seed, one thread, names taken in turn.
+
+    Args:
+        jobs: finished jobs; names: rows to time.
+        problems: test stories, eight completions each.
+    """
+    asked = list(itertools.islice(stories("test", seed=0), problems))
+    out: dict[str, list[float]] = {name: [] for name in names}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for seed in sorted({job["seed"] for job in jobs}):
+        for name in names:
+            (job,) = [j for j in jobs if Path(j["run"]).name == f"{name}-{seed}"]
+            policy = _policy_of(job)
+            sample(policy, asked[:1], num_generations=8, seed=seed)  # warm up
+            began = time.perf_counter()
+            for start in range(0, problems, 16):
+                sample(policy, asked[start : start + 16], num_generations=8, seed=seed + start)
+            seconds = time.perf_counter() - began
+            out[name].append(1000 * seconds / (8 * problems))
+    torch.set_num_threads(threads)
+    return out
+
+
+def _policy_of(job: dict):
+    if job["config"] is None:
+        return load_policy()
+    return load_policy(adapter=str(Path(job["run"]) / "train" / "final"), lora_rank=0)
+
+
+def case_study(jobs: Sequence[dict]):
+    """One test story answered by each policy of the first seed (paper, Fig. 7), as a figure.
+
+    The story is the first with at least four operations that every policy answers right at least
+    once; shown is each policy's right completion of median length.
+    """
+    problems = list(itertools.islice(stories("test", seed=0), jobs[0]["evaluation"]["problems"]))
+    own = [job for job in jobs if job["seed"] == jobs[0]["seed"]]
+    right: dict[str, dict[int, list[dict]]] = {}
+    for job in own:
+        lines = (Path(job["run"]) / "completions.jsonl").read_text().splitlines()
+        rows = right.setdefault(Path(job["run"]).name.rsplit("-", 1)[0], {})
+        for completion in map(json.loads, lines):
+            if completion["correct"]:
+                rows.setdefault(completion["problem"], []).append(completion)
+    common = set.intersection(*(set(rows) for rows in right.values()))
+    if not common:
+        nobody = "No story was answered right by every policy."
+        return plots_methods.case_study(nobody, {}, None)
+    asked = min(common, key=lambda i: (len(problems[i].steps) < 4, i))
+    texts = {}
+    for name, rows in right.items():
+        found = sorted(rows[asked], key=lambda c: c["tokens"])
+        texts[name] = found[len(found) // 2]["text"]
+    tokenizer = load_policy(lora_rank=0).tokenizer
+    return plots_methods.case_study(problems[asked].question, texts, tokenizer)
+
+
+def ablation(
+    preset: str = "full",
+    *,
+    out: str | Path = "runs/science",
+    figures: str | Path = "figures",
+    parallel: int | None = None,
+) -> dict:
+    """The paper's Fig. 5, from the runs of Table 1: what each part of the advantage is worth."""
+    results = table1(preset, out=out, figures=figures, parallel=parallel)
+    figures, k = Path(figures), max(results["config"]["evaluation"]["ks"])
+    rows = {name: results["methods"][name] for name in ABLATED}
+    gaps = {}
+    for one, other in (
+        ("iapo", "iapo_ne"), ("iapo_ne", "iapo_ni"), ("iapo", "iapo_ni"), ("iapo_pmi", "iapo"),
+    ):  # fmt: skip
+        pairs = zip(rows[one][f"ratio@{k}"], rows[other][f"ratio@{k}"])
+        gaps[f"{one} - {other}"] = list(mean_interval([a - b for a, b in pairs]))
+    found = {
+        "k": k,
+        **{metric: {m: r[f"{metric}@{k}"] for m, r in rows.items()}
+           for metric in ("ratio", "length", "pass")},
+        "gap": gaps,
+        "config": {m: results["config"][m] for m in ABLATED}
+        | {"evaluation": results["config"]["evaluation"]},
+        "versions": results["versions"],
+    }  # fmt: skip
+    write_json(results_path(figures, "ablation", preset), found)
+    plots.comparison(rows, k).savefig(figures / f"{_name('ablation', preset)}.png", dpi=150)
+    return found
+
+
+def sweeps(
+    preset: str = "full",
+    *,
+    out: str | Path = "runs/science",
+    figures: str | Path = "figures",
+    parallel: int | None = None,
+) -> dict:
+    """The paper's Fig. 6: one weight of IAPO varied, the other as tuned."""
+    size, out, figures = preset_of(preset).sweeps, Path(out), Path(figures)
+    _check(out, figures, parallel)
+    base = tuned(preset, out, figures, parallel)["iapo"]
+    recipes = {
+        f"{weight}-{value:g}": base | {weight: value}
+        for weight, values in SWEPT.items()
+        for value in (values if preset == "full" else values[::5])
+    }
+    jobs = make_jobs(size, out / preset / "sweeps", recipes)
+    run_all(jobs, parallel)
+    found = collect(jobs, size)
+    k = max(size.ks)
+    results: dict = {"k": k, "fixed": base}
+    for weight in SWEPT:
+        results[weight] = [
+            {
+                "value": recipe[weight],
+                **{m: found["methods"][name][m] for m in ("length", "pass@1", f"pass@{k}")},
+                "entropy": [run["entropy"][-1] for run in found["curves"][name]],
+            }
+            for name, recipe in recipes.items()
+            if name.startswith(weight)
+        ]
+    results |= {"config": found["config"], "seeds": found["seeds"], "versions": versions()}
+    write_json(results_path(figures, "sweeps", preset), results)
+    plots_methods.sweeps(results).savefig(figures / f"{_name('sweeps', preset)}.png", dpi=150)
+    return results
+
+
+def table(results: dict, ks: Sequence[int] | None = None) -> str:
+    """A comparison as a Markdown table; mean and 95% interval.
 
     With several seeds the interval is over seeds (Student's t), with one it is over problems.
+
+    Args:
+        results: of :func:`compare` or :func:`table1`.
+        ks: values of k to show Pass, Length and Ratio at; default Pass@k at the least k beside all
+            three at the largest.
     """
-    ks = results["config"]["evaluation"]["ks"]
-    columns = [f"pass@{ks[0]}", f"pass@{ks[-1]}", f"length@{ks[-1]}", f"ratio@{ks[-1]}"]
-    titles = [c.capitalize() for c in columns]
-    titles[2] += " (tokens)"
-    titles[3] += " (1/1000 tokens)"
+    of = results["config"]["evaluation"]["ks"]
+    columns = [f"pass@{of[0]}", f"pass@{of[-1]}", f"length@{of[-1]}", f"ratio@{of[-1]}"]
+    if ks:
+        columns = [f"{name}@{k}" for name in ("pass", "length", "ratio") for k in ks]
+    units = {"length": " (tokens)", "ratio": " (1/1000 tokens)"}
+    titles = [c.capitalize() + units.get(c.split("@")[0], "") for c in columns]
     lines = ["| method | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, result in results["methods"].items():
         cells = []
@@ -312,7 +492,3 @@ def table(results: dict) -> str:
             cells.append(f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
         lines.append(f"| {plots.LABELS.get(name, name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    run_job(json.loads(Path(sys.argv[1]).read_text()))

@@ -19,11 +19,21 @@ from iapo_mini.evaluation import mean_interval
 # Okabe and Ito's palette, and a second cue (line style, hatch) wherever colour tells things apart.
 COLORS = {
     "start": "#7f7f7f", "grpo": "#0072B2", "iapo": "#D55E00",
+    "dapo": "#56B4E9", "gfpo": "#009E73", "gtpo": "#CC79A7", "sgrpo": "#8C6D1F",
+    "iapo_ni": "#F0A860", "iapo_ne": "#B07040", "iapo_pmi": "#8B0000",
     "compute": "#009E73", "restate": "#56B4E9", "plan": "#E69F00", "check": "#CC79A7",
     "hedge": "#F0E442", "conclude": "#0072B2", "format": "#bbbbbb", "other": "#000000",
 }  # fmt: skip
 STYLES = {"start": ":", "grpo": "--", "iapo": "-"}
-LABELS = {"start": "start policy", "grpo": "GRPO", "iapo": "IAPO"}
+MARKERS = {
+    "start": "X", "grpo": "o", "dapo": "s", "gfpo": "^", "gtpo": "v", "sgrpo": "P", "iapo": "*",
+    "iapo_ni": "<", "iapo_ne": ">", "iapo_pmi": "D",
+}  # fmt: skip
+LABELS = {
+    "start": "start policy", "grpo": "GRPO", "dapo": "DAPO", "gfpo": "GFPO", "gtpo": "GTPO",
+    "sgrpo": "S-GRPO", "iapo": "IAPO", "iapo_ni": "IAPO-NI", "iapo_ne": "IAPO-NE",
+    "iapo_pmi": "IAPO-PMI",
+}  # fmt: skip
 
 
 def _band(ax, x, runs: Sequence[Sequence[float]], method: str) -> None:
@@ -65,7 +75,12 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]
         if name != "entropy":
             ax.set_ylim(bottom=0)
     if curves:
-        fig.axes[0].legend(frameon=False)
+        many = len(curves) > 4
+        handles, names = fig.axes[0].get_legend_handles_labels()
+        if many:
+            fig.legend(handles, names, frameon=False, loc="outside right center")
+        else:
+            fig.axes[0].legend(frameon=False)
     return fig
 
 
@@ -76,7 +91,8 @@ def comparison(methods: Mapping[str, Mapping], k: int = 8) -> Figure:
         methods: method -> ``{"length": [per seed], "pass@k": [...], "ratio@k": [...]}``; with one
             seed the intervals come from ``"intervals"``.
     """
-    fig = Figure(figsize=(10, 3.2), layout="constrained")
+    many = len(methods) > 5
+    fig = Figure(figsize=(13 if many else 10, 3.6 if many else 3.2), layout="constrained")
     panels = (
         ("length", "mean length (tokens)"),
         ("pass@1", "Pass@1"),
@@ -92,7 +108,8 @@ def comparison(methods: Mapping[str, Mapping], k: int = 8) -> Figure:
             if len(dots) > 1:
                 spread = x + np.linspace(-0.2, 0.2, len(dots))
                 ax.scatter(spread, dots, s=9, color="black", zorder=3)
-        ax.set_xticks(range(len(methods)), [LABELS.get(m, m).replace(" ", "\n") for m in methods])
+        names = [LABELS.get(m, m) if many else LABELS.get(m, m).replace(" ", "\n") for m in methods]
+        ax.set_xticks(range(len(methods)), names, rotation=90 if many else 0)
         ax.set_title(label, fontsize=10)
         ax.grid(axis="y", alpha=0.3)
         ax.set_axisbelow(True)

@@ -27,7 +27,6 @@ from iapo_mini.calibration import (
     expected_calibration_error,
 )
 from iapo_mini.exact import true_drops
-from iapo_mini.experiments import versions, write_json
 from iapo_mini.information import (
     answer_entropies,
     answer_surprisals,
@@ -39,6 +38,7 @@ from iapo_mini.information import (
 )
 from iapo_mini.policy import EMBEDDED, EMBEDDED_UNCALIBRATED, Policy, load_policy
 from iapo_mini.rollouts import from_texts, token_logprobs
+from iapo_mini.runs import versions, write_json
 from iapo_mini.tasks import MAX_VALUE, Problem, Segment, chain_of_thought, stories
 
 POLICIES = ("calibrated", "uncalibrated", "recalibrated")

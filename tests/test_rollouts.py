@@ -11,7 +11,6 @@ from helpers import (
     make_rollouts,
     perturb_lora,
     plain_log_softmax,
-    plain_log_softmax,
     plain_logprobs,
     unpadded,
 )

@@ -1,0 +1,204 @@
+"""Figures of the experiments on all methods: Table 1, Fig. 5 to 7 of the paper, departures.
+
+As in :mod:`iapo_mini.plots`, every function returns a figure; nothing is shown or saved.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from iapo_mini.evaluation import mean_interval
+from iapo_mini.plots import COLORS, LABELS, MARKERS, STYLES, interval_of
+from iapo_mini.tasks import ROLES, token_roles
+
+
+def tradeoff(methods: Mapping[str, Mapping], ks: Sequence[int]) -> Figure:
+    """Pass@k against Length@k at the least and the largest k, and Ratio@k over k.
+
+    Up and to the left is better. Bars are 95% intervals.
+
+    Args:
+        methods: method -> metrics, as in the results of ``table1``.
+        ks: values of k that were measured.
+    """
+    fig = Figure(figsize=(12, 4), layout="constrained")
+    axes = fig.subplots(1, 3)
+    for ax, k in zip(axes, (min(ks), max(ks))):
+        for name, result in methods.items():
+            x, x_low, x_high = interval_of(result, f"length@{k}")
+            y, y_low, y_high = interval_of(result, f"pass@{k}")
+            ax.errorbar(
+                x, y, [[y - y_low], [y_high - y]], [[x - x_low], [x_high - x]],
+                marker=MARKERS.get(name, "o"), color=COLORS.get(name, "black"), ms=8, lw=1,
+                capsize=2, label=LABELS.get(name, name),
+            )  # fmt: skip
+        ax.set_xlabel(f"Length@{k} (tokens)")
+        ax.set_ylabel(f"Pass@{k}")
+        ax.grid(alpha=0.3)
+    for name, result in methods.items():
+        means = [1000 * float(np.mean(result[f"ratio@{k}"])) for k in ks]
+        axes[2].plot(
+            ks, means, STYLES.get(name, "-"), marker=MARKERS.get(name, "o"),
+            color=COLORS.get(name, "black"), ms=6, lw=1.2,
+        )  # fmt: skip
+    axes[2].set_xscale("log", base=2)
+    axes[2].set_xticks(list(ks), [str(k) for k in ks])
+    axes[2].set_xlabel("k")
+    axes[2].set_ylabel("Ratio@k (right answers per 1,000 tokens)")
+    axes[2].grid(alpha=0.3)
+    handles, names = axes[0].get_legend_handles_labels()
+    fig.legend(handles, names, frameon=False, loc="outside right center")
+    return fig
+
+
+def by_steps(methods: Mapping[str, Mapping]) -> Figure:
+    """Accuracy and length by the number of operations of the story.
+
+    Args:
+        methods: method -> ``{"by_steps": {operations: {"accuracy", "length": [per seed]}}}``.
+    """
+    fig = Figure(figsize=(10, 3.6), layout="constrained")
+    labels = {"accuracy": "accuracy (share of completions)", "length": "mean length (tokens)"}
+    for ax, (metric, label) in zip(fig.subplots(1, 2), labels.items()):
+        for name, result in methods.items():
+            steps = list(result["by_steps"])
+            means = [float(np.mean(result["by_steps"][n][metric])) for n in steps]
+            ax.plot(
+                [int(n) for n in steps], means, STYLES.get(name, "-"), lw=1.4, ms=6,
+                marker=MARKERS.get(name, "o"), color=COLORS.get(name, "black"),
+                label=LABELS.get(name, name),
+            )  # fmt: skip
+        ax.set_xlabel("operations in the story")
+        ax.set_ylabel(label)
+        ax.set_ylim(bottom=0)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+    handles, names = fig.axes[0].get_legend_handles_labels()
+    fig.legend(handles, names, frameon=False, loc="outside right center")
+    return fig
+
+
+def case_study(question: str, texts: Mapping[str, str], tokenizer) -> Figure:
+    """One story answered by several policies, every token on the colour of its role (Fig. 7).
+
+    Args:
+        question: the story; texts: method -> completion; tokenizer: counts and cuts the tokens.
+    """
+    columns = 110
+    blocks = []
+    for name, text in texts.items():
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        pieces = [tokenizer.decode([i]) for i in ids]
+        lines: list[list[tuple[str, str]]] = [[]]
+        used = 0
+        for piece, role in zip(pieces, token_roles(tokenizer, ids)):
+            if used + len(piece) > columns:
+                lines.append([])
+                used = 0
+            lines[-1].append((piece.replace("\n", " "), role))
+            used += len(piece)
+        blocks.append((f"{LABELS.get(name, name)}: {len(ids)} tokens", lines))
+    told = textwrap.wrap(question, columns)
+    rows = len(told) + sum(len(lines) + 1.5 for _, lines in blocks) + 2
+    fig = Figure(figsize=(11, 0.26 * rows + 0.3))
+    ax = fig.add_axes((0.01, 0.01, 0.98, 0.98))
+    ax.set_axis_off()
+    ax.set_xlim(0, columns + 2)
+    ax.set_ylim(rows, 0)
+    text = {"family": "monospace", "fontsize": 8.2, "va": "center"}
+    for y, line in enumerate(told):
+        ax.text(0, y + 0.7, line, style="italic", **text)
+    y = len(told) + 1.2
+    for title, lines in blocks:
+        ax.text(0, y, title, weight="bold", **text)
+        y += 1
+        for line in lines:
+            x = 0
+            for piece, role in line:
+                color = COLORS[role]
+                ax.add_patch(_patch(x, y, len(piece), color))
+                ax.text(x, y, piece, **text)
+                x += len(piece)
+            y += 1
+        y += 0.5
+    handles = [Patch(color=COLORS[r], alpha=0.45, label=r) for r in (*ROLES, "format", "other")]
+    ax.legend(
+        handles=handles, ncols=8, frameon=False, loc="lower left", fontsize=8, borderaxespad=0
+    )
+    return fig
+
+
+def _patch(x: float, y: float, width: float, color: str):
+
+
+    return Rectangle((x, y - 0.45), width, 0.9, color=color, alpha=0.45, lw=0)
+
+
+def sweeps(results: Mapping) -> Figure:
+    """Length, Pass@k and entropy against each weight (Fig. 6), 95% intervals over seeds.
+
+    Args:
+        results: as written by ``experiments.sweeps``.
+    """
+    k = results["k"]
+    panels = {
+        "length": "mean length (tokens)", "pass@1": "Pass@1", f"pass@{k}": f"Pass@{k}",
+        "entropy": "policy entropy after training\n(nats per token)",
+    }  # fmt: skip
+    fig = Figure(figsize=(13, 5.6), layout="constrained")
+    for row, weight in zip(fig.subplots(2, 4), ("alpha", "beta")):
+        values = [point["value"] for point in results[weight]]
+        for ax, (metric, label) in zip(row, panels.items()):
+            stats = np.array([mean_interval(point[metric]) for point in results[weight]])
+            ax.plot(values, stats[:, 0], "o-", color=COLORS["iapo"], lw=1.5, ms=4)
+            if not np.isnan(stats[:, 1]).any():
+                ax.fill_between(
+                    values, stats[:, 1], stats[:, 2], color=COLORS["iapo"], alpha=0.2, lw=0
+                )
+            ax.set_xscale("log")
+            ax.set_xlabel(f"{weight} (log scale)")
+            ax.set_ylabel(label)
+            ax.set_ylim(0, 1.02 if metric.startswith("pass") else None)
+            ax.grid(alpha=0.3)
+    return fig
+
+
+def departures(results: Mapping) -> Figure:
+    """What each departure does to the advantages, and to length and Pass@1 after training.
+
+    Args:
+        results: as written by ``departures.departures``.
+    """
+    rows = {"iapo": "IAPO as in the paper"}
+    rows |= {name: textwrap.fill(row["what"], 34) for name, row in results["rows"].items()}
+    panels = {
+        "correlation": "correlation with the\npaper's advantages",
+        "sign_flips": "tokens whose advantage\nchanges sign (share)",
+        "length": "mean length (tokens)",
+        "pass@1": "Pass@1",
+    }
+    fig = Figure(figsize=(12, 0.6 * len(rows) + 1.2), layout="constrained")
+    axes = fig.subplots(1, 4, sharey=True)
+    for ax, (metric, label) in zip(axes, panels.items()):
+        for y, name in enumerate(rows):
+            found = results["iapo"] if name == "iapo" else results["rows"][name]
+            if metric not in found:
+                continue
+            values = found[metric]
+            mean, low, high = mean_interval(values)
+            if len(values) == 1:
+                low = high = mean
+            color = COLORS["iapo" if name == "iapo" else "grpo"]
+            ax.barh(y, mean, color=color, alpha=0.75, height=0.6)
+            ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color="black", capsize=3, lw=1)
+        ax.set_xlabel(label)
+        ax.grid(axis="x", alpha=0.3)
+        ax.set_axisbelow(True)
+    axes[0].set_yticks(range(len(rows)), list(rows.values()), fontsize=8)
+    axes[0].invert_yaxis()
+    return fig

@@ -1,0 +1,291 @@
+"""Training runs in processes of their own: what a run is told, what it leaves, how it goes on.
+
+Every (recipe, seed) is a process with one thread, so two run side by side on two cores. A run that
+is there already is not made again; one that was interrupted goes on, in training and in evaluation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from iapo_mini.advantages import ADVANTAGES
+from iapo_mini.evaluation import evaluate
+from iapo_mini.information import INFORMATION
+from iapo_mini.policy import load_policy
+from iapo_mini.tasks import ROLES, stories, token_roles
+from iapo_mini.trainer import TrainConfig, replace_text, train
+
+START = "start"
+"""Name of the row of the start policy, which no run trains."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of an experiment.
+
+    Attributes:
+        seeds: one training run per recipe and seed.
+        max_steps: training steps.
+        prompts_per_step: prompts per training step, eight completions each.
+        problems: stories of the evaluation, the same for every run.
+        num_generations: completions per story of the evaluation.
+        ks: values of k.
+    """
+
+    seeds: tuple[int, ...]
+    max_steps: int
+    problems: int
+    prompts_per_step: int = 12
+    num_generations: int = 8
+    ks: tuple[int, ...] = (1, 2, 4, 8)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a number depends on."""
+    packages = ("torch", "transformers", "peft", "tokenizers", "iapo-mini")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON whole or not at all (temporary name, then rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def use_methods(module: str) -> None:
+    """Add the methods of a module to the library's: its ``ADVANTAGES`` and ``INFORMATION``.
+
+    Args:
+        module: name of an importable module (docs/methods.md shows one).
+
+    Raises:
+        ValueError: when there is no such module, it has no ``ADVANTAGES``, or a name is taken.
+    """
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"methods is '{module}', which can't be imported ({error}); allowed is the name of a "
+            "Python module in this folder or on the path."
+        ) from error
+    if not isinstance(getattr(found, "ADVANTAGES", None), dict):
+        raise ValueError(f"methods is '{module}', which has no dictionary ADVANTAGES.")
+    for ours, theirs in (
+        (ADVANTAGES, found.ADVANTAGES), (INFORMATION, getattr(found, "INFORMATION", {})),
+    ):  # fmt: skip
+        for name, function in theirs.items():
+            if ours.setdefault(name, function) is not function:
+                raise ValueError(f"methods is '{module}', whose name '{name}' is taken already.")
+
+
+def make_jobs(
+    size: Size,
+    out: Path,
+    recipes: Mapping[str, Mapping | None],
+    split: str = "test",
+    methods: str | None = None,
+) -> list[dict]:
+    """One job for each seed and recipe.
+
+    Args:
+        size: of training and evaluation.
+        out: folder of the runs; a run goes to ``out/<recipe>-<seed>``.
+        recipes: name -> fields of TrainConfig, None for the start policy.
+        split: stream of the evaluation.
+        methods: module with methods beside the library's own, for :func:`use_methods`.
+
+    Returns:
+        Jobs ``{"run": folder, "config": TrainConfig fields or None, "seed", "split", "methods",
+        "evaluation": {"problems", "num_generations", "ks"}}``.
+    """
+    if methods:
+        use_methods(methods)
+    jobs = []
+    for seed, (name, recipe) in itertools.product(size.seeds, recipes.items()):
+        config = None
+        if recipe is not None:
+            settings = {
+                "max_steps": size.max_steps,
+                "prompts_per_step": size.prompts_per_step,
+                "seed": seed,
+                "threads": 1,
+            }
+            config = dataclasses.asdict(TrainConfig(**settings | recipe))
+        measured = ("problems", "num_generations", "ks")
+        job = {
+            "run": str(out / f"{name}-{seed}"),
+            "config": config,
+            "seed": seed,
+            "split": split,
+            "methods": methods,
+            "evaluation": {field: getattr(size, field) for field in measured},
+        }
+        jobs.append(json.loads(json.dumps(job)))  # as it will be read back
+    return jobs
+
+
+def run_job(job: dict) -> None:
+    """Train (unless the method is the start policy), evaluate, write ``result.json`` in the run."""
+    torch.set_num_threads(1)
+    if job["methods"]:
+        use_methods(job["methods"])
+    run, size = Path(job["run"]), job["evaluation"]
+    run.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    if job["config"] is None:
+        policy = load_policy()
+    else:
+        folder = run / "train"
+        config = TrainConfig(**job["config"])
+        resume = (folder / "config.json").is_file()
+        policy = train(config, folder, resume=resume, progress=False)
+    minutes = (time.perf_counter() - began) / 60
+    problems = list(itertools.islice(stories(job["split"], seed=0), size["problems"]))
+    result = evaluate(
+        policy, problems,
+        ks=size["ks"], num_generations=size["num_generations"], seed=job["seed"], progress=False,
+        save_to=run / "completions.jsonl",
+    )  # fmt: skip
+    completions = result.pop("completions")
+    counts: Counter[str] = Counter()
+    by_steps: dict[int, list[dict]] = defaultdict(list)
+    for completion in completions:
+        ids = policy.tokenizer.encode(completion["text"], add_special_tokens=False)
+        counts.update(token_roles(policy.tokenizer, ids))
+        by_steps[len(problems[completion["problem"]].steps)].append(completion)
+    result["roles"] = {
+        role: counts[role] / len(completions) for role in (*ROLES, "format", "other")
+    }
+    result["by_steps"] = {
+        str(steps): {
+            "accuracy": sum(c["correct"] for c in some) / len(some),
+            "length": sum(c["tokens"] for c in some) / len(some),
+        }
+        for steps, some in sorted(by_steps.items())
+    }
+    write_json(run / "result.json", {**result, "train_minutes": minutes})
+
+
+def run_all(jobs: Sequence[dict], parallel: int | None = None) -> None:
+    """Run the jobs that have no result yet, ``parallel`` processes at a time.
+
+    Args:
+        jobs: from :func:`make_jobs`.
+        parallel: default one per core.
+
+    Raises:
+        ValueError: when a run's folder holds one of other settings.
+        RuntimeError: when a run fails; the message holds its last line.
+    """
+    parallel = parallel or os.cpu_count() or 1
+    waiting = []
+    for job in jobs:
+        run = Path(job["run"])
+        saved = run / "job.json"
+        same = saved.is_file() and json.loads(saved.read_text()) == job
+        if same and (run / "result.json").is_file():
+            continue
+        if saved.is_file() and not same:
+            raise ValueError(
+                f"out holds '{run}', made with other settings; name a new folder or remove it."
+            )
+        write_json(saved, job)
+        waiting.append(job)
+    sizes = {Path(j["run"]): (j["config"] or {"max_steps": 1})["max_steps"] for j in waiting}
+    bar = tqdm(
+        total=sum(sizes.values()), unit="step", desc=f"{len(waiting)} runs", disable=not waiting
+    )
+    running: dict[subprocess.Popen, Path] = {}
+    counted: dict[Path, int] = {}
+    # One thread for each process: two processes beat two threads on models this small.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                run = Path(waiting.pop(0)["run"])
+                with (run / "log.txt").open("a") as log:
+                    command = [sys.executable, "-m", "iapo_mini.runs", str(run / "job.json")]
+                    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+                running[process] = run
+            time.sleep(0.5)
+            for process, run in list(running.items()):
+                metrics = run / "train" / "metrics.jsonl"
+                done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+                bar.update(done - counted.get(run, 0))
+                counted[run] = done
+                if process.poll() is None:
+                    continue
+                del running[process]
+                bar.update(sizes[run] - done)  # the start policy trains nothing
+                if process.returncode != 0:
+                    lines = (run / "log.txt").read_text().strip().splitlines() or ["no message"]
+                    raise RuntimeError(f"the run in '{run}' failed: {lines[-1]}")
+    finally:
+        for process in running:
+            process.terminate()
+        bar.close()
+
+
+def collect(jobs: Sequence[dict], size: Size) -> dict:
+    """Gather finished jobs into the common part of a results file (see ``experiments``)."""
+    methods: dict[str, dict] = {}
+    curves: dict[str, list] = {}
+    configs: dict[str, dict] = {}
+    metrics = ["length"]
+    metrics += [f"{name}@{k}" for k in size.ks for name in ("pass", "length", "ratio")]
+    by_name: dict[str, list[dict]] = defaultdict(list)
+    for job in jobs:
+        by_name[Path(job["run"]).name.rsplit("-", 1)[0]].append(job)
+    for name, own in by_name.items():
+        found = [json.loads((Path(job["run"]) / "result.json").read_text()) for job in own]
+        methods[name] = {metric: [result[metric] for result in found] for metric in metrics}
+        methods[name]["intervals"] = [result["intervals"] for result in found]
+        methods[name]["roles"] = {
+            role: sum(result["roles"][role] for result in found) / len(found)
+            for role in found[0]["roles"]
+        }
+        methods[name]["by_steps"] = {
+            steps: {
+                metric: [result["by_steps"][steps][metric] for result in found]
+                for metric in ("accuracy", "length")
+            }
+            for steps in found[0]["by_steps"]
+        }
+        methods[name]["train_minutes"] = [result["train_minutes"] for result in found]
+        if own[0]["config"] is None:
+            continue
+        configs[name] = {k: v for k, v in own[0]["config"].items() if k != "seed"}
+        curves[name] = []
+        for job in own:
+            lines = (Path(job["run"]) / "train" / "metrics.jsonl").read_text().splitlines()
+            rows = [json.loads(line) for line in lines]
+            names_of = ("length", "accuracy", "entropy")
+            curves[name].append({k: [round(row[k], 5) for row in rows] for k in names_of})
+    evaluation = dataclasses.asdict(size) | {"split": jobs[0]["split"], "temperature": 1.0}
+    return {
+        "seeds": list(size.seeds),
+        "methods": methods,
+        "curves": curves,
+        "config": {**configs, "evaluation": evaluation},
+        "versions": versions(),
+    }
+
+
+if __name__ == "__main__":
+    run_job(json.loads(Path(sys.argv[1]).read_text()))

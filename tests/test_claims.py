@@ -1,0 +1,60 @@
+"""Verdicts, choices and the numbers behind them, on results made by hand."""
+
+import math
+
+import pytest
+
+from iapo_mini import claims
+from iapo_mini.advantages import ADVANTAGES
+from iapo_mini.experiments import PRESETS, RECIPES, choose, trials_of
+from iapo_mini.trainer import TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        ((0.2, 0.1, 0.3), "holds"),
+        ((-0.2, -0.3, -0.1), "does not hold"),
+        ((0.0, -0.1, 0.1), "cannot tell"),
+        ((0.2, math.nan, math.nan), "cannot tell"),
+    ],
+)
+def test_verdict_above_zero(interval, expected):
+    assert claims.verdict(interval, low=0.0) == expected
+
+
+def test_verdict_within_a_range():
+    assert claims.verdict((1.0, 0.97, 1.03), 0.95, 1.05) == "holds"
+    assert claims.verdict((0.5, 0.4, 0.6), 0.95, 1.05) == "does not hold"
+    assert claims.verdict((0.9, 0.8, 1.0), 0.95, 1.05) == "cannot tell"
+
+
+def test_slope_is_per_decade():
+    points = [{"value": 10.0**e, "length": [5.0 - 2 * e, 1.0 - 2 * e]} for e in (-6, -4, -2, 0)]
+    assert claims._slope(points, "length") == pytest.approx((-2.0, -2.0, -2.0))
+
+
+def trial(passed, length):
+    return {"pass@1": passed, "length": length, "ratio@1": passed / length}
+
+
+def test_choice_is_the_best_ratio_among_those_that_keep_accuracy():
+    trials = [trial(0.8, 60), trial(0.7, 30), trial(0.5, 10)]
+    assert choose(trials, floor=0.6) == 1
+    assert choose(trials, floor=0.75) == 0
+    assert choose(trials, floor=0.9) == 0  # none keeps it: the most accurate
+    assert choose(trials, floor=0.0) == 2
+
+
+def test_every_method_gets_as_many_different_valid_trials():
+    assert set(RECIPES) == set(ADVANTAGES)
+    for method in RECIPES:
+        trials = trials_of(method)
+        assert len(trials) == 3 and len({str(t) for t in trials}) == 3
+        assert all(TrainConfig(**t).method == method for t in trials)
+
+
+def test_trials_and_reported_runs_share_no_seed():
+    for preset in PRESETS.values():
+        assert not set(preset.tuning.seeds) & set(preset.table1.seeds)
+        assert not set(preset.tuning.seeds) & set(preset.sweeps.seeds)
