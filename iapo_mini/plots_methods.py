@@ -105,12 +105,14 @@ def case_study(question: str, texts: Mapping[str, str], tokenizer) -> Figure:
         blocks.append((f"{LABELS.get(name, name)}: {len(ids)} tokens", lines))
     told = textwrap.wrap(question, columns)
     rows = len(told) + sum(len(lines) + 1.5 for _, lines in blocks) + 2
-    fig = Figure(figsize=(11, 0.26 * rows + 0.3))
+    size = 8.2
+    # A monospaced letter is 0.602 of its size wide: the axis counts letters.
+    fig = Figure(figsize=((columns + 2) * 0.602 * size / 72 / 0.98, 0.22 * rows + 0.2))
     ax = fig.add_axes((0.01, 0.01, 0.98, 0.98))
     ax.set_axis_off()
     ax.set_xlim(0, columns + 2)
     ax.set_ylim(rows, 0)
-    text = {"family": "monospace", "fontsize": 8.2, "va": "center"}
+    text = {"family": "monospace", "fontsize": size, "va": "center"}
     for y, line in enumerate(told):
         ax.text(0, y + 0.7, line, style="italic", **text)
     y = len(told) + 1.2

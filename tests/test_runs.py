@@ -1,0 +1,155 @@
+"""Runs in processes: what a job holds, methods of a user's own, going on where it stopped."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from iapo_mini import advantages, experiments, information, runs
+from iapo_mini.runs import START, Size, collect, make_jobs, run_all, use_methods
+
+TINY = Size(seeds=(0, 1), max_steps=1, problems=2, prompts_per_step=1, num_generations=2, ks=(1, 2))
+
+MODULE = """
+from iapo_mini.advantages import grpo
+
+def priced(rollouts, alpha, beta):
+    return grpo(rollouts) - alpha * (rollouts.informativeness < beta) * rollouts.completion_mask
+
+def estimate(policy, rollouts, memory_mb):
+    return rollouts.token_entropies
+
+ADVANTAGES = {"priced": priced}
+INFORMATION = {"priced": estimate}
+"""
+
+
+@pytest.fixture
+def own_methods(tmp_path, monkeypatch):
+    (tmp_path / "my_methods.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(runs, "ADVANTAGES", dict(advantages.ADVANTAGES))
+    monkeypatch.setattr(runs, "INFORMATION", dict(information.INFORMATION))
+    yield "my_methods"
+    sys.modules.pop("my_methods", None)
+
+
+def test_methods_of_a_module_are_added_once(own_methods):
+    use_methods(own_methods)
+    use_methods(own_methods)
+    assert "priced" in runs.ADVANTAGES and "priced" in runs.INFORMATION
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (None, "can't be imported"),
+        ("X = 1", "no dictionary ADVANTAGES"),
+        ("ADVANTAGES = {'grpo': len}", "'grpo' is taken already"),
+    ],
+)
+def test_bad_modules_are_refused(own_methods, tmp_path, text, named):
+    if text is not None:
+        (tmp_path / "bad_methods.py").write_text(text)
+    sys.modules.pop("bad_methods", None)
+    with pytest.raises(ValueError, match=named):
+        use_methods("bad_methods")
+
+
+def test_one_job_for_each_seed_and_recipe(tmp_path):
+    jobs = make_jobs(TINY, tmp_path, {START: None, "a": {"method": "gfpo"}}, split="tune")
+    names = [Path(job["run"]).name for job in jobs]
+    assert names == ["start-0", "a-0", "start-1", "a-1"]
+    assert jobs[0]["config"] is None and jobs[3]["config"]["method"] == "gfpo"
+    assert [job["seed"] for job in jobs] == [0, 0, 1, 1] and jobs[3]["config"]["seed"] == 1
+    assert all(job["config"]["max_steps"] == 1 for job in jobs if job["config"])
+    assert json.loads(json.dumps(jobs)) == jobs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    jobs = make_jobs(TINY, out, {START: None, "gtpo": {"method": "gtpo"}})
+    run_all(jobs, parallel=2)
+    return jobs
+
+
+def test_results_hold_every_metric_of_every_seed(finished):
+    results = collect(finished, TINY)
+    for name in (START, "gtpo"):
+        row = results["methods"][name]
+        for metric in ("length", "pass@1", "pass@2", "length@2", "ratio@1", "train_minutes"):
+            assert len(row[metric]) == 2, metric
+        assert row["by_steps"] and all(len(x["length"]) == 2 for x in row["by_steps"].values())
+    assert [len(run["length"]) for run in results["curves"]["gtpo"]] == [1, 1]
+    assert results["config"]["gtpo"]["method"] == "gtpo" and START not in results["config"]
+    assert results["config"]["evaluation"]["split"] == "test"
+
+
+def test_roles_and_steps_add_up(finished):
+    for job in finished:
+        result = json.loads((Path(job["run"]) / "result.json").read_text())
+        lines = (Path(job["run"]) / "completions.jsonl").read_text().splitlines()
+        tokens = [json.loads(line)["tokens"] for line in lines]
+        assert len(tokens) == 4 and result["length"] == pytest.approx(sum(tokens) / 4)
+        # The end-of-sequence token has no role, every other token has one.
+        assert sum(result["roles"].values()) == pytest.approx(result["length"] - 1)
+
+
+def test_finished_runs_are_not_made_again_and_a_lost_one_is(finished):
+    paths = [Path(job["run"]) / "result.json" for job in finished]
+    before = [(p.stat().st_mtime_ns, json.loads(p.read_text())) for p in paths]
+    paths[1].unlink()
+    run_all(finished, parallel=1)
+    after = [(p.stat().st_mtime_ns, json.loads(p.read_text())) for p in paths]
+    for i, (old, new) in enumerate(zip(before, after)):
+        assert (old[0] == new[0]) == (i != 1)
+        assert {k: v for k, v in old[1].items() if k != "train_minutes"} == {
+            k: v for k, v in new[1].items() if k != "train_minutes"
+        }
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished):
+    out = Path(finished[0]["run"]).parent
+    jobs = make_jobs(TINY, out, {"gtpo": {"method": "gtpo", "alpha": 0.3}})
+    with pytest.raises(ValueError, match="made with other settings"):
+        run_all(jobs)
+
+
+def test_a_failing_run_is_named_with_its_last_line(tmp_path):
+    jobs = make_jobs(TINY, tmp_path, {"a": {"method": "grpo", "model": "no-such-folder/model"}})
+    with pytest.raises(RuntimeError, match="the run in .*a-0' failed"):
+        run_all(jobs[:1], parallel=1)
+
+
+def test_a_method_of_ones_own_trains_in_a_process(own_methods, tmp_path, monkeypatch):
+    use_methods(own_methods)
+    monkeypatch.setitem(advantages.ADVANTAGES, "priced", runs.ADVANTAGES["priced"])
+    recipes = {"mine": {"method": "priced", "alpha": 0.3}}
+    jobs = make_jobs(TINY, tmp_path / "out", recipes, methods=own_methods)[:1]
+    run_all(jobs, parallel=1)
+    log = (tmp_path / "out" / "mine-0" / "train" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(log[0])["informativeness"] > 0
+
+
+def test_wall_clock_times_every_row_and_seed(finished):
+    found = experiments.wall_clock(finished, (START, "gtpo"), problems=1)
+    assert all(len(v) == 2 and min(v) > 0 for v in found.values())
+    assert torch.get_num_threads() >= 1
+
+
+def test_case_study_shows_every_policy_or_says_why_not(finished):
+    figure = experiments.case_study(finished)
+    texts = [t.get_text() for t in figure.axes[0].texts]
+    right = {}
+    for job in finished[:2]:
+        lines = (Path(job["run"]) / "completions.jsonl").read_text().splitlines()
+        rows = map(json.loads, lines)
+        right[Path(job["run"]).name] = {r["problem"] for r in rows if r["correct"]}
+    if set.intersection(*right.values()):
+        assert sum("tokens" in t for t in texts) == 2
+    else:
+        assert texts == ["No story was answered right by every policy."]
