@@ -121,7 +121,7 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
 
 def test_a_failing_run_is_named_with_its_last_line(tmp_path):
     jobs = make_jobs(TINY, tmp_path, {"a": {"method": "grpo", "model": "no-such-folder/model"}})
-    with pytest.raises(RuntimeError, match="the run in .*a-0' failed"):
+    with pytest.raises(RuntimeError, match=r"the run in .*a-0' failed"):
         run_all(jobs[:1], parallel=1)
 
 
