@@ -161,6 +161,37 @@ def _of_sweeps(results: Mapping) -> list[Row]:
     return rows
 
 
+def _of_theory(results: Mapping) -> list[Row]:
+    theorem, exploration = results["theorem"]["informativeness"], results["exploration"]
+    tables, told = results["corollary"]["tables"], results["corollary"]["stories"]
+    rows = [
+        ("a small step changes the expected length by the covariance (slope of measured on "
+         "predicted at the smallest step, tabular worlds)", "1 (Theorem 4.1)",
+         _told(theorem["slope"][0], 4), verdict(theorem["slope"][0], 0.98, 1.02)),
+        ("the error shrinks in proportion to the step (order)", "1 (first order)",
+         _told(theorem["order"]), verdict(theorem["order"], 0.9, 1.1)),
+        ("informativeness per token falls as completions grow (correlation within a story, start "
+         "policy)", "assumed (Corollary 4.2)", _told(told["correlation"]),
+         verdict(told["correlation"], high=0.0)),
+        ("where it falls, the step shortens (share of worlds of talk and an answer)",
+         "1 (Corollary 4.2)", _told(tables["filler"]["shorter"]),
+         verdict(tables["filler"]["shorter"], low=0.95)),
+        ("where it grows, the step lengthens (share of worlds of clues that it shortens)",
+         "0 (Corollary 4.2)", _told(tables["clue"]["shorter"]),
+         verdict(tables["clue"]["shorter"], high=0.05)),
+    ]  # fmt: skip
+    for name, sign, moves in (("plus", "+", "falls"), ("minus", "-", "rises")):
+        found = exploration[name]
+        rows += [
+            (f"with A = {sign}pi the entropy changes by -eta Cov(log pi, A) (slope at the smallest "
+             "step)", "1 (exploration)", _told(found["slope"][0], 4),
+             verdict(found["slope"][0], 0.98, 1.02)),
+            (f"and so it {moves} (share of random policies)", "1 (exploration)",
+             _told(found["right_sign"]), verdict(found["right_sign"], low=0.95)),
+        ]  # fmt: skip
+    return rows
+
+
 def _of_departures(results: Mapping) -> list[Row]:
     rows = []
     for row in results["rows"].values():
