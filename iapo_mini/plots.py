@@ -377,6 +377,7 @@ def _predicted_measured(ax, looks: Mapping[str, tuple], unit: str) -> None:
     low, high = ax.get_xlim()
     ax.plot([low, high], [low, high], "k-", lw=0.8, zorder=0)
     ax.set_xlim(low, high)
+    ax.locator_params(nbins=5)
     ax.set_xlabel(f"predicted change per unit step ({unit})")
     ax.set_ylabel(f"measured change per unit step ({unit})")
     ax.legend(frameon=False, fontsize=8)
@@ -386,10 +387,11 @@ def _error_by_step(ax, etas: Sequence[float], curves: Mapping[str, tuple]) -> No
     """Relative error of the prediction by step size; label -> ``(intervals, color, style)``."""
     for label, (intervals, color, style) in curves.items():
         _curve(ax, etas, np.maximum(intervals, 1e-9), label, color, style)
-    first = next(iter(curves.values()))[0][0][0]
-    ax.plot(etas, 0.4 * first * np.array(etas) / etas[0], "k:", lw=1, label="proportional to step")
+    first = min(intervals[0][0] for intervals, _, _ in curves.values())
+    ax.plot(etas, 0.5 * first * np.array(etas) / etas[0], "k:", lw=1, label="proportional to step")
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ax.set_ylim(bottom=0.2 * first)
     ax.set_xlabel("step size")
     ax.set_ylabel("|measured - predicted| / |predicted|")
     ax.legend(frameon=False, fontsize=8)
@@ -445,10 +447,10 @@ def theory_corollary(corollary: Mapping) -> Figure:
         by_length = corollary["tables"][world]["by_length"]
         x = [int(n) for n in by_length]
         _curve(left, x, list(by_length.values()), f"{world} worlds", color, f"{marker}-")
-        for method, style in (("grpo", "--"), ("iapo", "-")):
+        for method in ("grpo", "iapo"):
             path = corollary["paths"][world][method]
             label = f"{world}, {LABELS[method]}"
-            _curve(middle, range(len(path)), path, label, color, style)
+            _curve(middle, range(len(path)), path, label, color, STYLES[method])
     left.set_xlabel("completion length (tokens)")
     left.set_title("the premise holds (filler), fails (clue)", fontsize=10)
     middle.set_xlabel("updates")
@@ -462,9 +464,10 @@ def theory_corollary(corollary: Mapping) -> Figure:
         right.plot(x, mean / np.array(x), "k:", lw=1, label="equal information in all")
     right.set_xlabel("length / mean length of the story")
     right.set_title("embedded policy on test stories", fontsize=10)
+    left.axhline(0, color="black", lw=0.8)
+    right.set_ylim(bottom=0)
     for ax in (left, right):
         ax.set_ylabel("informativeness (nats per token)")
-        ax.set_ylim(bottom=0)
     for ax in (left, middle, right):
         ax.grid(alpha=0.3)
         ax.legend(frameon=False, fontsize=8)

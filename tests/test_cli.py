@@ -142,7 +142,9 @@ def test_explain_prints_tokens_and_saves_the_heat_map(tmp_path):
     assert "\x1b[" in colored.stdout
 
 
-@pytest.mark.parametrize("command", ["compare", "train", "evaluate", "explain", "plan", "export"])
+@pytest.mark.parametrize(
+    "command", ["compare", "train", "evaluate", "explain", "plan", "export", "theory"]
+)
 def test_help_names_defaults(command):
     done = run(command, "--help")
     assert done.returncode == 0
