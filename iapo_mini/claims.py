@@ -207,6 +207,12 @@ def _of_departures(results: Mapping) -> list[Row]:
     return rows
 
 
+def _theory(preset: str, figures: Path) -> dict:
+    """Results of the theory, from its file where that is there: a run takes minutes."""
+    path = results_path(figures, "theory", preset)
+    return json.loads(path.read_text()) if path.is_file() else theory(preset, figures=figures)
+
+
 def claims(
     preset: str = "full",
     *,
@@ -231,7 +237,7 @@ def claims(
         "Fewer tokens at equal accuracy (Table 1)": _of_table1(table),
         "What each part is worth (Fig. 5)": _of_ablation(ablated),
         "The weights (Fig. 6)": _of_sweeps(swept),
-        "Theory": _of_theory(theory(preset, figures=figures)),
+        "Theory": _of_theory(_theory(preset, Path(figures))),
         "The released code": _of_departures(departures(preset, **options)),
     }
     size = table["config"]["evaluation"]

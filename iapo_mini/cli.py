@@ -177,6 +177,13 @@ def _parser() -> argparse.ArgumentParser:
     figures.add_argument("--stories", type=int, default=300, help="test stories (%(default)s)")
     figures.add_argument("--figures", default="figures", help="folder of figures (%(default)s)")
     figures.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+
+    theory = commands.add_parser("theory", help="the paper's theory held against measurement")
+    theory.add_argument(
+        "--preset", default="full", help="quick (seconds) or full (five seeds; %(default)s)"
+    )
+    theory.add_argument("--figures", default="figures", help="folder of figures (%(default)s)")
+    theory.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     return parser
 
 
@@ -391,12 +398,27 @@ def _figures(args: argparse.Namespace) -> None:
     print(f"Every number: {Path(args.figures) / 'results' / 'estimator.json'}")
 
 
+def _theory(args: argparse.Namespace) -> None:
+    import torch
+
+    from iapo_mini.experiments import results_path
+    from iapo_mini.theory import summary, theory
+
+    if args.threads < 1:
+        raise ValueError(f"threads is {args.threads}; allowed are 1 and above.")
+    torch.set_num_threads(args.threads)
+    print(summary(theory(args.preset, args.figures)))
+    where = Path(args.figures)
+    print(f"\nEvery number: {results_path(where, 'theory', args.preset)}")
+    print(f"Figures: {where / 'theory_*.png'}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run a command; bad input ends with one sentence on stderr and exit status 2."""
     args = _parser().parse_args(argv)
     command = {
         "compare": _compare, "train": _train, "evaluate": _evaluate, "explain": _explain,
-        "figures": _figures, "export": _export, "plan": _plan,
+        "figures": _figures, "export": _export, "plan": _plan, "theory": _theory,
         **dict.fromkeys(EXPERIMENTS, _experiment),
     }  # fmt: skip
     try:

@@ -1,10 +1,13 @@
 """Worlds small enough to enumerate: conditional mutual information in closed form.
 
-Two kinds, both without a neural net, that the estimators of :mod:`iapo_mini.information` are held
-against:
+Three kinds, all without a neural net, that the estimators of :mod:`iapo_mini.information` and the
+paper's theory (:mod:`iapo_mini.theory`) are held against:
 
 * :class:`World`: a tabular policy over strings of T symbols with an answer for each string. Every
   quantity of the paper's Section 4 is a sum over a tensor.
+* :class:`Strings`: completions of different lengths under a tabular softmax policy, so that an
+  update moves the expected length. Every function takes leading dimensions, for many worlds at
+  once, and gradients are written out.
 * the story world, where the posterior of the answer given the operations that a chain has not
   worked out yet follows from the generator's rules (:func:`answer_posterior`, :func:`true_drops`).
 """
@@ -12,6 +15,7 @@ against:
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -118,6 +122,153 @@ def entropy_drop(world: World, t: int) -> torch.Tensor:
 def pointwise(world: World, t: int) -> torch.Tensor:
     """log p(y | o_<=t) - log p(y | o_<t) for every prefix and answer, (V,) * t + (Y,), nats."""
     return world.belief(t).log() - world.belief(t - 1).log()[..., None, :]
+
+
+@dataclass(frozen=True)
+class Strings:
+    """Every completion that a world allows, as a path through its prefixes.
+
+    N prefixes, S completions of at most L tokens, V symbols and the end-of-sequence token V, which
+    counts as a token (as in ``Rollouts.lengths``).
+
+    Attributes:
+        prefixes: (S, L) long, prefix in which each token is chosen; padding 0.
+        tokens: (S, L) long, the token that is chosen; padding V.
+        mask: (S, L) bool, right-padded.
+        allowed: (N, V + 1) bool, tokens that some completion has after a prefix.
+        passes: (S, N) bool, the completion begins with the prefix.
+    """
+
+    prefixes: torch.Tensor
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    allowed: torch.Tensor
+    passes: torch.Tensor
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """|o|, (S,) fp64 tokens."""
+        return self.mask.sum(1).double()
+
+    @property
+    def after(self) -> torch.Tensor:
+        """(S, L) long: prefix that a token leads to; after an end-of-sequence token any."""
+        return torch.nn.functional.pad(self.prefixes[:, 1:], (0, 1))
+
+
+def strings_of(completions: Sequence[tuple[int, ...]], symbols: int) -> Strings:
+    """The world whose completions are these, each followed by the end-of-sequence token.
+
+    Args:
+        completions: different tuples of symbols, the end-of-sequence token left out.
+        symbols: V.
+
+    Raises:
+        ValueError: for no completion, one given twice, or a symbol outside 0..V-1.
+    """
+    used = {symbol for completion in completions for symbol in completion}
+    if not completions or len(set(completions)) < len(completions):
+        raise ValueError(f"completions has {len(completions)} entries; allowed are one or more, "
+                         "all different.")  # fmt: skip
+    if not used <= set(range(symbols)):
+        raise ValueError(f"completions use {sorted(used)}; allowed are 0 to {symbols - 1}.")
+    begins = [[c[:t] for t in range(len(c) + 1)] for c in completions]
+    known = sorted({p for row in begins for p in row}, key=lambda p: (len(p), p))
+    index = {prefix: n for n, prefix in enumerate(known)}
+    size, width = (len(completions), max(map(len, begins))), len(known)
+    prefixes, tokens = torch.zeros(size, dtype=torch.long), torch.full(size, symbols)
+    allowed = torch.zeros(width, symbols + 1, dtype=torch.bool)
+    passes = torch.zeros(len(completions), width, dtype=torch.bool)
+    for i, (completion, row) in enumerate(zip(completions, begins)):
+        for t, (prefix, token) in enumerate(zip(row, (*completion, symbols))):
+            n = index[prefix]
+            prefixes[i, t], tokens[i, t] = n, token
+            allowed[n, token] = passes[i, n] = True
+    lengths = torch.tensor([len(row) for row in begins])
+    return Strings(prefixes, tokens, torch.arange(size[1]) < lengths[:, None], allowed, passes)
+
+
+def every_string(symbols: int, longest: int, shortest: int = 0) -> list[tuple[int, ...]]:
+    """All tuples of ``shortest`` to ``longest`` symbols out of 0..symbols-1."""
+    lengths = range(shortest, longest + 1)
+    return [c for n in lengths for c in itertools.product(range(symbols), repeat=n)]
+
+
+def log_policy(strings: Strings, theta: torch.Tensor) -> torch.Tensor:
+    """log pi(. | prefix) = log softmax of the logits over the allowed tokens.
+
+    Args:
+        theta: (..., N, V + 1) fp64 logits; those of tokens that are not allowed play no part.
+
+    Returns:
+        (..., N, V + 1) nats, -inf where not allowed.
+    """
+    return theta.masked_fill(~strings.allowed, -torch.inf).log_softmax(-1)
+
+
+def string_logprobs(strings: Strings, theta: torch.Tensor) -> torch.Tensor:
+    """log p(o) of every completion, (..., S) nats; their exp sums to 1."""
+    chosen = log_policy(strings, theta)[..., strings.prefixes, strings.tokens]
+    return chosen.masked_fill(~strings.mask, 0.0).sum(-1)
+
+
+def string_drops(strings: Strings, theta: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """s_t = H(y | o_<t) - H(y | o_<=t) by the exact posterior of the answer (Section 4).
+
+    Args:
+        theta: (..., N, V + 1) logits.
+        answers: (..., S, Y) fp64, p(y | o) of each completion.
+
+    Returns:
+        (..., S, L) fp64 nats, 0 at padding; their mean over o_t is I(y; o_t | o_<t), and each row
+        sums to H(y) - H(y | o) (chain rule).
+    """
+    joint = string_logprobs(strings, theta).exp()[..., None] * answers
+    joint = strings.passes.double().T @ joint  # p(y, o begins with the prefix)
+    belief = entropy(joint / joint.sum(-1, keepdim=True))
+    ends = strings.tokens == strings.allowed.shape[1] - 1
+    after = torch.where(ends, entropy(answers)[..., None], belief[..., strings.after])
+    return (belief[..., strings.prefixes] - after) * strings.mask
+
+
+def policy_gradient(strings: Strings, theta: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """E_o[sum_t A(o, t) grad log pi(o_t | o_<t)], the mean over all completions.
+
+    For logits of a table, grad log pi(a | n) is one at a, less pi(. | n), all in row n.
+
+    Args:
+        theta: (..., N, V + 1) logits; weights: (..., S, L), A(o, t) with the 1/|o| of the
+            objective in it.
+
+    Returns:
+        (..., N, V + 1) fp64.
+    """
+    p = string_logprobs(strings, theta).exp()
+    weights = (p[..., None] * weights * strings.mask).flatten(-2)
+    where = (strings.prefixes * theta.shape[-1] + strings.tokens).flatten()
+    counts = torch.zeros(theta.shape, dtype=torch.float64).flatten(-2)
+    counts = counts.index_add(-1, where, weights).view(theta.shape)
+    return counts - log_policy(strings, theta).exp() * counts.sum(-1, keepdim=True)
+
+
+def added_score(strings: Strings, theta: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """S(o) = sum_t g_t, g_t = grad log pi(o_t | o_<t) . change (paper, Theorem 4.1).
+
+    Args:
+        theta: (..., N, V + 1) logits at which the gradient is taken, theta_GRPO.
+        change: (..., N, V + 1), the parameter change that a term of the advantage adds.
+
+    Returns:
+        (..., S) fp64: p(o) becomes p(o) (1 + S(o)) to first order.
+    """
+    inner = change - (log_policy(strings, theta).exp() * change).sum(-1, keepdim=True)
+    return (inner[..., strings.prefixes, strings.tokens] * strings.mask).sum(-1)
+
+
+def covariance(p: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Cov(a, b) under probabilities p, over the last dimension; (...,)."""
+    mean = (p * a).sum(-1, keepdim=True)
+    return (p * (a - mean) * b).sum(-1)
 
 
 @functools.cache

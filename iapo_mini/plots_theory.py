@@ -1,0 +1,180 @@
+"""Figures of the theory: Theorem 4.1, Corollary 4.2, exploration.
+
+As in :mod:`iapo_mini.plots`, every function returns a figure; nothing is shown or saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from iapo_mini.plots import LABELS, STYLES
+
+
+def _curve(ax, x, intervals, label: str, color: str, style: str) -> None:
+    """Means joined by a line, their 95% intervals as a band."""
+    mean, low, high = np.array(intervals).T
+    ax.plot(x, mean, style, color=color, ms=4, lw=1.5, label=label)
+    ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
+
+
+def _predicted_measured(ax, looks: Mapping[str, tuple], unit: str) -> None:
+    """Measured against predicted, both per unit of step, and the line on which they are equal.
+
+    Args:
+        looks: label -> ``(points, eta, color, marker)``, points ``[predicted, measured]``.
+    """
+    for label, (points, eta, color, marker) in looks.items():
+        x, y = np.array(points) / eta
+        ax.scatter(x, y, s=12, color=color, marker=marker, alpha=0.6, lw=0.8, label=label)
+    low, high = ax.get_xlim()
+    ax.plot([low, high], [low, high], "k-", lw=0.8, zorder=0)
+    ax.set_xlim(low, high)
+    ax.locator_params(nbins=5)
+    ax.set_xlabel(f"predicted change per unit step ({unit})")
+    ax.set_ylabel(f"measured change per unit step ({unit})")
+    ax.legend(frameon=False, fontsize=8)
+
+
+def _error_by_step(ax, etas: Sequence[float], curves: Mapping[str, tuple]) -> None:
+    """Relative error of the prediction by step size; label -> ``(intervals, color, style)``."""
+    for label, (intervals, color, style) in curves.items():
+        _curve(ax, etas, np.maximum(intervals, 1e-9), label, color, style)
+    first = min(intervals[0][0] for intervals, _, _ in curves.values())
+    ax.plot(etas, 0.5 * first * np.array(etas) / etas[0], "k:", lw=1, label="proportional to step")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_ylim(bottom=0.2 * first)
+    ax.set_xlabel("step size")
+    ax.set_ylabel("|measured - predicted| / |predicted|")
+    ax.legend(frameon=False, fontsize=8)
+
+
+def theory_theorem(theorem: Mapping) -> Figure:
+    """Theorem 4.1: is the change of expected length the covariance?
+
+    Args:
+        theorem: that section of ``results/theory.json``.
+    """
+    fig = Figure(figsize=(10, 3.5), layout="constrained")
+    left, middle, right = fig.subplots(1, 3)
+    etas, points = theorem["etas"], theorem["informativeness"]["points"]
+    _predicted_measured(
+        left,
+        {
+            "step 10": (points["10.0"], 10, "#E69F00", "x"),
+            "step 0.1": (points["0.1"], 0.1, "#0072B2", "o"),
+        },
+        "tokens",
+    )
+    left.set_title("each point a world; on the line: exact", fontsize=10)
+    looks = {
+        "informativeness": ("#0072B2", "o-"), "random direction": ("#D55E00", "s--"),
+    }  # fmt: skip
+    sections = dict(zip(looks, (theorem["informativeness"], theorem["control"])))
+    for label, (color, style) in looks.items():
+        _curve(middle, etas, sections[label]["slope"], label, color, style)
+    middle.axhline(1, color="black", lw=0.8)
+    middle.set_xscale("log")
+    middle.set_xlabel("step size")
+    middle.set_ylabel("slope of measured on predicted")
+    middle.set_title("slope: 1 for small steps", fontsize=10)
+    middle.legend(frameon=False, fontsize=8)
+    _error_by_step(right, etas, {k: (sections[k]["error"], *look) for k, look in looks.items()})
+    right.set_title("the error shrinks with the step", fontsize=10)
+    for ax in (left, middle, right):
+        ax.grid(alpha=0.3)
+    return fig
+
+
+def theory_corollary(corollary: Mapping) -> Figure:
+    """Corollary 4.2: where informativeness per token falls with length, and what length does.
+
+    Args:
+        corollary: that section of ``results/theory.json``.
+    """
+    fig = Figure(figsize=(10, 3.5), layout="constrained")
+    left, middle, right = fig.subplots(1, 3)
+    colors = {"filler": ("#0072B2", "o"), "clue": ("#D55E00", "s")}
+    for world, (color, marker) in colors.items():
+        by_length = corollary["tables"][world]["by_length"]
+        x = [int(n) for n in by_length]
+        _curve(left, x, list(by_length.values()), f"{world} worlds", color, f"{marker}-")
+        for method in ("grpo", "iapo"):
+            path = corollary["paths"][world][method]
+            label = f"{world}, {LABELS[method]}"
+            _curve(middle, range(len(path)), path, label, color, STYLES[method])
+    left.set_xlabel("completion length (tokens)")
+    left.set_title("the premise holds (filler), fails (clue)", fontsize=10)
+    middle.set_xlabel("updates")
+    middle.set_ylabel("expected length (tokens)")
+    middle.set_title("length follows", fontsize=10)
+    by_length = corollary["stories"]["by_length"]
+    x = [float(r) for r in by_length]
+    _curve(right, x, list(by_length.values()), "sampled", "#009E73", "D-")
+    if "1" in by_length:
+        mean = by_length["1"][0]
+        right.plot(x, mean / np.array(x), "k:", lw=1, label="equal information in all")
+    right.set_xlabel("length / mean length of the story")
+    right.set_title("embedded policy on test stories", fontsize=10)
+    left.axhline(0, color="black", lw=0.8)
+    right.set_ylim(bottom=0)
+    for ax in (left, right):
+        ax.set_ylabel("informativeness (nats per token)")
+    for ax in (left, middle, right):
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False, fontsize=8)
+    return fig
+
+
+def theory_exploration(exploration: Mapping) -> Figure:
+    """Entropy after a step with A = +pi or A = -pi: as predicted, and with the sign it should have?
+
+    Args:
+        exploration: that section of ``results/theory.json``.
+    """
+    fig = Figure(figsize=(10, 3.5), layout="constrained")
+    left, middle, right = fig.subplots(1, 3)
+    looks = {
+        "plus": ("A = +pi (correct)", "#0072B2", "o"),
+        "minus": ("A = -pi (incorrect)", "#D55E00", "s"),
+    }
+    _predicted_measured(
+        left,
+        {
+            label: (exploration[name]["points"]["0.1"], 0.1, color, marker)
+            for name, (label, color, marker) in looks.items()
+        },
+        "nats",
+    )
+    left.set_title("entropy, step 0.1; each point a policy", fontsize=10)
+    _error_by_step(
+        middle,
+        exploration["etas"],
+        {
+            label: (exploration[name]["error"], color, marker + ("-" if name == "plus" else "--"))
+            for name, (label, color, marker) in looks.items()
+        },
+    )
+    middle.set_title("the error shrinks with the step", fontsize=10)
+    for side, (name, (label, color, _)) in zip((-0.2, 0.2), looks.items()):
+        shares = [
+            exploration[name]["right_sign"],
+            exploration[name]["right_sign_plain"],
+            exploration["strings"][name],
+        ]
+        mean, low, high = np.array(shares).T
+        x = np.arange(len(mean)) + side
+        right.bar(x, mean, 0.38, color=color, alpha=0.75, hatch="" if name == "plus" else "//",
+                  edgecolor="white", label=label)  # fmt: skip
+        right.errorbar(x, mean, [mean - low, high - mean], fmt="none", color="black", capsize=3)
+    right.set_xticks(range(3), ["natural\ngradient", "plain\ngradient", "completions,\nnormalised"])
+    right.set_ylabel("share with the paper's sign")
+    right.set_title("+pi lowers, -pi raises entropy?", fontsize=10)
+    right.set_ylim(0, 1.05)
+    right.set_axisbelow(True)
+    for ax in (left, middle, right):
+        ax.grid(alpha=0.3)
+    return fig

@@ -1,0 +1,641 @@
+"""The paper's theory held against what happens: Theorem 4.1, Corollary 4.2, exploration.
+
+:func:`theory` writes ``figures/results/theory.json`` and ``figures/theory_*.png``. An *interval* is
+``[mean, low, high]``, 95% by Student's t over seeds; a *curve* is one interval per step size.
+
+    theorem      etas, and for informativeness and for a random direction ("control"):
+                 slope (curve of measured on predicted change of length, through the origin),
+                 error (curve of |measured - predicted| over |predicted|), order (interval, of the
+                 error in eta, on small steps), points (predicted and measured, one seed)
+    corollary    tables: random, filler, clue -> premise (share of worlds in which informativeness
+                 per token falls with length), shorter and shorter_raw (share in which the step
+                 shortens, with s normalised within the completion and with s as it is),
+                 covariance (of length and informativeness per token, nats), change (of length per
+                 unit step, tokens), by_length (tokens -> interval, nats per token);
+                 paths: filler, clue -> grpo, iapo (curve of expected length over updates)
+                 stories: correlation, covariance (nats), slope (nats per token, for each token
+                 more), total (correlation of the whole information with length), spread (standard
+                 deviation of the whole information within a story, nats), by_steps (correlation),
+                 by_length (length over the story's mean -> interval, nats per token)
+    policy       the theorem on the embedded policy: predicted and measured change of length
+                 (tokens), their difference, nats (rms of S)
+    exploration  etas, plus and minus -> slope, error, order as above, right_sign, right_sign_plain
+                 (share of policies whose entropy moves as the paper says, natural gradient or plain
+                 gradient), points; strings -> right_sign (share of worlds, with the term as IAPO
+                 has it: normalised within the completion)
+    preset, versions
+
+In the tables everything is exact: groups are infinite (mean and standard deviation of the reward
+are the policy's), every completion is enumerated in fp64, the posterior of the answer is Bayes'.
+The reward is 1 for the correct answer and 0 otherwise, alpha and beta are 1 and stand in the step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from iapo_mini import plots_theory
+from iapo_mini.advantages import normalize
+from iapo_mini.evaluation import mean_interval
+from iapo_mini.exact import (
+    Strings,
+    added_score,
+    covariance,
+    entropy,
+    every_string,
+    log_policy,
+    policy_gradient,
+    string_drops,
+    string_logprobs,
+    strings_of,
+)
+from iapo_mini.experiments import results_path
+from iapo_mini.information import answer_entropies, informativeness
+from iapo_mini.policy import Policy, load_policy
+from iapo_mini.rollouts import Rollouts, sample, token_logprobs
+from iapo_mini.runs import versions, write_json
+from iapo_mini.tasks import Problem, stories
+from iapo_mini.trainer import writable_folder
+
+ETAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Step sizes; the order of the error is fitted on those up to 0.3."""
+
+Interval = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Size of the experiments.
+
+    Attributes:
+        seeds: draws of worlds, stories and completions; intervals are over them.
+        worlds: tabular worlds or policies per seed.
+        stories: test stories per seed, an even number, eight completions each.
+        updates: of the paths.
+    """
+
+    seeds: int
+    worlds: int
+    stories: int
+    updates: int
+
+
+PRESETS = {
+    "quick": Preset(seeds=2, worlds=10, stories=2, updates=5),
+    "full": Preset(seeds=5, worlds=200, stories=60, updates=60),
+}
+
+
+def share(values: Sequence[float]) -> Interval:
+    """Mean and interval of shares: Student's t knows no bounds, a share does."""
+    mean, low, high = mean_interval(values)
+    return mean, max(low, 0.0), min(high, 1.0)
+
+
+# Worlds: the completions, and how answers and policies are drawn.
+
+
+def random_worlds(count: int, seed: int) -> tuple[Strings, torch.Tensor, torch.Tensor]:
+    """All strings of up to four of two symbols; the answer (of three) hangs on the whole string.
+
+    What is told in all, H(y) - H(y | o), is the same for every completion (chain rule), so the
+    premise of Corollary 4.2 holds here by itself.
+
+    Returns:
+        The strings, logits (count, N, V + 1) and p(y | o) (count, S, 3), one answer in ten drawn
+        at random; answer 0 is the correct one.
+    """
+    strings = strings_of(every_string(2, 4), 2)
+    generator = torch.Generator().manual_seed(seed)
+    read = torch.randint(3, (count, len(strings.mask)), generator=generator)
+    answers = 0.9 * torch.nn.functional.one_hot(read, 3).double() + 0.1 / 3
+    return strings, random_logits(strings, count, generator), answers
+
+
+def filler_worlds(count: int, seed: int) -> tuple[Strings, torch.Tensor, torch.Tensor]:
+    """Talk, then the answer: up to six times a symbol that says nothing, then one of three answers.
+
+    Every completion tells all there is to tell, so a longer one tells less per token: the premise
+    of Corollary 4.2 holds. Returns as :func:`random_worlds`.
+    """
+    strings = strings_of([(3,) * m + (a,) for m in range(7) for a in range(3)], 4)
+    answers = torch.eye(3, dtype=torch.float64).repeat(7, 1).expand(count, -1, -1)
+    theta = random_logits(strings, count, torch.Generator().manual_seed(seed))
+    theta[..., 3] += 2  # a talker
+    return strings, theta, answers
+
+
+def clue_worlds(count: int, seed: int) -> tuple[Strings, torch.Tensor, torch.Tensor]:
+    """One clue or more: the answer has four bits, every symbol tells one, the rest is guessed.
+
+    m clues and the end-of-sequence token tell m ln 2 nats in m + 1 tokens (with even odds), more
+    per token the longer the completion: the premise fails. Returns as :func:`random_worlds`.
+    """
+    told = every_string(2, 4)
+    answers = torch.tensor(
+        [[float(leaf[: len(o)] == o) for leaf in every_string(2, 4, 4)] for o in told]
+    ).double()
+    answers = (answers / answers.sum(1, keepdim=True)).expand(count, -1, -1)
+    strings = strings_of(told, 2)
+    return strings, random_logits(strings, count, torch.Generator().manual_seed(seed)), answers
+
+
+WORLDS = {"random": random_worlds, "filler": filler_worlds, "clue": clue_worlds}
+
+
+def random_logits(strings: Strings, count: int, generator: torch.Generator) -> torch.Tensor:
+    """(count, N, V + 1) fp64, normal with standard deviation 1."""
+    size = (count, *strings.allowed.shape)
+    return torch.randn(size, generator=generator, dtype=torch.float64)
+
+
+# Theorem 4.1
+
+
+def reward_direction(strings: Strings, theta: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """GRPO's ascent direction E[1/|o| sum_t norm(r) grad log pi(o_t)], (..., N, V + 1).
+
+    Args:
+        theta: (..., N, V + 1) logits; answers: (..., S, Y), p(y | o); y = 0 is correct.
+    """
+    right = answers[..., 0]
+    mean = (string_logprobs(strings, theta).exp() * right).sum(-1, keepdim=True)
+    advantage = (right - mean) / (mean * (1 - mean)).sqrt()
+    return token_direction(strings, theta, advantage[..., None] * strings.mask)
+
+
+def token_direction(strings: Strings, theta: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """What a token term adds to it: E[1/|o| sum_t values(o, t) grad log pi(o_t)].
+
+    Args:
+        theta: (..., N, V + 1); values: (..., S, L), such as norm(s_t, s) within the completion.
+    """
+    return policy_gradient(strings, theta, values / strings.lengths[:, None])
+
+
+def normalized_drops(strings: Strings, theta: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """norm(s_t, s) over the tokens of each completion, as training has it, (..., S, L)."""
+    return normalize(string_drops(strings, theta, answers), strings.mask).double()
+
+
+def expected_length(strings: Strings, theta: torch.Tensor) -> torch.Tensor:
+    """E[|o|], (...,) tokens."""
+    return string_logprobs(strings, theta).exp() @ strings.lengths
+
+
+def length_change(
+    strings: Strings, theta: torch.Tensor, change: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Theorem 4.1: ``(measured, predicted)`` change of the expected length, (...,) tokens each.
+
+    Args:
+        theta: (..., N, V + 1), theta_GRPO; change: what is added to it, eta included.
+
+    Returns:
+        E[|o|] after the change less E[|o|] before it, and Cov(|o|, S(o)) under theta_GRPO.
+    """
+    measured = expected_length(strings, theta + change) - expected_length(strings, theta)
+    p = string_logprobs(strings, theta).exp()
+    return measured, covariance(p, strings.lengths, added_score(strings, theta, change))
+
+
+def agreement(
+    change: Callable[[int, float], tuple[torch.Tensor, torch.Tensor]],
+    seeds: int,
+    etas: Sequence[float] = ETAS,
+) -> dict:
+    """Slope and relative error of measured on predicted change by step size, and the error's order.
+
+    Args:
+        change: (seed, eta) -> (measured, predicted), (count,) each.
+        seeds: how many; etas: step sizes, at least two up to 0.3.
+
+    Returns:
+        ``slope``, ``error`` (one interval per step size), ``order``, and ``points`` of seed 0 at
+        the step sizes 0.1 and 10 if they are among them: ``[predicted, measured]`` lists.
+    """
+    slopes, errors, orders, points = [], [], [], {}
+    small = [eta for eta in etas if eta <= 0.3]
+    for seed in range(seeds):
+        pairs = [change(seed, eta) for eta in etas]
+        slopes.append([float((m * p).sum() / (p * p).sum()) for m, p in pairs])
+        errors.append([float((m - p).norm() / p.norm()) for m, p in pairs])
+        x = torch.tensor(small).double().log()
+        y = torch.tensor(errors[-1][: len(small)]).double().log()
+        orders.append(float(((x - x.mean()) * y).sum() / (x - x.mean()).square().sum()))
+        if seed == 0:
+            points = {
+                str(eta): [p.tolist(), m.tolist()]
+                for eta, (m, p) in zip(etas, pairs)
+                if eta in (0.1, 10.0)
+            }
+    return {
+        "slope": [mean_interval(x) for x in zip(*slopes)],
+        "error": [mean_interval(x) for x in zip(*errors)],
+        "order": mean_interval(orders),
+        "points": points,
+    }
+
+
+def theorem(preset: Preset) -> dict:
+    """Theorem 4.1 in random worlds, for the informativeness term and for a random direction."""
+
+    def change(seed: int, eta: float, random: bool = False):
+        strings, theta, answers = random_worlds(preset.worlds, seed)
+        added = token_direction(strings, theta, normalized_drops(strings, theta, answers))
+        if random:
+            other = torch.randn(added.shape, generator=torch.Generator().manual_seed(seed)).double()
+            other = other * strings.allowed
+            added = other * added.norm(dim=(-2, -1), keepdim=True)
+            added = added / other.norm(dim=(-2, -1), keepdim=True)
+        theta = theta + eta * reward_direction(strings, theta, answers)
+        return length_change(strings, theta, eta * added)
+
+    return {
+        "etas": list(ETAS),
+        "informativeness": agreement(change, preset.seeds),
+        "control": agreement(lambda seed, eta: change(seed, eta, True), preset.seeds),
+    }
+
+
+# Corollary 4.2
+
+
+def corollary_tables(preset: Preset, eta: float = 0.01) -> dict:
+    """Premise and conclusion of Corollary 4.2 in three kinds of worlds, one small step each."""
+    out = {}
+    for name, draw in WORLDS.items():
+        found: dict[str, list] = {}
+        by_length: dict[int, list] = {}
+        for seed in range(preset.seeds):
+            strings, theta, answers = draw(preset.worlds, seed)
+            p, lengths = string_logprobs(strings, theta).exp(), strings.lengths
+            drops = string_drops(strings, theta, answers)
+            per_token = drops.sum(-1) / lengths
+            cov = covariance(p, lengths, per_token)
+            changes = []
+            for values in (normalized_drops(strings, theta, answers), drops):
+                step = eta * token_direction(strings, theta, values)
+                grpo = theta + eta * reward_direction(strings, theta, answers)
+                changes.append(length_change(strings, grpo, step)[0] / eta)
+            for key, value in (
+                ("premise", cov < 0), ("shorter", changes[0] < 0), ("shorter_raw", changes[1] < 0),
+                ("covariance", cov), ("change", changes[0]),
+            ):  # fmt: skip
+                found.setdefault(key, []).append(float(value.double().mean()))
+            for n in lengths.unique().tolist():
+                here = p * (lengths == n)
+                mean = (here * per_token).sum(-1) / here.sum(-1)
+                by_length.setdefault(int(n), []).append(float(mean.mean()))
+        shares = ("premise", "shorter", "shorter_raw")
+        out[name] = {k: (share if k in shares else mean_interval)(v) for k, v in found.items()}
+        out[name]["by_length"] = {str(n): mean_interval(v) for n, v in by_length.items()}
+    return out
+
+
+def corollary_paths(preset: Preset, eta: float = 1.0) -> dict:
+    """Expected length over many updates, GRPO against IAPO, in filler and in clue worlds."""
+    out = {}
+    for name in ("filler", "clue"):
+        runs: dict[str, list] = {"grpo": [], "iapo": []}
+        for seed, method in itertools.product(range(preset.seeds), runs):
+            strings, theta, answers = WORLDS[name](min(preset.worlds, 20), seed)
+            path = [float(expected_length(strings, theta).mean())]
+            for _ in range(preset.updates):
+                step = reward_direction(strings, theta, answers)
+                if method == "iapo":
+                    values = normalized_drops(strings, theta, answers)
+                    step = step + token_direction(strings, theta, values)
+                theta = theta + eta * step
+                path.append(float(expected_length(strings, theta).mean()))
+            runs[method].append(path)
+        out[name] = {m: [mean_interval(x) for x in zip(*paths)] for m, paths in runs.items()}
+    return out
+
+
+def within(values: torch.Tensor, group: int) -> torch.Tensor:
+    """Values (B,) less the mean of their group of completions of one prompt; (B,) fp64."""
+    values = values.double().view(-1, group)
+    return (values - values.mean(1, keepdim=True)).flatten()
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of two centred (B,) vectors; 0 if one does not vary."""
+    return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-300))
+
+
+def story_statistics(
+    lengths: torch.Tensor, information: torch.Tensor, steps: torch.Tensor, group: int
+) -> dict:
+    """Informativeness per token against length, within stories (Corollary 4.2's premise).
+
+    Harder stories are longer and tell more, so every number is less its story's mean.
+
+    Args:
+        lengths: (B,) tokens; information: (B,) nats, sum_t s_t of each completion.
+        steps: (B,) long, operations of the story.
+        group: completions of a story, adjacent.
+
+    Returns:
+        ``correlation``, ``covariance``, ``slope``, ``total``, ``spread``, ``by_steps`` and
+        ``by_length`` as at the head of this module, as plain numbers.
+    """
+    lengths, information = lengths.double(), information.double()
+    per_token = information / lengths
+    x, y, z = (within(v, group) for v in (lengths, per_token, information))
+    freedom = len(x) - len(x) // group
+    mean = lengths.view(-1, group).mean(1).repeat_interleave(group)
+    relative = (lengths / mean / 0.25).round() * 0.25
+    return {
+        "correlation": correlation(x, y),
+        "covariance": float((x * y).sum()) / freedom,
+        "slope": float((x * y).sum() / (x * x).sum().clamp(min=1e-300)),
+        "total": correlation(x, z),
+        "spread": math.sqrt(float(z.square().sum()) / freedom),
+        "by_steps": {
+            str(k): correlation(x[steps == k], y[steps == k]) for k in steps.unique().tolist()
+        },
+        "by_length": {
+            f"{r:g}": float(per_token[relative == r].mean())
+            for r in relative.unique().tolist()
+            if (relative == r).sum() >= 5
+        },
+    }
+
+
+def sampled(policy: Policy, problems: list[Problem], seed: int) -> Rollouts:
+    """Eight completions each, with their informativeness by the library's estimator."""
+    rollouts = sample(policy, problems, seed=seed)
+    entropies = answer_entropies(policy, rollouts)
+    rollouts.informativeness = informativeness(entropies, rollouts.completion_mask)
+    return rollouts
+
+
+def over_seeds(found: Sequence[dict]) -> dict:
+    """Numbers of every seed as intervals; keys that not every seed has are left out."""
+    out: dict = {}
+    for name, value in found[0].items():
+        if isinstance(value, dict):
+            out[name] = over_seeds(
+                [{k: f[name][k] for k in value if all(k in g[name] for g in found)} for f in found]
+            )
+        else:
+            out[name] = mean_interval([f[name] for f in found])
+    return out
+
+
+# Theorem 4.1 on the embedded policy
+
+
+def information_gradient(policy: Policy, rollouts: Rollouts) -> dict[str, torch.Tensor]:
+    """Gradient of 1/B sum_i 1/|o_i| sum_t norm(s_it, s_i) log pi(o_it) by parameter name."""
+    values = normalize(rollouts.informativeness, rollouts.completion_mask)
+    values = values / rollouts.lengths[:, None] / len(values)
+    parameters, group = policy.trainable(), rollouts.num_generations
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for start in range(0, len(values), 4 * group):  # memory
+        part = rollouts.rows(start, start + 4 * group)
+        logprobs, _ = token_logprobs(policy.model, part)
+        weights = values[start : start + 4 * group, : logprobs.shape[1]]
+        gradients = torch.autograd.grad((logprobs * weights).sum(), list(parameters.values()))
+        for name, gradient in zip(parameters, gradients):
+            total[name] += gradient
+    return total
+
+
+@torch.no_grad()
+def at(policy: Policy, change: dict[str, torch.Tensor], size: float, read: Callable):
+    """``read()`` while ``size * change`` is added to the policy's parameters."""
+    before = {name: p.clone() for name, p in policy.trainable().items()}
+    try:
+        for name, p in policy.trainable().items():
+            p.add_(change[name], alpha=size)
+        return read()
+    finally:
+        for name, p in policy.trainable().items():
+            p.copy_(before[name])
+
+
+def policy_length_change(
+    policy: Policy,
+    direction: dict[str, torch.Tensor],
+    problems: list[Problem],
+    rollouts: Rollouts,
+    seed: int,
+    nats: float = 0.5,
+) -> tuple[float, float]:
+    """Theorem 4.1 on a language model: ``(measured, predicted)`` change of mean length, tokens.
+
+    The predicted one is Cov(|o|, S(o)) within prompts, S by a central difference of log p(o). It
+    needs a direction that was found on *other* completions: a completion's own part in the gradient
+    would raise its S. The measured one is half the difference between a step forth and a step back,
+    which leaves out what is quadratic in the step.
+
+    Args:
+        policy: the policy, every weight trainable; unchanged afterwards.
+        direction: by parameter name.
+        problems, rollouts: completions of the policy, whole groups in the order of the problems.
+        seed: of the samples after the steps; both see the same random numbers, so that choices
+            which the step does not change cancel.
+        nats: size of the step: root mean square over completions of S(o) less its prompt's mean.
+    """
+    group = rollouts.num_generations
+    norm = math.sqrt(sum(float(g.square().sum()) for g in direction.values()))
+
+    def logprobs() -> torch.Tensor:
+        return token_logprobs(policy.for_inference(), rollouts)[0].double().sum(1)
+
+    h = 0.003 / norm
+    up, down = (at(policy, direction, x, logprobs) for x in (h, -h))
+    score = within((up - down) / (2 * h), group)
+    eta = nats / float(score.square().mean().sqrt())
+    lengths = within(rollouts.lengths, group)
+    predicted = eta * float((score * lengths).sum()) / (len(lengths) - len(lengths) // group)
+
+    def mean_length() -> float:
+        moved = sample(policy, problems, num_generations=group, seed=seed)
+        return float(moved.lengths.double().mean())
+
+    forth, back = (at(policy, direction, x, mean_length) for x in (eta, -eta))
+    return (forth - back) / 2, predicted
+
+
+def story_experiments(preset: Preset, progress: bool = True) -> tuple[dict, dict]:
+    """``corollary.stories`` and ``policy``, from the embedded policy's samples of test stories.
+
+    One half of a seed's stories gives the direction, the other half is judged.
+    """
+    policy = load_policy(lora_rank=0)
+    found, pairs, half, nats = [], [], preset.stories // 2, 0.5
+    for seed in tqdm(range(preset.seeds), desc="stories", unit="seed", disable=not progress):
+        problems = list(itertools.islice(stories("test", seed=seed), preset.stories))
+        first = sampled(policy, problems[:half], 2 * seed)
+        second = sampled(policy, problems[half:], 2 * seed + 1)
+        group = first.num_generations
+        found.append(
+            story_statistics(
+                torch.cat([first.lengths, second.lengths]),
+                torch.cat([r.informativeness.sum(1) for r in (first, second)]),
+                torch.tensor([len(p.steps) for p in problems]).repeat_interleave(group),
+                group,
+            )
+        )
+        direction = information_gradient(policy, first)
+        pairs.append(
+            policy_length_change(policy, direction, problems[half:], second, 2 * seed + 1, nats)
+        )
+    measured, predicted = zip(*pairs)
+    return over_seeds(found), {
+        "nats": nats, "measured": mean_interval(measured), "predicted": mean_interval(predicted),
+        "difference": mean_interval([m - p for m, p in pairs]),
+    }  # fmt: skip
+
+
+# Exploration
+
+
+def entropy_change(
+    logits: torch.Tensor, advantages: torch.Tensor, eta: float, natural: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(measured, predicted)`` change of a policy's entropy by one step, (...,) nats each.
+
+    H(pi_new) - H(pi_0) ~ -eta Cov_{o~pi_0}(log pi_0(o), A(o)) (paper, exploration) is what the
+    natural gradient of E[A] gives, which adds eta A to the logits: pi_new ~ pi_0 exp(eta A). The
+    plain gradient adds eta pi_0 (A - E[A]) instead, and the same formula holds with that for A.
+
+    Args:
+        logits: (..., V) fp64; advantages: (..., V), A of every choice; eta: step size.
+        natural: which of the two.
+    """
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    mean = (p * advantages).sum(-1, keepdim=True)
+    step = eta * (advantages if natural else p * (advantages - mean))
+    measured = entropy((logits + step).softmax(-1)) - entropy(p)
+    return measured, -covariance(p, log_p, step)
+
+
+def completion_entropy_change(
+    strings: Strings, theta: torch.Tensor, change: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for whole completions: change of H(p(o)) and -Cov(log p(o), S(o)), (...,) nats."""
+    before, after = (string_logprobs(strings, x) for x in (theta, theta + change))
+    measured = (before.exp() * before).sum(-1) - (after.exp() * after).sum(-1)
+    return measured, -covariance(before.exp(), before, added_score(strings, theta, change))
+
+
+def exploration(preset: Preset, choices: int = 8, eta: float = 0.01) -> dict:
+    """Entropy after A = +pi_0 and A = -pi_0, for random policies over ``choices`` tokens."""
+
+    def logits(seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return 1.5 * torch.randn(preset.worlds, choices, generator=generator, dtype=torch.float64)
+
+    def right(sign: int, measured: torch.Tensor) -> float:
+        return float((sign * measured < 0).double().mean())
+
+    out: dict = {"etas": list(ETAS), "choices": choices, "strings": {}}
+    for name, sign in (("plus", 1), ("minus", -1)):
+
+        def change(seed: int, eta: float, natural: bool = True, sign: int = sign):
+            drawn = logits(seed)
+            return entropy_change(drawn, sign * drawn.softmax(-1), eta, natural)
+
+        seeds = range(preset.seeds)
+        out[name] = agreement(change, preset.seeds) | {
+            "right_sign": share([right(sign, change(s, eta)[0]) for s in seeds]),
+            "right_sign_plain": share([right(sign, change(s, eta, False)[0]) for s in seeds]),
+        }
+        shares = []
+        for seed in seeds:
+            strings, theta, _ = random_worlds(preset.worlds, seed)
+            chosen = log_policy(strings, theta).exp()[..., strings.prefixes, strings.tokens]
+            values = normalize(sign * chosen, strings.mask).double()
+            step = eta * token_direction(strings, theta, values)
+            shares.append(right(sign, completion_entropy_change(strings, theta, step)[0]))
+        out["strings"][name] = share(shares)
+    return out
+
+
+def theory(preset: str = "full", figures: str | Path = "figures", progress: bool = True) -> dict:
+    """Run every experiment, write ``results/theory.json`` and the figures.
+
+    Files are written at the end, each whole or not at all: a run that is stopped changes nothing.
+
+    Args:
+        preset: a key of ``PRESETS``; figures: folder of figures; progress: show progress bars.
+
+    Returns:
+        The content of the results file, as described at the head of this module.
+
+    Raises:
+        ValueError: for an unknown preset, or a folder where nothing can be written.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}; allowed are {', '.join(PRESETS)}.")
+    figures, sizes = Path(figures), PRESETS[preset]
+    writable_folder(figures / "results", "figures")
+    results: dict = {"preset": {"name": preset} | asdict(sizes), "versions": versions()}
+    results["theorem"] = theorem(sizes)
+    results["exploration"] = exploration(sizes)
+    results["corollary"] = {"tables": corollary_tables(sizes), "paths": corollary_paths(sizes)}
+    results["corollary"]["stories"], results["policy"] = story_experiments(sizes, progress)
+    write_json(results_path(figures, "theory", preset), results)
+    draw(results, figures)
+    return results
+
+
+def draw(results: dict, figures: Path) -> None:
+    """Every figure, from the content of ``results/theory.json``."""
+    ending = "" if results["preset"]["name"] == "full" else f"_{results['preset']['name']}"
+    for name in ("theorem", "corollary", "exploration"):
+        figure = getattr(plots_theory, f"theory_{name}")(results[name])
+        figure.savefig(figures / f"theory_{name}{ending}.png", dpi=150)
+
+
+def summary(results: dict) -> str:
+    """One line for each claim, in Markdown: what the paper says, what was found."""
+
+    def cell(values: Sequence[float], digits: int = 3) -> str:
+        return "{} [{}, {}]".format(*(f"{v:.{digits}f}" for v in values))
+
+    theorem, exploration = results["theorem"], results["exploration"]
+    tables, told = results["corollary"]["tables"], results["corollary"]["stories"]
+    policy = results["policy"]
+    rows = [
+        ("Theorem 4.1, slope of measured on predicted at the smallest step", "1",
+         cell(theorem["informativeness"]["slope"][0], 5)),
+        ("the same for a random direction", "1", cell(theorem["control"]["slope"][0], 5)),
+        ("order of the relative error in the step", "1", cell(theorem["informativeness"]["order"])),
+        ("embedded policy, a step's change of length (tokens)",
+         cell(policy["predicted"], 1), cell(policy["measured"], 1)),
+        ("Corollary 4.2, stories: correlation of informativeness per token with length", "negative",
+         cell(told["correlation"])),
+    ]  # fmt: skip
+    for name, says in (("random", "1"), ("filler", "1"), ("clue", "0")):
+        rows += [
+            (f"{name} worlds: share in which informativeness per token falls with length", says,
+             cell(tables[name]["premise"])),
+            (f"{name} worlds: share in which the step shortens", says,
+             cell(tables[name]["shorter"])),
+            ("the same, s not normalised", says, cell(tables[name]["shorter_raw"])),
+        ]  # fmt: skip
+    for name, says in (("plus", "falls"), ("minus", "rises")):
+        rows += [
+            (f"exploration, A = {'+' if name == 'plus' else '-'}pi: slope", "1",
+             cell(exploration[name]["slope"][0], 5)),
+            (f"share of policies whose entropy {says}, natural gradient", "1",
+             cell(exploration[name]["right_sign"])),
+            ("the same, plain gradient", "", cell(exploration[name]["right_sign_plain"])),
+            ("the same, completions, term normalised within each", "",
+             cell(exploration["strings"][name])),
+        ]  # fmt: skip
+    lines = ["| claim | theory | found (95% interval over seeds) |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {a} | {b} | {c} |" for a, b, c in rows])
