@@ -47,10 +47,11 @@ import torch
 
 from iapo_mini import plots, plots_methods
 from iapo_mini.evaluation import mean_interval
+from iapo_mini.information import answer_entropies, informativeness
 from iapo_mini.policy import load_policy
-from iapo_mini.rollouts import sample
+from iapo_mini.rollouts import from_texts, sample
 from iapo_mini.runs import START, Size, collect, make_jobs, run_all, versions, write_json
-from iapo_mini.tasks import stories
+from iapo_mini.tasks import Problem, stories
 from iapo_mini.trainer import writable_folder
 
 RECIPES: dict[str, dict] = {
@@ -334,7 +335,15 @@ def table1(
         figures / f"{name}_tradeoff.png", dpi=150
     )
     plots_methods.by_steps(results["methods"]).savefig(figures / f"{name}_steps.png", dpi=150)
-    case_study(jobs).savefig(figures / f"{_name('case_study', preset)}.png", dpi=150)
+    question, texts = answers_to_one_story(jobs)
+    tokenizer = load_policy(lora_rank=0).tokenizer
+    plots_methods.case_study(question, texts, tokenizer).savefig(
+        figures / f"{_name('case_study', preset)}.png", dpi=150
+    )
+    shown = {name: texts[name] for name in (START, "grpo", "iapo") if name in texts}
+    plots_methods.heat_maps(question, _informed(jobs, question, shown)).savefig(
+        figures / f"{_name('heat_maps', preset)}.png", dpi=150
+    )
     return results
 
 
@@ -369,16 +378,18 @@ def _policy_of(job: dict):
     return load_policy(adapter=str(Path(job["run"]) / "train" / "final"), lora_rank=0)
 
 
-def case_study(jobs: Sequence[dict]):
-    """One test story answered by each policy of the first seed (paper, Fig. 7), as a figure.
+def answers_to_one_story(jobs: Sequence[dict]) -> tuple[str, dict[str, str]]:
+    """One test story and how each policy of the first seed answers it (paper, Fig. 7 and 14).
 
     The story is the first with at least four operations that every policy answers right at least
-    once; shown is each policy's right completion of median length.
+    once (failing that, the first that they do); each policy shows its right completion of median
+    length. ``(sentence, {})`` when there is no such story.
     """
     problems = list(itertools.islice(stories("test", seed=0), jobs[0]["evaluation"]["problems"]))
-    own = [job for job in jobs if job["seed"] == jobs[0]["seed"]]
     right: dict[str, dict[int, list[dict]]] = {}
-    for job in own:
+    for job in jobs:
+        if job["seed"] != jobs[0]["seed"]:
+            continue
         lines = (Path(job["run"]) / "completions.jsonl").read_text().splitlines()
         rows = right.setdefault(Path(job["run"]).name.rsplit("-", 1)[0], {})
         for completion in map(json.loads, lines):
@@ -386,15 +397,26 @@ def case_study(jobs: Sequence[dict]):
                 rows.setdefault(completion["problem"], []).append(completion)
     common = set.intersection(*(set(rows) for rows in right.values()))
     if not common:
-        nobody = "No story was answered right by every policy."
-        return plots_methods.case_study(nobody, {}, None)
+        return "No story was answered right by every policy.", {}
     asked = min(common, key=lambda i: (len(problems[i].steps) < 4, i))
     texts = {}
     for name, rows in right.items():
         found = sorted(rows[asked], key=lambda c: c["tokens"])
         texts[name] = found[len(found) // 2]["text"]
-    tokenizer = load_policy(lora_rank=0).tokenizer
-    return plots_methods.case_study(problems[asked].question, texts, tokenizer)
+    return problems[asked].question, texts
+
+
+def _informed(jobs: Sequence[dict], question: str, texts: dict[str, str]) -> dict[str, tuple]:
+    """Method -> token texts and informativeness (nats) of its completion, by its own policy."""
+    out = {}
+    for name, text in texts.items():
+        (job,) = [j for j in jobs if Path(j["run"]).name == f"{name}-{jobs[0]['seed']}"]
+        policy = _policy_of(job)
+        rollouts = from_texts(policy, [Problem(question, "")], [text])
+        s = informativeness(answer_entropies(policy, rollouts), rollouts.completion_mask)[0]
+        ids = rollouts.completion_ids[0].tolist()[:-1]  # without the end of the sequence
+        out[name] = [policy.tokenizer.decode([i]) for i in ids], s.tolist()[:-1]
+    return out
 
 
 def ablation(

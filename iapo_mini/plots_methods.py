@@ -9,6 +9,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
@@ -83,62 +86,95 @@ def by_steps(methods: Mapping[str, Mapping]) -> Figure:
     return fig
 
 
+COLUMNS = 110
+"""Letters per line of a completion."""
+
+
 def case_study(question: str, texts: Mapping[str, str], tokenizer) -> Figure:
     """One story answered by several policies, every token on the colour of its role (Fig. 7).
 
     Args:
         question: the story; texts: method -> completion; tokenizer: counts and cuts the tokens.
     """
-    columns = 110
-    blocks = []
+    blocks = {}
     for name, text in texts.items():
         ids = tokenizer.encode(text, add_special_tokens=False)
         pieces = [tokenizer.decode([i]) for i in ids]
-        lines: list[list[tuple[str, str]]] = [[]]
-        used = 0
-        for piece, role in zip(pieces, token_roles(tokenizer, ids)):
-            if used + len(piece) > columns:
-                lines.append([])
-                used = 0
-            lines[-1].append((piece.replace("\n", " "), role))
-            used += len(piece)
-        blocks.append((f"{LABELS.get(name, name)}: {len(ids)} tokens", lines))
-    told = textwrap.wrap(question, columns)
-    rows = len(told) + sum(len(lines) + 1.5 for _, lines in blocks) + 2
-    size = 8.2
-    # A monospaced letter is 0.602 of its size wide: the axis counts letters.
-    fig = Figure(figsize=((columns + 2) * 0.602 * size / 72 / 0.98, 0.22 * rows + 0.2))
-    ax = fig.add_axes((0.01, 0.01, 0.98, 0.98))
-    ax.set_axis_off()
-    ax.set_xlim(0, columns + 2)
-    ax.set_ylim(rows, 0)
-    text = {"family": "monospace", "fontsize": size, "va": "center"}
-    for y, line in enumerate(told):
-        ax.text(0, y + 0.7, line, style="italic", **text)
-    y = len(told) + 1.2
-    for title, lines in blocks:
-        ax.text(0, y, title, weight="bold", **text)
-        y += 1
-        for line in lines:
-            x = 0
-            for piece, role in line:
-                color = COLORS[role]
-                ax.add_patch(_patch(x, y, len(piece), color))
-                ax.text(x, y, piece, **text)
-                x += len(piece)
-            y += 1
-        y += 0.5
-    handles = [Patch(color=COLORS[r], alpha=0.45, label=r) for r in (*ROLES, "format", "other")]
+        colors = [to_rgba(COLORS[role], 0.45) for role in token_roles(tokenizer, ids)]
+        title = f"{LABELS.get(name, name)}: {len(ids)} tokens"
+        blocks[title] = list(zip(pieces, colors))
+    fig, ax = _stacked(question, blocks)
+    handles = [
+        Patch(color=to_rgba(COLORS[r], 0.45), label=r) for r in (*ROLES, "format", "other")
+    ]
     ax.legend(
         handles=handles, ncols=8, frameon=False, loc="lower left", fontsize=8, borderaxespad=0
     )
     return fig
 
 
-def _patch(x: float, y: float, width: float, color: str):
+def heat_maps(question: str, completions: Mapping[str, tuple], span: float = 2.0) -> Figure:
+    """Informativeness of every token in the answers of several policies (Fig. 14).
+
+    Args:
+        question: the story; completions: method -> ``(pieces, values)``, token texts and nats.
+        span: nats at which the colour is full, in both directions.
+    """
+    scale = ScalarMappable(Normalize(-span, span), colormaps["PuOr_r"])
+    blocks = {
+        f"{LABELS.get(name, name)}: {len(pieces)} tokens, {sum(values):.2f} nats in all": [
+            (piece, (*scale.to_rgba(value)[:3], 0.8)) for piece, value in zip(pieces, values)
+        ]
+        for name, (pieces, values) in completions.items()
+    }
+    fig, ax = _stacked(question, blocks)
+    label = "informativeness (nats; negative: the answer becomes less sure)"
+    height = fig.get_figheight()
+    below = ax.inset_axes((0.0, 0.45 / height, 0.5, 0.1 / height))
+    fig.colorbar(scale, cax=below, orientation="horizontal", extend="both").set_label(
+        label, fontsize=8
+    )
+    below.tick_params(labelsize=7)
+    return fig
 
 
-    return Rectangle((x, y - 0.45), width, 0.9, color=color, alpha=0.45, lw=0)
+def _stacked(question: str, blocks: Mapping[str, list[tuple[str, tuple]]]):
+    """Story on top, then a titled block of text for each policy, every token on its colour."""
+    wrapped = {}
+    for title, pieces in blocks.items():
+        lines, used = [[]], 0
+        for piece, color in pieces:
+            if used + len(piece) > COLUMNS:
+                lines.append([])
+                used = 0
+            lines[-1].append((piece.replace("\n", " "), color))
+            used += len(piece)
+        wrapped[title] = lines
+    told = textwrap.wrap(question, COLUMNS)
+    rows = len(told) + sum(len(lines) + 1.5 for lines in wrapped.values()) + 4
+    size = 8.2
+    # A monospaced letter is 0.602 of its size wide: the axis counts letters.
+    fig = Figure(figsize=((COLUMNS + 2) * 0.602 * size / 72 / 0.98, 0.22 * rows + 0.2))
+    ax = fig.add_axes((0.01, 0.01, 0.98, 0.98))
+    ax.set_axis_off()
+    ax.set_xlim(0, COLUMNS + 2)
+    ax.set_ylim(rows, 0)
+    text = {"family": "monospace", "fontsize": size, "va": "center"}
+    for y, line in enumerate(told):
+        ax.text(0, y + 0.7, line, style="italic", **text)
+    y = len(told) + 1.2
+    for title, lines in wrapped.items():
+        ax.text(0, y, title, weight="bold", **text)
+        y += 1
+        for line in lines:
+            x = 0
+            for piece, color in line:
+                ax.add_patch(Rectangle((x, y - 0.45), len(piece), 0.9, color=color, lw=0))
+                ax.text(x, y, piece, **text)
+                x += len(piece)
+            y += 1
+        y += 0.5
+    return fig, ax
 
 
 def sweeps(results: Mapping) -> Figure:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from iapo_mini import advantages, experiments, information, runs
+from iapo_mini import advantages, experiments, information, plots_methods, runs
+from iapo_mini.policy import load_policy
 from iapo_mini.runs import START, Size, collect, make_jobs, run_all, use_methods
 
 TINY = Size(seeds=(0, 1), max_steps=1, problems=2, prompts_per_step=1, num_generations=2, ks=(1, 2))
@@ -141,15 +142,20 @@ def test_wall_clock_times_every_row_and_seed(finished):
     assert torch.get_num_threads() >= 1
 
 
-def test_case_study_shows_every_policy_or_says_why_not(finished):
-    figure = experiments.case_study(finished)
-    texts = [t.get_text() for t in figure.axes[0].texts]
+def test_one_story_is_answered_right_by_every_policy_shown(finished):
+    question, texts = experiments.answers_to_one_story(finished)
     right = {}
     for job in finished[:2]:
         lines = (Path(job["run"]) / "completions.jsonl").read_text().splitlines()
-        rows = map(json.loads, lines)
-        right[Path(job["run"]).name] = {r["problem"] for r in rows if r["correct"]}
-    if set.intersection(*right.values()):
-        assert sum("tokens" in t for t in texts) == 2
-    else:
-        assert texts == ["No story was answered right by every policy."]
+        rows = [json.loads(line) for line in lines]
+        right[Path(job["run"]).name[:-2]] = {r["problem"]: r for r in rows if r["correct"]}
+    common = set.intersection(*(set(rows) for rows in right.values()))
+    assert texts.keys() == (right.keys() if common else set())
+    for name, text in texts.items():
+        assert text in [r["text"] for r in right[name].values()]
+    figure = plots_methods.case_study(question, texts, load_policy(lora_rank=0).tokenizer)
+    shown = [t.get_text() for t in figure.axes[0].texts]
+    assert sum(": " in t and t.endswith("tokens") for t in shown) == len(texts)
+    informed = experiments._informed(finished, question, texts)
+    figure = plots_methods.heat_maps(question, informed)
+    assert sum("nats in all" in t.get_text() for t in figure.axes[0].texts) == len(texts)
