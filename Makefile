@@ -13,7 +13,7 @@ full: $(VENV)/ready  ## the same with five seeds (what the README reports)
 
 test: $(VENV)/ready  ## every test, the notebooks included
 	$(RUN) ruff check .
-	$(RUN) pytest
+	$(RUN) pytest -n auto --dist loadfile
 	$(RUN) pytest --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval.cfg notebooks
 
 long: $(VENV)/ready  ## three seeds, 60 steps
