@@ -38,8 +38,9 @@ from tqdm.auto import tqdm
 from iapo_mini import plots
 from iapo_mini.evaluation import evaluate
 from iapo_mini.policy import load_policy
+from iapo_mini.run_folder import replace_text, writable_folder
 from iapo_mini.tasks import ROLES, stories, token_roles
-from iapo_mini.trainer import TrainConfig, replace_text, train, writable_folder
+from iapo_mini.trainer import TrainConfig, train
 
 RECIPES: dict[str, dict] = {
     "grpo": {"method": "grpo"},
