@@ -247,6 +247,12 @@ def test_a_short_run_learns(trainer, schooled_folder):
     assert all("informativeness" in row for row in logs if "reward" in row)
 
 
+def test_mixed_precision_runs(trainer):
+    """bf16 by autocast, TRL's default on cards: the estimator runs in the weights' own dtype."""
+    logs, _ = steps_of(trainer(bf16=True), 1)
+    assert 0 < logs[0]["grad_norm"] < 100 and abs(logs[0]["informativeness"]) < 10
+
+
 def test_a_checkpoint_of_trl_resumes(trainer, tmp_path):
     """What TRL offers stays: its checkpoints here."""
     settings = dict(save_strategy="steps", save_steps=2, max_steps=3)
