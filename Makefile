@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo full long test lint policy notebooks clean
+.PHONY: demo full long test torture lint policy notebooks clean
 
 demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy, compare them, three seeds (about six minutes)
 	$(RUN) iapo_mini compare --preset demo
@@ -15,6 +15,9 @@ test: $(VENV)/ready  ## every test, the notebooks included
 	$(RUN) ruff check .
 	$(RUN) pytest -n auto --dist loadfile
 	$(RUN) pytest --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval.cfg notebooks
+
+torture: $(VENV)/ready  ## kills, full disks and hostile input: a few minutes
+	$(RUN) pytest tests/torture
 
 long: $(VENV)/ready  ## three seeds, 60 steps
 	$(RUN) iapo_mini compare --preset long

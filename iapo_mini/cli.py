@@ -248,8 +248,9 @@ def _train(args: argparse.Namespace) -> None:
     config = _train_config(args)
     try:
         train(config, args.out, resume=args.resume)
-    except KeyboardInterrupt:
-        raise SystemExit("\nInterrupted; the same command with --resume goes on.") from None
+    except KeyboardInterrupt as stopped:
+        told = str(stopped) or "the same command with --resume goes on"
+        raise SystemExit(f"\nInterrupted; {told}.") from None
     print(f"Trained policy: {Path(args.out) / 'final'}")
 
 
@@ -259,9 +260,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     from iapo_mini.data import check_data, load_problems
     from iapo_mini.evaluation import evaluate
     from iapo_mini.policy import load_policy
+    from iapo_mini.run_folder import writable_folder
     from iapo_mini.runs import versions, write_json
     from iapo_mini.tasks import stories
-    from iapo_mini.trainer import writable_folder
 
     for name in ("problems", "max_completion_length", "batch_size", "threads"):
         if getattr(args, name) < 1:
@@ -315,8 +316,8 @@ def _digest(args: argparse.Namespace) -> str:
 def _explain(args: argparse.Namespace) -> None:
     from iapo_mini.explain import explain, terminal_text
     from iapo_mini.policy import load_policy
+    from iapo_mini.run_folder import writable_folder
     from iapo_mini.tasks import Problem, stories
-    from iapo_mini.trainer import writable_folder
 
     if not args.story.strip():
         raise ValueError("story is empty; give the question as text, or '-' for a test story.")
@@ -361,7 +362,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from iapo_mini.policy import load_policy
-    from iapo_mini.trainer import writable_folder
+    from iapo_mini.run_folder import writable_folder
 
     out = Path(args.out)
     writable_folder(out, "out")
@@ -384,8 +385,8 @@ def _export(args: argparse.Namespace) -> None:
 def _figures(args: argparse.Namespace) -> None:
     import torch
 
+    from iapo_mini.run_folder import writable_folder
     from iapo_mini.studies import estimator_study, study_table
-    from iapo_mini.trainer import writable_folder
 
     if args.stories < 2:
         raise ValueError(f"stories is {args.stories}; allowed are 2 and above.")

@@ -57,6 +57,8 @@ def _field(row: dict, name: str) -> str:
     value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"no text under '{name}'")
+    if any("\ud800" <= c <= "\udfff" for c in value):  # half of a character: no tokenizer takes it
+        raise ValueError(f"broken text under '{name}'")
     return value.strip()
 
 
@@ -262,7 +264,7 @@ def _read(rows: Iterable[tuple[str, object]], source: Source, name: str) -> list
         try:
             row = json.loads(row) if isinstance(row, str) else row
             question, answer = source.read(row)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):  # the latter: nested a thousand deep
             bad.append(f"{place} (no valid JSON)")
             continue
         except ValueError as error:
@@ -316,6 +318,10 @@ def _from_file(path: Path) -> Iterator[tuple[str, object]]:
         raise ValueError(
             f"data_file is '{path}', which is no valid JSON (line {error.lineno}: {error.msg}); "
             "a file with one object a line is to be named .jsonl."
+        ) from error
+    except (ValueError, RecursionError) as error:  # an integer of 5,000 digits, a list in a list in
+        raise ValueError(
+            f"data_file is '{path}', which can't be read as JSON ({error})."
         ) from error
     if not isinstance(rows, list):
         raise ValueError(f"data_file is '{path}', which holds no list; allowed is a list of rows.")

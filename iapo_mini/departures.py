@@ -30,9 +30,9 @@ from iapo_mini.information import answer_entropies, encode_postfix, entropy, inf
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.rewards import score
 from iapo_mini.rollouts import Rollouts, sample, trunk_blocks
+from iapo_mini.run_folder import writable_folder
 from iapo_mini.runs import collect, make_jobs, run_all, versions, write_json
 from iapo_mini.tasks import stories
-from iapo_mini.trainer import writable_folder
 
 EPS = 1e-4
 CHUNK = 16

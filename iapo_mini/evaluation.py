@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from iapo_mini.policy import Policy
 from iapo_mini.rewards import score
 from iapo_mini.rollouts import sample
+from iapo_mini.run_folder import replace_text
 from iapo_mini.tasks import Problem, messages
-from iapo_mini.trainer import replace_text
 
 # Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
 _T95 = (

@@ -50,9 +50,9 @@ from iapo_mini.evaluation import mean_interval
 from iapo_mini.information import answer_entropies, informativeness
 from iapo_mini.policy import load_policy
 from iapo_mini.rollouts import from_texts, sample
+from iapo_mini.run_folder import writable_folder
 from iapo_mini.runs import START, Size, collect, make_jobs, run_all, versions, write_json
 from iapo_mini.tasks import Problem, stories
-from iapo_mini.trainer import writable_folder
 
 RECIPES: dict[str, dict] = {
     "grpo": {"method": "grpo"},

@@ -100,7 +100,9 @@ def shape(model: str) -> PreTrainedConfig:
             return Qwen2Config(**sizes)
     quiet_libraries()
     try:
-        return AutoConfig.from_pretrained(model_source(model, weights=False))
+        return AutoConfig.from_pretrained(
+            model_source(model, weights=False), trust_remote_code=False
+        )
     except (OSError, KeyError) as error:
         raise ValueError(
             f"model is '{model}', whose config.json can't be had; allowed are a model folder, a "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -221,6 +222,7 @@ def _load_four_bit(
         source,
         dtype=dtype,
         use_safetensors=True,
+        trust_remote_code=False,
         device_map=device,
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
@@ -253,7 +255,7 @@ def model_source(model: str, weights: bool = True) -> str:
 
     Raises:
         ValueError: for a folder without config.json or, unless ``weights`` is False, without
-            safetensors.
+            safetensors, or one that asks for code of its own or for pickled weights.
     """
     if model in _SHIPPED:
         return str(_SHIPPED[model])
@@ -271,7 +273,34 @@ def model_source(model: str, weights: bool = True) -> str:
         raise ValueError(
             f"model is '{model}', which holds no *.safetensors; pickled weights are never loaded."
         )
+    problem = _asks_for_code(path)
+    if problem:
+        raise ValueError(f"model is '{model}', {problem}; code from a model is never run.")
     return str(path)
+
+
+def _asks_for_code(folder: Path) -> str | None:
+    """What in a model folder would run code that came with it, or None."""
+    settings = ("config.json", "tokenizer_config.json", "generation_config.json")
+    for file in (*map(folder.joinpath, settings), *sorted(folder.glob("*.index.json"))):
+        if not file.is_file():
+            continue
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            continue  # whoever needs it will say so
+        if not isinstance(found, dict):
+            continue
+        if found.get("auto_map"):
+            return f"whose {file.name} asks for code of its own (auto_map)"
+        attention = found.get("_attn_implementation") or found.get("attn_implementation")
+        if "/" in json.dumps(attention):
+            return f"whose {file.name} asks for a kernel from the hub ({attention})"
+        shards = found.get("weight_map")
+        for shard in set(shards.values()) if isinstance(shards, dict) else ():
+            if not str(shard).endswith(".safetensors") or Path(str(shard)).name != shard:
+                return f"whose {file.name} names '{shard}', which is no safetensors beside it"
+    return None
 
 
 @contextlib.contextmanager
@@ -334,12 +363,15 @@ def load_policy(
         dtype = compute_dtype(device) if four_bit else torch.float32
     quiet_libraries()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        # False, not unset: transformers would ask on the terminal and wait.
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, padding_side="left", trust_remote_code=False
+        )
         if four_bit:
             causal_lm = _load_four_bit(source, device, dtype, gradient_checkpointing)
         else:
             causal_lm = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True
+                source, dtype=dtype, use_safetensors=True, trust_remote_code=False
             ).to(device)
     except _LOAD_ERRORS as error:
         reason = _first_line(error)

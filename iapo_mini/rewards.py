@@ -13,7 +13,7 @@ from iapo_mini.tasks import Problem
 from iapo_mini.verify import equal_answers
 
 _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
-_TAG = re.compile(r"</?(?:think|answer)>")
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def parse_answer(completion: str) -> str | None:
@@ -22,10 +22,11 @@ def parse_answer(completion: str) -> str | None:
     Well-formed: exactly one ``<think>...</think>`` followed by exactly one ``<answer>...</answer>``
     and nothing else; a tag inside either of them makes it ill-formed.
     """
-    match = _FORMAT.fullmatch(completion)
-    if match is None or any(_TAG.search(part) for part in match.groups()):
+    # Counted first: on a text of many tags the pattern would try every pair of them.
+    if any(completion.count(tag) != 1 for tag in _TAGS):
         return None
-    return match[2].strip()
+    match = _FORMAT.fullmatch(completion)
+    return None if match is None else match[2].strip()
 
 
 def reward(completion: str, reference: str) -> tuple[float, bool]:

@@ -28,8 +28,9 @@ from iapo_mini.advantages import ADVANTAGES
 from iapo_mini.evaluation import evaluate
 from iapo_mini.information import INFORMATION
 from iapo_mini.policy import load_policy
+from iapo_mini.run_folder import replace_text
 from iapo_mini.tasks import ROLES, stories, token_roles
-from iapo_mini.trainer import TrainConfig, replace_text, train
+from iapo_mini.trainer import TrainConfig, train
 
 START = "start"
 """Name of the row of the start policy, which no run trains."""

@@ -60,9 +60,9 @@ from iapo_mini.experiments import results_path
 from iapo_mini.information import answer_entropies, informativeness
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.rollouts import Rollouts, sample, token_logprobs
+from iapo_mini.run_folder import writable_folder
 from iapo_mini.runs import versions, write_json
 from iapo_mini.tasks import Problem, stories
-from iapo_mini.trainer import writable_folder
 
 ETAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Step sizes; the order of the error is fitted on those up to 0.3."""

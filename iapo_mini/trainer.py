@@ -6,6 +6,11 @@ A run lives in one folder: ``config.json``, ``metrics.jsonl`` (a line per step, 
 There is no hidden random state. Everything random in step n is drawn from generators seeded with
 (seed, n), and the prompts of step n are a fixed slice of the train stream, so a killed run resumes
 to the same numbers from weights, optimizer state and the step count alone.
+
+Nothing is lost to a fault: what is written has another name until it is whole, a checkpoint carries
+the checksums of its files and one that does not match is passed over, a run folder belongs to one
+process at a time, Ctrl-C finishes the step and saves, and the batch of a step that came out
+infinite or NaN is kept in ``failed-step-<n>/``.
 """
 
 from __future__ import annotations
@@ -14,9 +19,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import shutil
-import tempfile
 import time
 import typing
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from iapo_mini.advantages import ADVANTAGES
@@ -34,6 +36,18 @@ from iapo_mini.objective import AGGREGATIONS, policy_loss
 from iapo_mini.policy import EMBEDDED, Policy, load_policy
 from iapo_mini.rewards import score
 from iapo_mini.rollouts import Rollouts, token_logprobs
+from iapo_mini.run_folder import (
+    claimed,
+    ctrl_c,
+    is_leftover,
+    remove,
+    replace_folder,
+    replace_text,
+    restore_checkpoint,
+    save_checkpoint,
+    trim_log,
+    writing,
+)
 from iapo_mini.tasks import ROLES, Problem, token_roles
 from iapo_mini.vllm_engine import ENGINES, sampler_of
 
@@ -204,6 +218,11 @@ def train(
     Raises:
         ValueError: an empty problem list, a folder that is in use, or a resume with another config.
             Also when ``output_dir`` can't be written, or the data can't be read.
+        OSError: the disk is full or has become read-only; the last checkpoint is left as it was.
+        FloatingPointError: log-probabilities, informativeness, loss or gradient of a step are not
+            finite. Its batch is in ``output_dir/failed-step-<n>``; the weights were not updated.
+        KeyboardInterrupt: after Ctrl-C, once the step is done and saved; a second Ctrl-C does not
+            wait. (Not in threads other than the main one, which Ctrl-C does not reach.)
     """
     if problems is not None and not problems:
         raise ValueError("problems is empty; at least one problem is needed to train.")
@@ -213,7 +232,13 @@ def train(
         stream = itertools.cycle(problems)
     torch.set_num_threads(config.threads)
     run = Path(output_dir)
-    checkpoint = _prepare(run, config, resume)
+    with claimed(run, resume):
+        return _train(config, run, resume, policy, stream, on_step, progress)
+
+
+def _train(config: TrainConfig, run: Path, resume, policy, stream, on_step, progress) -> Policy:
+    with writing(run):
+        _prepare(run, config, resume)
     if policy is None:
         full = config.lora_rank == 0
         policy = load_policy(
@@ -228,8 +253,9 @@ def train(
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
     )
-    done = _restore(checkpoint, policy, optimizer) if checkpoint else 0
-    _trim_log(run / "metrics.jsonl", done)
+    done = restore_checkpoint(run, policy, optimizer)
+    with writing(run):
+        trim_log(run / "metrics.jsonl", done)
     stream = itertools.islice(stream, done * config.prompts_per_step, None)
     advantage_of, sample = ADVANTAGES[config.method], sampler_of(config.engine, config.model)
 
@@ -237,7 +263,7 @@ def train(
         range(done, config.max_steps), initial=done, total=config.max_steps,
         desc=config.method, unit="step", disable=not progress,
     )  # fmt: skip
-    with (run / "metrics.jsonl").open("a") as log:
+    with bar, ctrl_c() as interrupted:
         for step in bar:
             clock = [time.perf_counter()]
             # Sample G completions for each prompt from the current policy, now "old".
@@ -263,21 +289,51 @@ def train(
             for group in optimizer.param_groups:
                 warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
                 group["lr"] = config.learning_rate * warmup
-            for _ in range(config.num_iterations):
-                stats = _update(policy, optimizer, parameters, rollouts, advantages, config)
+            try:
+                _check_finite(rollouts, advantages)
+                for _ in range(config.num_iterations):
+                    stats = _update(policy, optimizer, parameters, rollouts, advantages, config)
+            except FloatingPointError as error:
+                optimizer.zero_grad()
+                kept = _keep_batch(run, step + 1, rollouts, advantages, policy.tokenizer)
+                raise FloatingPointError(
+                    f"step {step + 1}: {error}; the run has stopped before the update and the "
+                    f"batch is in '{kept}'. Often the remedy is a new run with a lower "
+                    f"learning_rate (now {config.learning_rate})."
+                ) from error
             clock.append(time.perf_counter())
 
             metrics = _metrics(step + 1, rollouts, advantages, stats, clock, policy, batch)
-            log.write(json.dumps(metrics) + "\n")
-            log.flush()
+            with writing(run), (run / "metrics.jsonl").open("a") as log:
+                log.write(json.dumps(metrics) + "\n")
             bar.set_postfix(reward=f"{metrics['reward']:.2f}", length=f"{metrics['length']:.1f}")
             if on_step is not None:
                 on_step(metrics)
-            if (step + 1) % config.save_steps == 0:
-                _save(run, step + 1, policy, optimizer)
+            if (step + 1) % config.save_steps == 0 or interrupted.is_set():
+                with writing(run):
+                    save_checkpoint(run, step + 1, policy, optimizer)
+            if interrupted.is_set():
+                raise KeyboardInterrupt(
+                    f"step {step + 1} is saved in '{run}'; --resume (resume=True) goes on from it"
+                )
     policy.model.eval()
-    _replace_folder(run / "final", policy.save)
+    with writing(run):
+        replace_folder(run / "final", policy.save)
     return policy
+
+
+def _check_finite(rollouts: Rollouts, advantages: torch.Tensor) -> None:
+    """Refuse a batch that would spread NaN or infinity into the weights, naming where it began."""
+    for name, values in (
+        ("log-probabilities of the sampled tokens", rollouts.old_logprobs),
+        ("informativeness", rollouts.informativeness),
+        ("advantages", advantages),
+    ):
+        if values is not None and not values.isfinite().all():
+            where = (~values.isfinite()).any(1).sum()
+            raise FloatingPointError(
+                f"the {name} of {where} of {len(values)} completions are not finite"
+            )
 
 
 def _update(policy, optimizer, parameters, rollouts: Rollouts, advantages, config) -> dict:
@@ -307,6 +363,8 @@ def _update(policy, optimizer, parameters, rollouts: Rollouts, advantages, confi
             epsilon=config.epsilon, epsilon_high=config.epsilon_high,
             aggregation=config.aggregation,
         )  # fmt: skip
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()}")
         (loss * share * scale).backward()
         stats["entropy"] = float(entropies.sum() / part.completion_mask.sum())
         # Token means are weighed by tokens, the loss as its aggregation asks.
@@ -319,10 +377,7 @@ def _update(policy, optimizer, parameters, rollouts: Rollouts, advantages, confi
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     totals["grad_norm"] = float(norm)
     if not math.isfinite(totals["grad_norm"]):
-        raise FloatingPointError(
-            f"the gradient norm is {totals['grad_norm']}; lower learning_rate "
-            f"(now {config.learning_rate}) and resume from the last checkpoint."
-        )
+        raise FloatingPointError(f"the gradient norm is {totals['grad_norm']}")
     optimizer.step()
     optimizer.zero_grad()
     return totals
@@ -369,17 +424,19 @@ def _metrics(step, rollouts: Rollouts, advantages, stats, clock, policy, batch) 
     return metrics
 
 
-def _prepare(run: Path, config: TrainConfig, resume: bool) -> Path | None:
-    """Make the run folder, or find the newest checkpoint of a run with this very config."""
+def _prepare(run: Path, config: TrainConfig, resume: bool) -> None:
+    """Write the settings of a new run, or make sure that a run is resumed with its own."""
     settings = dataclasses.asdict(config)
     saved = run / "config.json"
     if resume:
-        if not saved.is_file():
-            raise ValueError(
-                f"output_dir is '{run}', which holds no run to resume (no config.json)."
-            )
         # Fields that the version that began the run did not have are at their defaults.
-        before = dataclasses.asdict(TrainConfig()) | json.loads(saved.read_text())
+        try:
+            before = dataclasses.asdict(TrainConfig()) | json.loads(saved.read_text())
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"output_dir is '{run}', whose config.json is damaged ({error}); write the run's "
+                "settings back into it, or name a new folder."
+            ) from error
         changed = [k for k in settings if k != "max_steps" and settings[k] != before.get(k)]
         if changed:
             name = changed[0]
@@ -387,92 +444,29 @@ def _prepare(run: Path, config: TrainConfig, resume: bool) -> Path | None:
                 f"{name} is {settings[name]!r}, but the run in '{run}' was started with "
                 f"{before.get(name)!r}; resume with the same settings (only max_steps may differ)."
             )
-        replace_text(saved, json.dumps(settings, indent=2) + "\n")
-        found = [int(p.name.split("-")[1]) for p in run.glob("checkpoint-*") if p.is_dir()]
-        return run / f"checkpoint-{max(found)}" if found else None
-    writable_folder(run, "output_dir")
-    if any(run.iterdir()):
+    elif not all(map(is_leftover, run.iterdir())):
         raise ValueError(
             f"output_dir is '{run}', which is not empty; resume the run in it or name a new folder."
         )
+    for path in run.glob(".*.tmp"):
+        remove(path)
     replace_text(saved, json.dumps(settings, indent=2) + "\n")
-    return None
 
 
-def writable_folder(folder: Path, name: str) -> None:
-    """Make a folder and make sure that something can be written there, before any long work.
-
-    Raises:
-        ValueError: naming the argument ``name`` and the reason.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{name} is '{folder}', where nothing can be written ({error.strerror}); "
-            "allowed is a folder you may write to."
-        ) from error
-
-
-def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder under a temporary name, then rename, so that it is whole or absent."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-
-
-def _save(run: Path, step: int, policy: Policy, optimizer) -> None:
-    """Checkpoint of trained weights and optimizer moments; the two newest are kept."""
+def _keep_batch(run: Path, step: int, rollouts: Rollouts, advantages, tokenizer) -> Path:
+    """What a failed step was made of: every tensor of the rollouts, and the texts."""
+    tensors = {k: v for k, v in vars(rollouts).items() if isinstance(v, torch.Tensor)}
+    tensors["advantages"] = advantages
 
     def write(folder: Path) -> None:
-        save_file({k: v.detach().contiguous() for k, v in policy.trainable().items()},
-                  folder / "trainable.safetensors")  # fmt: skip
-        moments = {
-            f"{i}/{key}": value.contiguous()
-            for i, entry in optimizer.state_dict()["state"].items()
-            for key, value in entry.items()
-        }
-        save_file(moments, folder / "optimizer.safetensors")
+        save_file(
+            {k: v.detach().contiguous() for k, v in tensors.items()},
+            folder / "rollouts.safetensors",
+        )
+        texts = rollouts.texts(tokenizer)
+        (folder / "completions.json").write_text(json.dumps(texts, indent=1) + "\n")
 
-    _replace_folder(run / f"checkpoint-{step}", write)
-    steps = sorted(int(p.name.split("-")[1]) for p in run.glob("checkpoint-*"))
-    for old in steps[:-2]:
-        shutil.rmtree(run / f"checkpoint-{old}", ignore_errors=True)
-
-
-def _restore(checkpoint: Path, policy: Policy, optimizer) -> int:
-    """Load weights and optimizer moments of a checkpoint, return the steps done."""
-    weights = load_file(checkpoint / "trainable.safetensors")
-    with torch.no_grad():
-        for name, parameter in policy.trainable().items():
-            parameter.copy_(weights[name])
-    state = optimizer.state_dict()
-    for name, value in load_file(checkpoint / "optimizer.safetensors").items():
-        index, key = name.split("/")
-        state["state"].setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict(state)
-    return int(checkpoint.name.split("-")[1])
-
-
-def _trim_log(log: Path, done: int) -> None:
-    """Drop metrics of steps that will be made again, and a line that a kill cut short."""
-    kept = []
-    for line in log.read_text().splitlines() if log.exists() else []:
-        try:
-            if json.loads(line)["step"] <= done:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            continue
-    replace_text(log, "".join(kept))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename, so that it is whole or as it was."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    folder = run / f"failed-step-{step}"
+    with writing(run):
+        replace_folder(folder, write)
+    return folder

@@ -185,13 +185,35 @@ def test_plain_powers_are_no_towers():
     assert equal_answers("x^5+x^{10}-(x-1)^2", "x^{10}+x^5-(x-1)^2")
 
 
-def test_what_takes_too_long_is_wrong_and_the_next_answer_is_judged_as_ever():
+WITHOUT_FORK = """
+import os, runpy, sys
+if hasattr(os, "fork"):
+    del os.fork
+runpy.run_path({file!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture(params=[True, False], ids=["fork", "no fork"])
+def forks(request, tmp_path, monkeypatch):
+    """math-verify's process as on POSIX, and as on Windows."""
+    if request.param and not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    verify._stop()
+    if not request.param:
+        script = tmp_path / "without_fork.py"
+        script.write_text(WITHOUT_FORK.format(file=verify.__file__))
+        monkeypatch.setattr(verify, "__file__", str(script))
+    yield request.param
+    verify._stop()
+
+
+def test_what_takes_too_long_is_wrong_and_the_next_answer_is_judged_as_ever(forks):
     assert equal_answers("k*2", "2k")
     before, began = verify._process.pid, time.perf_counter()
     assert equal_answers(SLOW, "2k") is False
     assert verify.TIME_LIMIT <= time.perf_counter() - began < verify.WALL_LIMIT + 30
     assert equal_answers("k*2", "2k")
-    assert verify._process.pid != before
+    assert (verify._process.pid == before) is forks  # without, it ended itself and is another
 
 
 def test_threads_get_their_own_answers_under_the_same_limit():

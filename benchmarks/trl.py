@@ -1,0 +1,189 @@
+"""A GRPO step of ours against one of TRL's on the same work, and our loss against TRL's.
+
+    python benchmarks/trl.py                  # a few minutes; embedded policy, CPU, one thread
+    python benchmarks/trl.py --check          # judge the committed ratio, measure nothing
+
+Both train a LoRA adapter of rank 16 with a KL term on the same prompts, with as many completions,
+the same limit of length and one update a step. After each step of TRL comes one of ours, so a busy
+machine slows both alike; medians are compared. Ours is a whole call of ``train`` for one step: run
+folder, metrics and saved adapter included. TRL's is what lies between its step callbacks.
+
+Writes figures/results/trl.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+# This file's folder is first on the path, and the file has the name of the library it measures.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
+
+import torch
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from iapo_mini.experiments import versions, write_json
+from iapo_mini.objective import policy_loss
+from iapo_mini.policy import load_policy
+from iapo_mini.rollouts import Rollouts, token_logprobs
+from iapo_mini.scaleout import answer_reward, dataset
+from iapo_mini.tasks import stories
+from iapo_mini.trainer import TrainConfig, train
+
+RESULTS = Path(__file__).parent.parent / "figures" / "results" / "trl.json"
+LIMITS = {"our_step_over_trl_step": 0.5, "max_loss_difference": 1e-5}
+LOSSES = {"grpo": "sequence", "bnpo": "token", "dapo": "token"}
+"""TRL's loss types that are ours too -> our aggregation."""
+
+
+def trl_trainer(folder: str, policy, problems, group: int, prompts: int, limit: int, **settings):
+    """TRL's trainer on a policy of ours, for one update after each batch of completions."""
+    steps = len(problems) // prompts
+    config = GRPOConfig(
+        folder, use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False, dataloader_pin_memory=False, shuffle_dataset=False,
+        logging_steps=1000, per_device_train_batch_size=prompts * group, num_generations=group,
+        max_completion_length=limit, max_steps=steps, learning_rate=7e-4, adam_beta2=0.99,
+        weight_decay=0.0, **{"loss_type": "grpo", "beta": 0.001, **settings},
+    )  # fmt: skip
+    return GRPOTrainer(
+        policy.model, answer_reward, args=config, train_dataset=dataset(problems),
+        processing_class=policy.tokenizer,
+    )  # fmt: skip
+
+
+class _Interleaved(TrainerCallback):
+    """Times TRL's steps and, after each of them, one of ours."""
+
+    def __init__(self, ours):
+        self.ours, self.seconds, self.lengths = ours, {"trl": [], "ours": []}, []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        between = time.perf_counter()
+        self.ours(state.global_step - 1)
+        self.seconds["trl"].append(between - self.began)
+        self.seconds["ours"].append(time.perf_counter() - between)
+
+
+def step_seconds(repeats: int, prompts: int, group: int, limit: int) -> dict:
+    """Seconds of each step after a first, untimed one, and mean tokens of a completion."""
+    told = stories("train", seed=0)
+    batches = [list(itertools.islice(told, prompts)) for _ in range(repeats + 1)]
+    policy, lengths = load_policy(lora_rank=16), []
+
+    def ours(step: int) -> None:
+        config = TrainConfig(
+            method="grpo", max_steps=1, prompts_per_step=prompts, num_generations=group,
+            max_completion_length=limit, warmup_steps=0, threads=1, seed=step,
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            train(config, Path(folder) / "run", policy=policy, problems=batches[step],
+                  progress=False, on_step=lambda line: lengths.append(line["length"]))  # fmt: skip
+
+    clock = _Interleaved(ours)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl_trainer(
+            folder,
+            load_policy(lora_rank=16),
+            list(itertools.chain(*batches)),
+            group,
+            prompts,
+            limit,
+        )
+        trainer.add_callback(clock)
+        trainer.train()
+        theirs = trainer._metrics["train"]["completions/mean_length"]
+    return {
+        "seconds": {name: values[1:] for name, values in clock.seconds.items()},
+        "mean_length": {"trl": statistics.fmean(theirs), "ours": statistics.fmean(lengths)},
+    }
+
+
+def loss_difference(prompts: int, group: int, limit: int) -> float:
+    """Largest difference of our loss from TRL's on the same completions, over the shared types.
+
+    Log-probabilities of the old and the reference policy are shifted, so that ratios are clipped
+    and the KL term counts; advantages are drawn for each token.
+    """
+    worst, problems = 0.0, list(itertools.islice(stories("tune"), prompts))
+    for loss_type, aggregation in LOSSES.items():
+        policy = load_policy(lora_rank=0)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = trl_trainer(
+                folder, policy, problems, group, prompts, limit,
+                loss_type=loss_type, beta=0.1, use_bias_correction_kl=False,
+            )  # fmt: skip
+            trainer.model.train()
+            trainer.current_gradient_accumulation_steps = 1
+            rows = [row for row in trainer.train_dataset for _ in range(group)]
+            batch = trainer._generate_and_score_completions(rows)
+        masks = batch["prompt_mask"].bool(), batch["completion_mask"].bool()
+        rollouts = Rollouts(
+            batch["prompt_ids"], masks[0], batch["completion_ids"], masks[1],
+            torch.zeros(masks[1].shape), group, masks[1].any(1),
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        shifts = [torch.randn(masks[1].shape, generator=generator) for _ in range(3)]
+        with torch.no_grad():
+            logprobs, _ = token_logprobs(policy.model, rollouts)
+            old, reference = logprobs + 0.3 * shifts[0], logprobs + 0.3 * shifts[1]
+            batch |= {
+                "advantages": shifts[2], "old_per_token_logps": old,
+                "ref_per_token_logps": reference,
+            }  # fmt: skip
+            theirs = float(trainer._compute_loss(trainer.model, batch))
+            ours, _ = policy_loss(
+                logprobs, old, shifts[2], masks[1], ref_logprobs=reference, kl_coef=0.1,
+                aggregation=aggregation,
+            )  # fmt: skip
+        worst = max(worst, abs(float(ours) - theirs))
+    return worst
+
+
+def main() -> None:
+    """Measure, write, judge."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts a step (%(default)s)")
+    parser.add_argument("--group", type=int, default=8, help="completions a prompt (%(default)s)")
+    parser.add_argument("--limit", type=int, default=224, help="completion tokens (%(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results (%(default)s)")
+    parser.add_argument("--check", action="store_true", help="judge the committed results only")
+    options = parser.parse_args()
+    if options.check:
+        results = json.loads(options.out.read_text())
+    else:
+        torch.set_num_threads(1)
+        sizes = (options.prompts, options.group, options.limit)
+        timed = step_seconds(options.repeats, *sizes)
+        median = {name: statistics.median(values) for name, values in timed["seconds"].items()}
+        results = {
+            "our_step_over_trl_step": median["ours"] / median["trl"],
+            "max_loss_difference": loss_difference(2, 4, options.limit),
+            "median_seconds": median,
+            **timed,
+            "settings": dict(zip(("prompts", "num_generations", "max_completion_length"), sizes))
+            | {"threads": 1, "lora_rank": 16, "kl_coef": 0.001, "loss_type": "grpo"},
+            "versions": versions() | {"trl": version("trl"), "accelerate": version("accelerate")},
+        }
+        write_json(options.out, results)
+        print(json.dumps(results, indent=1))
+    beyond = [name for name, limit in LIMITS.items() if not results[name] <= limit]
+    for name in beyond:
+        print(f"{name} is {results[name]:.3g}; allowed is {LIMITS[name]:g}.")
+    sys.exit(bool(beyond))
+
+
+if __name__ == "__main__":
+    main()

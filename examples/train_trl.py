@@ -1,0 +1,50 @@
+"""Train with IAPO on TRL's engine: every option of TRL's GRPOConfig and of IAPOConfig.
+
+    accelerate launch --config_file examples/deepspeed_8gpu.yaml \\
+        examples/train_trl.py --config examples/gsm8k_8gpu.yaml
+
+On a laptop (docs/scaleout.md): --model embedded --data stories --use_cpu true --bf16 false.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+
+from transformers import AutoTokenizer
+from trl import TrlParser
+
+from iapo_mini import scaleout
+from iapo_mini.data import check_data, training_problems
+from iapo_mini.policy import model_source
+
+
+@dataclass
+class Source:
+    """Which model and which problems.
+
+    Attributes:
+        model: "embedded", a model folder or a hub id.
+        data: stories, gsm8k, math500, dapo_math or commonsense_qa.
+        data_file: local file with the problems; empty asks the hub.
+        problems: the first so many of the training stream.
+    """
+
+    model: str = field(default="embedded", metadata={"help": "embedded, a folder or a hub id"})
+    data: str = field(default="stories", metadata={"help": "stories, gsm8k, ..."})
+    data_file: str = field(default="", metadata={"help": "local file; empty asks the hub"})
+    problems: int = field(default=7000, metadata={"help": "training problems"})
+
+
+if __name__ == "__main__":
+    parser = TrlParser((Source, scaleout.IAPOConfig))
+    source, config = parser.parse_args_and_config()
+    check_data(source.data, "train", source.data_file)
+    model = model_source(source.model)
+    problems = training_problems(source.data, config.seed, source.data_file, "train")
+    trainer = scaleout.IAPOTrainer(
+        model, scaleout.answer_reward,
+        args=config,
+        train_dataset=scaleout.dataset(itertools.islice(problems, source.problems)),
+        processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()

@@ -1,0 +1,169 @@
+"""IAPO on TRL's engine, an optional extra: ``pip install 'iapo-mini[trl]'``.
+
+:class:`IAPOTrainer` is TRL's ``GRPOTrainer`` and differs from it in one place: once TRL has scored
+its completions, the token terms of the paper are added to their advantages. TRL's loss takes one
+advantage for each token as it is, so sampling (vLLM included), loss types, PEFT, accelerate,
+DeepSpeed, logging and checkpoints are TRL's own. How to run it, and what was run where:
+docs/scaleout.md. Nothing else in the library imports this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import unwrap_model_for_generation
+
+from iapo_mini.advantages import exploration, normalize
+from iapo_mini.information import answer_entropies, encode_postfix, informativeness
+from iapo_mini.policy import Policy
+from iapo_mini.rewards import reward
+from iapo_mini.rollouts import Rollouts
+from iapo_mini.tasks import POSTFIX, Problem, messages
+
+
+@dataclass
+class IAPOConfig(GRPOConfig):
+    """``GRPOConfig`` with the weights of IAPO's terms. TRL's own ``beta`` is the KL weight.
+
+    Attributes:
+        iapo_alpha: weight of the informativeness term (paper: alpha); 0 leaves the estimator out.
+        iapo_beta: weight of the exploration term (paper: beta).
+        iapo_correct_above: a completion counts as correct (the sign of the exploration term) when
+            its weighted sum of rewards is above this.
+        iapo_postfix: text that forces an answer.
+        iapo_memory_mb: memory the estimator may take beside the model, MiB.
+    """
+
+    iapo_alpha: float = field(default=0.2, metadata={"help": "Weight of informativeness."})
+    iapo_beta: float = field(default=0.05, metadata={"help": "Weight of exploration."})
+    iapo_correct_above: float = field(default=0.0, metadata={"help": "Correct above this reward."})
+    iapo_postfix: str = field(default=POSTFIX, metadata={"help": "Text that forces an answer."})
+    iapo_memory_mb: float = field(default=256.0, metadata={"help": "Memory of the estimator."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("iapo_alpha", "iapo_beta"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed are 0 and above.")
+        if not self.iapo_memory_mb > 0:
+            raise ValueError(
+                f"iapo_memory_mb is {self.iapo_memory_mb}; allowed are numbers above 0."
+            )
+
+
+class IAPOTrainer(GRPOTrainer):
+    """``GRPOTrainer`` whose advantages are the paper's A_{i,t} (Section 4). Takes what it takes.
+
+    Raises:
+        ValueError: for a postfix without tokens, or sharding by FSDP (the estimator needs all
+            weights at once; DeepSpeed gathers them, TRL's FSDP does not).
+    """
+
+    _tag_names = ("trl", "iapo")
+
+    def __init__(self, model, reward_funcs=None, args: IAPOConfig | None = None, **kwargs):
+        args = IAPOConfig("iapo") if args is None else args
+        super().__init__(model, reward_funcs, args=args, **kwargs)
+        if self.is_fsdp_enabled and args.iapo_alpha > 0:
+            raise ValueError(
+                "iapo_alpha is above 0 under FSDP, which keeps the estimator from the weights; "
+                "allowed are DeepSpeed, plain data parallelism, or iapo_alpha 0."
+            )
+        self._policy = Policy(self.model, self._tokenizer)
+        encode_postfix(self._policy, args.iapo_postfix)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        """TRL's rewards, (all processes' rows, functions), remembered on the way."""
+        self._rewards = super()._calculate_rewards(
+            inputs, prompts, completions, completion_ids_list
+        )
+        return self._rewards
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL's batch with advantages (B,) made (B, T): group term plus token terms."""
+        batch = super()._generate_and_score_completions(inputs)
+        if not self.model.training:
+            return batch
+        if "pixel_values" in batch:
+            raise ValueError("the prompts hold images; allowed is text.")
+        args, rows = self.args, len(batch["advantages"])
+        start = self.accelerator.process_index * rows
+        local = self._rewards[start : start + rows]
+        total = (local * self.reward_weights.to(local.device)).nansum(1)
+        mask = batch["completion_mask"].bool()
+        # The population of both norms: what the policy wrote, not what a tool did, of completions
+        # that have a reward.
+        own = mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
+        scored = own & ~local.isnan().all(1)[:, None]
+        whole_groups = rows % self.num_generations == 0  # else a group spans processes
+        rollouts = Rollouts(
+            prompt_ids=batch["prompt_ids"],
+            prompt_mask=batch["prompt_mask"].bool(),
+            completion_ids=batch["completion_ids"],
+            completion_mask=mask,
+            old_logprobs=torch.zeros(mask.shape, device=mask.device),
+            num_generations=self.num_generations if whole_groups else 1,
+            finished=mask.any(1),
+            correct=total > args.iapo_correct_above,
+        )
+        advantages = batch["advantages"][:, None] * own
+        if args.iapo_alpha > 0:
+            s = self._informativeness(rollouts)
+            advantages = advantages + args.iapo_alpha * normalize(s, scored)
+            told = torch.stack([(s * own).sum(), own.sum()])
+            told = self.accelerator.gather(told).view(-1, 2).sum(0)
+            self._metrics["train"]["informativeness"].append((told[0] / told[1]).item())
+        if args.iapo_beta > 0:
+            rollouts.old_logprobs = self._old_logprobs(batch)
+            advantages = advantages + args.iapo_beta * normalize(exploration(rollouts), scored)
+        batch["advantages"] = advantages
+        return batch
+
+    def _informativeness(self, rollouts: Rollouts) -> torch.Tensor:
+        """s_{i,t}, (B, T) nats, by the policy of this step with all its weights here."""
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator):
+            try:
+                entropies = answer_entropies(
+                    self._policy, rollouts, self.args.iapo_postfix,
+                    memory_mb=self.args.iapo_memory_mb,
+                )  # fmt: skip
+            finally:
+                self.model.train()  # the estimator's eval() is not for the update
+        return informativeness(entropies, rollouts.completion_mask)
+
+    def _old_logprobs(self, batch) -> torch.Tensor:
+        """log pi_old(o_t), (B, T) nats. TRL leaves it out where its loss does not need it."""
+        if "old_per_token_logps" in batch:
+            return batch["old_per_token_logps"]
+        ids, mask = (
+            torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask")
+        )
+        with torch.no_grad():
+            logprobs, _, _ = self._get_per_token_logps_and_entropies(
+                self.model, ids, mask, batch["completion_ids"].shape[1],
+                batch_size=self.args.per_device_train_batch_size,
+            )  # fmt: skip
+        return logprobs
+
+
+def answer_reward(completions, answer, **kwargs) -> list[float]:
+    """Reward function for TRL: format and correctness as in :func:`iapo_mini.rewards.reward`.
+
+    Args:
+        completions: texts, or chats whose first message is the completion.
+        answer: the reference answers, a column of :func:`dataset`.
+    """
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [reward(text, right)[0] for text, right in zip(texts, answer, strict=True)]
+
+
+def dataset(problems: Iterable[Problem]) -> Dataset:
+    """Problems as TRL reads them: a chat under ``prompt``, the reference under ``answer``."""
+    rows = [{"prompt": messages(problem), "answer": problem.answer} for problem in problems]
+    if not rows:
+        raise ValueError("problems is empty; at least one problem is needed to train.")
+    return Dataset.from_list(rows)

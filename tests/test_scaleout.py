@@ -1,0 +1,342 @@
+"""IAPO on TRL: our loss is TRL's, the terms are the paper's, processes do not change the update."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="the extra [trl] is not installed")
+
+from helpers import TRIVIAL, explicit_entropies, perturb_lora
+from trl import GRPOConfig, GRPOTrainer
+
+from iapo_mini import scaleout
+from iapo_mini.advantages import iapo
+from iapo_mini.information import informativeness
+from iapo_mini.objective import policy_loss
+from iapo_mini.policy import load_policy
+from iapo_mini.rollouts import Rollouts, token_logprobs
+from iapo_mini.scaleout import IAPOConfig, IAPOTrainer, answer_reward
+from iapo_mini.tasks import stories
+
+CPU = dict(
+    use_cpu=True, bf16=False, report_to=[], save_strategy="no", gradient_checkpointing=False,
+    dataloader_pin_memory=False, disable_tqdm=True, logging_steps=1, shuffle_dataset=False,
+    per_device_train_batch_size=8, num_generations=4, max_completion_length=12, max_steps=1,
+    learning_rate=5e-3, optim="sgd", lr_scheduler_type="constant", max_grad_norm=1e9,
+)  # fmt: skip
+
+
+@pytest.fixture
+def trainer(schooled_folder, tmp_path):
+    """Makes a trainer on the schooled policy; ``kind`` is TRL's or ours."""
+
+    def make(kind=IAPOTrainer, policy=None, problems=TRIVIAL, **settings):
+        policy = policy or load_policy(schooled_folder, lora_rank=0)
+        config = IAPOConfig if kind is IAPOTrainer else GRPOConfig
+        return kind(
+            policy.model, answer_reward,
+            args=config(str(tmp_path / "trl"), **{**CPU, **settings}),
+            train_dataset=scaleout.dataset(problems),
+            processing_class=policy.tokenizer,
+        )  # fmt: skip
+
+    return make
+
+
+def batch_of(trainer):
+    """What TRL computes its loss from, for the first prompts of its data set."""
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    rows = [row for row in trainer.train_dataset for _ in range(4)]
+    return trainer._generate_and_score_completions(rows)
+
+
+def as_rollouts(batch, **fields):
+    masks = batch["prompt_mask"].bool(), batch["completion_mask"].bool()
+    return Rollouts(
+        prompt_ids=batch["prompt_ids"], prompt_mask=masks[0],
+        completion_ids=batch["completion_ids"], completion_mask=masks[1],
+        old_logprobs=fields.pop("old_logprobs", torch.zeros(masks[1].shape)),
+        num_generations=4, finished=masks[1].any(1), **fields,
+    )  # fmt: skip
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+SHARED_LOSSES = {"grpo": "sequence", "bnpo": "token", "dapo": "token"}
+"""TRL's loss types that ours are, with one process and one step to a batch of completions."""
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+@pytest.mark.parametrize("high", [None, 0.28])
+@pytest.mark.parametrize("loss_type", SHARED_LOSSES)
+def test_our_loss_and_gradients_are_those_of_trl(trainer, loss_type, high, kl):
+    """On the same completions, off the old policy (the clip binds) and off the reference."""
+    theirs = trainer(
+        GRPOTrainer, loss_type=loss_type, epsilon_high=high, beta=kl, temperature=0.9,
+        use_bias_correction_kl=False,
+    )  # fmt: skip
+    batch = batch_of(theirs)
+    generator = torch.Generator().manual_seed(1)
+    shape = batch["completion_mask"].shape
+
+    def noise(scale):
+        return scale * torch.randn(shape, generator=generator)
+
+    rollouts = as_rollouts(batch)
+    with torch.no_grad():
+        logprobs, _ = token_logprobs(theirs.model, rollouts, 0.9)
+    batch["old_per_token_logps"] = rollouts.old_logprobs = logprobs + noise(0.3)
+    batch["ref_per_token_logps"] = logprobs + noise(0.3)
+    batch["advantages"] = noise(1.0)
+    loss = theirs._compute_loss(theirs.model, batch)
+    loss.backward()
+    expected = gradients(theirs.model)
+    theirs.model.zero_grad()
+
+    logprobs, _ = token_logprobs(theirs.model, rollouts, 0.9)
+    ours, stats = policy_loss(
+        logprobs, rollouts.old_logprobs, batch["advantages"], rollouts.completion_mask,
+        ref_logprobs=batch["ref_per_token_logps"] if kl else None, kl_coef=kl,
+        epsilon=0.2, epsilon_high=high, aggregation=SHARED_LOSSES[loss_type],
+    )  # fmt: skip
+    ours.backward()
+    assert abs(float(ours - loss)) < 1e-5
+    assert stats["clip_ratio"] > 0.05 and len(set(rollouts.lengths.tolist())) > 1
+    found = gradients(theirs.model)
+    assert found.keys() == expected.keys() and len(found) > 10
+    for name, gradient in found.items():
+        size = max(1.0, float(expected[name].abs().max()))
+        assert float((gradient - expected[name]).abs().max()) < 1e-5 * size, name
+    assert max(float(g.abs().max()) for g in found.values()) > 1e-2
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_advantages_are_the_papers(trainer, schooled_folder, lora_rank):
+    """A_{i,t} by the library's own rule, the entropies by the definition."""
+    policy = load_policy(schooled_folder, lora_rank=lora_rank)
+    perturb_lora(policy)
+    ours = trainer(policy=policy, iapo_alpha=0.7, iapo_beta=0.3)
+    batch = batch_of(ours)
+    assert ours.model.training  # as TRL left it: the estimator's eval() is not for the update
+    rewards = ours._rewards[:, 0]
+    assert len(set(rewards.tolist())) > 1
+    rollouts = as_rollouts(batch, rewards=rewards, correct=rewards == 1.5)
+    policy.model.eval()
+    entropies = explicit_entropies(policy, rollouts)
+    rollouts.informativeness = informativeness(entropies, rollouts.completion_mask)
+    with torch.no_grad():
+        rollouts.old_logprobs, _ = token_logprobs(policy.model, rollouts)
+    torch.testing.assert_close(batch["advantages"], iapo(rollouts, 0.7, 0.3), atol=2e-4, rtol=0)
+    (logged,) = ours._metrics["train"]["informativeness"]
+    expected = rollouts.informativeness[rollouts.completion_mask].mean()
+    assert logged == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_terms_are_left_out_of_what_has_no_reward_or_was_not_written(trainer, monkeypatch):
+    """Rows that no reward function scored, truncated rows, tokens that a tool wrote."""
+    ours = trainer(iapo_alpha=0.7, iapo_beta=0.3, mask_truncated_completions=True)
+    plain = GRPOTrainer._generate_and_score_completions
+
+    def with_tool(self, inputs):
+        batch = plain(self, inputs)
+        batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
+        batch["tool_mask"][:, 1] = 0
+        return batch
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", with_tool)
+    ours.reward_funcs[0] = lambda completions, **kw: [None, *range(len(completions) - 1)]
+    batch = batch_of(ours)
+    advantages, mask = batch["advantages"], batch["completion_mask"].bool()
+    assert not advantages[0].any()
+    assert not advantages[:, 1].any()
+    assert not advantages[~mask].any()
+    assert advantages[1:, 2].any()
+
+
+def steps_of(trainer, steps=3):
+    torch.manual_seed(3)
+    trainer.args.max_steps = steps
+    trainer.train()
+    logs = [
+        {k: v for k, v in row.items() if "time" not in k and "per_second" not in k}
+        for row in trainer.state.log_history
+    ]
+    return logs, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"loss_type": "grpo", "beta": 0.04},
+        {"loss_type": "cispo", "steps_per_generation": 2, "num_iterations": 2},
+    ],
+    ids=["dapo", "grpo with KL", "cispo off policy"],
+)
+def test_without_its_terms_it_is_grpo_step_for_step(trainer, settings):
+    """alpha = beta = 0: the advantages take the way of ours, (B, T), and nothing changes."""
+    settings = settings | {"problems": [*TRIVIAL, *TRIVIAL]}  # off policy two batches are one
+    logs, weights = steps_of(trainer(iapo_alpha=0.0, iapo_beta=0.0, **settings))
+    expected_logs, expected = steps_of(trainer(GRPOTrainer, **settings))
+    assert logs == expected_logs
+    assert any(row.get("grad_norm", 0) > 1e-3 for row in logs)
+    for name, weight in weights.items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_its_terms_change_the_update(trainer):
+    _, plain = steps_of(trainer(iapo_alpha=0.0, iapo_beta=0.0), 1)
+    for terms in ({"iapo_alpha": 0.5, "iapo_beta": 0.0}, {"iapo_alpha": 0.0, "iapo_beta": 0.5}):
+        _, weights = steps_of(trainer(**terms), 1)
+        assert any(not torch.equal(w, plain[n]) for n, w in weights.items())
+
+
+SCRIPT = Path(__file__).parent / "scaleout_process.py"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="gloo by torchrun")
+def test_two_processes_make_the_update_of_one(schooled_folder, tmp_path):
+    """By ``accelerate launch``; groups of four lie across the two processes' batches of six."""
+    found = {}
+    for processes, batch in ((1, 12), (2, 6)):
+        out = tmp_path / f"{processes}.pt"
+        launch = ["--num_processes", str(processes), "--num_machines", "1"]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        launch += ["--multi_gpu"] if processes > 1 else []
+        done = subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.launch", *launch, str(SCRIPT),
+             schooled_folder, str(batch), str(out)],
+            capture_output=True, text=True, timeout=500,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[processes] = torch.load(out, weights_only=True)
+    one, two = found[1], found[2]
+    assert (one.pop("processes"), two.pop("processes")) == (1, 2)
+    start = one.pop("start"), two.pop("start")
+    moved = 0.0
+    for name, weight in one["end"].items():
+        assert torch.equal(start[0][name], start[1][name])
+        assert torch.allclose(weight, two["end"][name], atol=1e-6, rtol=0), name
+        moved = max(moved, float((weight - start[0][name]).abs().max()))
+    assert moved > 1e-3
+    assert one["reward"] == pytest.approx(two["reward"], abs=1e-6)
+    assert one["informativeness"] == pytest.approx(two["informativeness"], abs=1e-5)
+
+
+def test_a_short_run_learns(trainer, schooled_folder):
+    """On two problems with the same answer; LoRA, Adam, the terms on."""
+    policy = load_policy(schooled_folder, lora_rank=8)
+    ours = trainer(
+        policy=policy, max_steps=20, optim="adamw_torch", learning_rate=1e-2, iapo_alpha=0.1,
+        per_device_train_batch_size=16, num_generations=8,
+    )  # fmt: skip
+    logs, _ = steps_of(ours, 20)
+    rewards = [row["reward"] for row in logs if "reward" in row]
+    assert len(rewards) == 20
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.5
+    assert all("informativeness" in row for row in logs if "reward" in row)
+
+
+def test_mixed_precision_runs(trainer):
+    """bf16 by autocast, TRL's default on cards: the estimator runs in the weights' own dtype."""
+    logs, _ = steps_of(trainer(bf16=True), 1)
+    assert 0 < logs[0]["grad_norm"] < 100 and abs(logs[0]["informativeness"]) < 10
+
+
+def test_a_checkpoint_of_trl_resumes(trainer, tmp_path):
+    """What TRL offers stays: its checkpoints here."""
+    settings = dict(save_strategy="steps", save_steps=2, max_steps=3)
+    whole = trainer(**settings)
+    whole.train()
+    again = trainer(**settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "trl" / "checkpoint-2"))
+    for a, b in zip(whole.model.parameters(), again.model.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_the_reward_is_the_librarys():
+    right = "<think> 2 + 3 = 5.</think><answer> 5</answer>"
+    chat = [{"role": "assistant", "content": right}]
+    assert answer_reward([right, chat, "5"], answer=["5", "6", "5"]) == [1.5, -0.5, -1.5]
+
+
+def test_the_dataset_holds_chats_and_answers():
+    problems = list(itertools.islice(stories("train"), 3))
+    data = scaleout.dataset(problems)
+    assert data["answer"] == [p.answer for p in problems]
+    assert data[0]["prompt"][-1] == {"role": "user", "content": problems[0].question}
+    with pytest.raises(ValueError, match="problems is empty"):
+        scaleout.dataset([])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("iapo_alpha", -0.1), ("iapo_beta", float("nan")), ("iapo_memory_mb", 0)],
+)
+def test_bad_settings_are_refused(field, value, tmp_path):
+    with pytest.raises(ValueError, match=f"{field} is .*; allowed are"):
+        IAPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{field: value})
+
+
+def test_an_empty_postfix_is_refused(trainer):
+    with pytest.raises(ValueError, match="postfix is ''"):
+        trainer(iapo_postfix="")
+
+
+def test_nothing_else_imports_it():
+    code = "import sys, iapo_mini.cli, iapo_mini.experiments, iapo_mini.trainer; "
+    code += "sys.exit('trl' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    library = Path(scaleout.__file__).parent
+    for file in library.glob("*.py"):
+        assert "scaleout import" not in file.read_text(), file
+    assert len(Path(scaleout.__file__).read_text().splitlines()) < 220
+
+
+def test_configs_for_eight_gpus_can_be_read(tmp_path):
+    """As accelerate and TRL read them; nothing is started."""
+    yaml = pytest.importorskip("yaml")
+    folder = Path(__file__).parent.parent / "examples"
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    launch = load_config_from_file(str(folder / "deepspeed_8gpu.yaml"))
+    assert str(launch.distributed_type.value) == "DEEPSPEED" and launch.num_processes == 8
+    settings = yaml.safe_load((folder / "gsm8k_8gpu.yaml").read_text())
+    known = set(IAPOConfig.__dataclass_fields__)
+    assert set(settings) - known == {"model", "data"}
+    assert settings["use_vllm"] and settings["iapo_alpha"] > 0
+    batch = settings["per_device_train_batch_size"] * launch.num_processes
+    assert batch * settings["gradient_accumulation_steps"] % settings["num_generations"] == 0
+
+
+def test_the_example_trains(tmp_path):
+    """examples/train_trl.py on stories and the embedded policy, the CPU's settings on top."""
+    rows = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(3, 9)]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script = Path(__file__).parent.parent / "examples" / "train_trl.py"
+    options = {
+        "output_dir": tmp_path / "out", "model": "embedded", "data": "gsm8k", "data_file": file,
+        "max_steps": 1, "per_device_train_batch_size": 4, "num_generations": 4,
+        "max_completion_length": 16, "report_to": "none", "bf16": "false", "use_cpu": "true",
+        "gradient_checkpointing": "false",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(script), *[x for k, v in options.items() for x in (f"--{k}", str(v))]],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "model.safetensors").is_file() or list(
+        (tmp_path / "out").glob("*.safetensors")
+    )

@@ -1,0 +1,131 @@
+"""SIGKILL at random moments and at every file operation: the run ends as if nothing had been.
+
+Training runs in forked children of a server that has the libraries loaded, so that twenty kills
+take a minute and not ten.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from iapo_mini.run_folder import _checkpoints
+from iapo_mini.trainer import TrainConfig, train
+
+if not hasattr(os, "fork"):
+    pytest.skip("needs fork and SIGKILL", allow_module_level=True)
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["iapo_mini.trainer", "test_kills"])
+
+
+def work(settings, folder, die_at=None, count_to=None):
+    """Train, or resume what is there. ``die_at``: kill this process at its n-th file operation."""
+    torch.set_num_threads(1)
+    folder = Path(folder)
+    if die_at is not None or count_to is not None:
+        seen = itertools.count(1)
+        names = ("open", "os.", "shutil.")
+
+        def hook(event, args):
+            if event.startswith(names) and args and str(args[0]).startswith(str(folder)):
+                n = next(seen)
+                if n == die_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if count_to is not None:
+                    count_to.value = n
+
+        sys.addaudithook(hook)
+    resume = (folder / "config.json").is_file()
+    train(TrainConfig(**settings), folder, resume=resume, progress=False)
+
+
+def child(*args, **kwargs):
+    process = CONTEXT.Process(target=work, args=args, kwargs=kwargs)
+    process.start()
+    return process
+
+
+def content(folder):
+    """Metrics without what depends on the clock, and the bytes of the final weights."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    timing = ("seconds_", "tokens_per_second")
+    rows = [{k: v for k, v in json.loads(x).items() if not k.startswith(timing)} for x in lines]
+    (file,) = (Path(folder) / "final").glob("*.safetensors")
+    return rows, file.read_bytes()
+
+
+@pytest.fixture
+def settings(schooled_folder):
+    return dict(
+        method="iapo", model=schooled_folder, learning_rate=5e-3, warmup_steps=2, max_steps=30,
+        prompts_per_step=2, num_generations=2, max_completion_length=12, lora_rank=4,
+        micro_batch_size=2, save_steps=1, threads=1,
+    )  # fmt: skip
+
+
+def finished(settings, folder):
+    process = child(settings, str(folder))
+    process.join()
+    assert process.exitcode == 0
+    return content(folder)
+
+
+def test_twenty_kills_at_random_moments_and_while_a_checkpoint_is_written(settings, tmp_path):
+    began = time.monotonic()
+    whole = finished(settings, tmp_path / "whole")
+    lasting = time.monotonic() - began
+    rng, kills, while_writing, runs = random.Random(0), 0, 0, itertools.count()
+    folder = tmp_path / f"run-{next(runs)}"
+    while kills < 20:
+        process = child(settings, str(folder))
+        if kills % 2:  # while a checkpoint is being written
+            while process.is_alive() and not list(folder.glob(".checkpoint-*.tmp")):
+                pass
+            time.sleep(rng.uniform(0, 0.004))
+        else:
+            process.join(rng.uniform(0, lasting))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:  # it was done before the kill: take another run
+            assert content(folder) == whole
+            folder = tmp_path / f"run-{next(runs)}"
+            continue
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+        while_writing += bool(list(folder.glob(".checkpoint-*.tmp")))
+    assert finished(settings, folder) == whole
+    assert not list(folder.glob(".*"))
+    print(f"{kills} kills in {next(runs)} runs, {while_writing} while a checkpoint was written")
+    assert while_writing >= 3
+
+
+def test_a_kill_at_each_file_operation(settings, tmp_path):
+    """Every moment at which what is on the disk can differ, from the first to the last."""
+    settings = settings | {"max_steps": 3}
+    whole = finished(settings, tmp_path / "whole")
+    count = CONTEXT.Value("i", 0)
+    process = child(settings, str(tmp_path / "counted"), count_to=count)
+    process.join()
+    assert content(tmp_path / "counted") == whole
+    points = range(1, count.value + 1)
+    print(f"{len(points)} file operations")
+    assert len(points) > 60
+    for point in points:
+        folder = tmp_path / f"point-{point}"
+        process = child(settings, str(folder), die_at=point)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, point
+        # What has the name of a checkpoint is whole.
+        for checkpoint in _checkpoints(folder):
+            assert (checkpoint / "sha256.json").is_file(), point
+        assert finished(settings, folder) == whole, point
+        assert not list(folder.glob(".*")), point
