@@ -98,7 +98,7 @@ def tokens_html(
 def answers_html(answers: Sequence[str], probabilities: Sequence[float], nats: float) -> str:
     """Bars of the most likely forced answers, and the entropy over all of them."""
     rows = [
-        f'<div>{html.escape(a).replace(" ", "&nbsp;")}'
+        f"<div>{html.escape(a).replace(' ', '&nbsp;')}"
         f'<span style="display:inline-block;height:12px;background:#0072B2;margin:0 6px;'
         f'width:{200 * p:.0f}px"></span>{p:.2f}</div>'
         for a, p in zip(answers, probabilities)
