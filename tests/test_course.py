@@ -1,5 +1,6 @@
 """The exercises' checks, and the promises that every notebook of the course keeps."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -124,3 +125,19 @@ def test_tables_name_every_notebook_with_its_badge():
             assert f"notebooks/{path.name})" in (ROOT / page).read_text(), (path.name, page)
     badges = re.findall(r"blob/main/notebooks/(\S+?\.ipynb)", (ROOT / "README.md").read_text())
     assert {p.name for p in NOTEBOOKS} <= set(badges)
+
+
+def test_static_course_links_its_pages_to_each_other(tmp_path):
+    spec = importlib.util.spec_from_file_location("build", ROOT / "notebooks/build_course.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    written = build.build(tmp_path)
+    solutions = list(SOLUTIONS.glob("*.ipynb"))
+    assert len(written) == len(NOTEBOOKS) + len(solutions) + 1
+    for page in written:
+        html = page.read_text()
+        assert not re.search(r'href="(?!https?:)[^"]*\.ipynb', html), page.name
+        for target in re.findall(r'href="(?![a-z]+:)([^"#]+\.html)', html):
+            assert (page.parent / target).exists(), (page.name, target)
+    start = (tmp_path / "index.html").read_text()
+    assert all(f'href="{path.stem}.html"' in start for path in NOTEBOOKS)
