@@ -98,7 +98,8 @@ def tokens_html(
 def answers_html(answers: Sequence[str], probabilities: Sequence[float], nats: float) -> str:
     """Bars of the most likely forced answers, and the entropy over all of them."""
     rows = [
-        f"<div>{html.escape(a).replace(' ', '&nbsp;')}"
+        f'<div><span style="display:inline-block;min-width:5em;text-align:right">'
+        f"{html.escape(a).replace(' ', '&nbsp;')}</span>"
         f'<span style="display:inline-block;height:12px;background:#0072B2;margin:0 6px;'
         f'width:{200 * p:.0f}px"></span>{p:.2f}</div>'
         for a, p in zip(answers, probabilities)
@@ -171,12 +172,17 @@ def explorer(
         return policy.tokenizer.decode([i], skip_special_tokens=False)
 
     titles = [p.question if len(p.question) < 80 else p.question[:77] + "..." for p in problems]
-    story = w.Dropdown(options=list(zip(titles, range(len(problems)))), description="story")
+    story = w.Dropdown(
+        options=list(zip(titles, range(len(problems)))),
+        description="story",
+        layout=w.Layout(width="480px"),
+    )
     completion = w.Dropdown(description="completion")
-    position = w.IntSlider(min=0, description="tokens read")
+    position = w.IntSlider(min=0, description="tokens read", layout=w.Layout(width="480px"))
     color = w.ToggleButtons(options=["information", "IAPO advantage", "GRPO advantage"])
+    wide = w.Layout(width="380px")
     sliders = [
-        w.FloatSlider(value=value, min=0, max=1, step=0.01, description=name)
+        w.FloatSlider(value=value, min=0, max=1, step=0.01, description=name, layout=wide)
         for name, value in (("alpha", alpha), ("beta", beta))
     ]
     question, tokens, answers, bars = (w.HTML() for _ in range(4))
@@ -221,7 +227,8 @@ def explorer(
         likely = [text(j) for j in forced.ids[i, at].tolist()]
         p, nats = forced.probabilities[i, at].tolist(), float(forced.entropies[i, at])
         answers.value = answers_html(likely, p, nats)
-        bars.value = bars_svg(values, at, f"{color.value} of each token ({unit})")
+        label = f"{color.value} of each token" + (" (nats)" if unit == "nats" else "")
+        bars.value = bars_svg(values, at, label)
 
     story.observe(choose_story, "value")
     completion.observe(choose_completion, "value")

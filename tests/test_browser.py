@@ -69,8 +69,10 @@ def test_explorer_moves_in_jupyterlab(lab, tmp_path):
         page.set_default_timeout(240_000)
         page.goto(f"{lab}/lab/tree/explore.ipynb")
         page.wait_for_selector(".jp-Notebook .jp-Cell")
-        page.wait_for_function("window.jupyterapp !== undefined")
-        page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        # Asked to run before its kernel is there, a notebook opens a dialog.
+        kernel = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
+        page.wait_for_function(f"{kernel}?.status === 'idle'")
+        page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells') && null")
         shown = page.get_by_text("answer, if forced now")
         shown.wait_for()
         at_the_end = shown.locator("..").inner_text()
