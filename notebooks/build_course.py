@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 GITHUB = "https://github.com/iapo-mini/iapo-mini/blob/main/"
 _PAGE = """<!doctype html><meta charset="utf-8"><title>iapo-mini: the course</title>
 <style>body {{ font: 17px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-td, th {{ padding: 2px 10px; text-align: left; vertical-align: top }}</style>
+td, th {{ padding: 2px 10px; text-align: left; vertical-align: top }}
+.anchor-link {{ display: none }}</style>
 {body}"""
 
 
