@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo full long test torture lint policy notebooks clean
+.PHONY: demo full long test torture lint policy notebooks course clean
 
 demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy, compare them, three seeds (about six minutes)
 	$(RUN) iapo_mini compare --preset demo
@@ -26,7 +26,10 @@ policy: $(VENV)/ready  ## remake the embedded policy and its report into runs/
 	$(RUN) iapo_mini.pretrain --out runs/pretrain
 
 notebooks: $(VENV)/ready  ## run the notebooks and keep their outputs
-	$(RUN) jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(RUN) jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb notebooks/solutions/*.ipynb
+
+course: $(VENV)/ready  ## static HTML of the whole course, as committed, in build/course
+	$(VENV)/bin/python notebooks/build_course.py
 
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

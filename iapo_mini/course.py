@@ -1,0 +1,73 @@
+"""What the notebooks share: exercises that check themselves, and the results that are committed."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_RESULTS = Path(__file__).parent.parent / "figures" / "results"
+_RESULTS_URL = "https://raw.githubusercontent.com/iapo-mini/iapo-mini/main/figures/results/"
+
+
+def check(attempt: Callable, *cases: tuple[tuple, object], tolerance: float = 1e-5) -> None:
+    """Say whether a reader's function does what an exercise asks. Never raises.
+
+    Args:
+        attempt: the function; while it raises ``NotImplementedError`` or returns None, the exercise
+            counts as not done.
+        cases: pairs ``(arguments, expected)``; expected is a number, a bool, a list of numbers or a
+            tensor.
+        tolerance: largest difference that counts as equal, absolute and relative.
+    """
+    name = attempt.__name__
+    for arguments, expected in cases:
+        try:
+            found = attempt(*arguments)
+        except NotImplementedError:
+            found = None
+        except Exception as error:
+            print(f"{name}: not yet, it raised {type(error).__name__}: {error}")
+            return
+        if found is None:
+            print(f"{name}: not yet, it is still to be written")
+            return
+        try:
+            one, other = (torch.as_tensor(x, dtype=torch.float64) for x in (found, expected))
+        except (TypeError, ValueError, RuntimeError):
+            print(f"{name}: not yet, it returned {type(found).__name__} instead of numbers")
+            return
+        if one.shape != other.shape:
+            print(f"{name}: not yet, shape {tuple(one.shape)} instead of {tuple(other.shape)}")
+            return
+        if not torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True):
+            worst = float((one - other).abs().max())
+            print(f"{name}: not yet, off by up to {worst:.3g}")
+            return
+    print(f"{name}: right")
+
+
+def committed_result(name: str) -> dict:
+    """A file of ``figures/results``, from this checkout or, where there is none, from GitHub.
+
+    Args:
+        name: such as ``"estimator.json"``.
+
+    Raises:
+        ValueError: when there is neither.
+    """
+    path = _RESULTS / name
+    if path.is_file():
+        return json.loads(path.read_text())
+    try:
+        with urllib.request.urlopen(_RESULTS_URL + name, timeout=20) as answer:
+            return json.load(answer)
+    except (OSError, urllib.error.URLError) as error:
+        raise ValueError(
+            f"name is '{name}', which is neither in {_RESULTS} nor to be had from GitHub "
+            f"({error}); allowed are the files of figures/results."
+        ) from error
