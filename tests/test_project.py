@@ -56,6 +56,11 @@ def test_the_page_on_trl_tells_the_committed_numbers():
     assert f"**{results['our_step_over_trl_step']:.2f} times**" in docs
     assert results["our_step_over_trl_step"] <= 0.5
     assert results["max_loss_difference"] <= 1e-5
+    state = json.loads((ROOT / "figures/results/trl_run.json").read_text())
+    rows = [row for row in state["log_history"] if "loss" in row]
+    for name, digits in (("completions/mean_length", 1), ("reward", 2)):
+        first, last = (sum(r[name] for r in x) / 5 for x in (rows[:5], rows[-5:]))
+        assert f"from {first:.{digits}f} to {last:.{digits}f}" in docs
 
 
 def test_estimator_results_hold_what_they_promise(estimator):
