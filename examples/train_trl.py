@@ -9,6 +9,7 @@ On a laptop (docs/scaleout.md): --model embedded --data stories --use_cpu true -
 import itertools
 from dataclasses import dataclass, field
 
+from peft import LoraConfig
 from transformers import AutoTokenizer
 from trl import TrlParser
 
@@ -26,12 +27,14 @@ class Source:
         data: stories, gsm8k, math500, dapo_math or commonsense_qa.
         data_file: local file with the problems; empty asks the hub.
         problems: the first so many of the training stream.
+        lora_rank: rank of an adapter on all linear layers; 0 trains every weight.
     """
 
     model: str = field(default="embedded", metadata={"help": "embedded, a folder or a hub id"})
     data: str = field(default="stories", metadata={"help": "stories, gsm8k, ..."})
     data_file: str = field(default="", metadata={"help": "local file; empty asks the hub"})
     problems: int = field(default=7000, metadata={"help": "training problems"})
+    lora_rank: int = field(default=0, metadata={"help": "rank of the adapter; 0: none"})
 
 
 if __name__ == "__main__":
@@ -39,12 +42,18 @@ if __name__ == "__main__":
     source, config = parser.parse_args_and_config()
     check_data(source.data, "train", source.data_file)
     model = model_source(source.model)
+    lora = LoraConfig(
+        r=source.lora_rank, lora_alpha=2 * source.lora_rank, target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    ) if source.lora_rank else None  # fmt: skip
     problems = training_problems(source.data, config.seed, source.data_file, "train")
     trainer = scaleout.IAPOTrainer(
         model, scaleout.answer_reward,
         args=config,
         train_dataset=scaleout.dataset(itertools.islice(problems, source.problems)),
         processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
+        peft_config=lora,
     )  # fmt: skip
     trainer.train()
     trainer.save_model()
+    trainer.save_state()  # trainer_state.json: what was logged

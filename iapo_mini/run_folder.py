@@ -197,11 +197,11 @@ def restore_checkpoint(run: Path, policy: Policy, optimizer) -> int:
 def trim_log(log: Path, done: int) -> None:
     """Drop metrics of steps that will be made again, and a line that a kill cut short."""
     kept = []
-    for line in log.read_text().splitlines() if log.exists() else []:
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
         try:
             if json.loads(line)["step"] <= done:
                 kept.append(line + "\n")
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, KeyError, TypeError):
             continue
     replace_text(log, "".join(kept))
 

