@@ -14,7 +14,7 @@ full: $(VENV)/ready  ## the same with five seeds (what the README reports)
 test: $(VENV)/ready  ## every test, the notebooks included
 	$(RUN) ruff check .
 	$(RUN) pytest -n auto --dist loadfile
-	$(RUN) pytest --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval.cfg notebooks
+	$(RUN) pytest -n auto --dist loadfile --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval.cfg notebooks
 
 torture: $(VENV)/ready  ## kills, full disks and hostile input: a few minutes
 	$(RUN) pytest tests/torture

@@ -91,7 +91,7 @@ def comparison(methods: Mapping[str, Mapping], k: int = 8) -> Figure:
         methods: method -> ``{"length": [per seed], "pass@k": [...], "ratio@k": [...]}``; with one
             seed the intervals come from ``"intervals"``.
     """
-    many = len(methods) > 5
+    many = len(methods) > 4
     fig = Figure(figsize=(13 if many else 10, 3.6 if many else 3.2), layout="constrained")
     panels = (
         ("length", "mean length (tokens)"),

@@ -214,6 +214,22 @@ def _check_four_bit(device: str) -> None:
         ) from error
 
 
+_NF4_BLOCK = 64
+"""Weights that share a scale."""
+
+
+def _check_rows(name: str, model: PreTrainedModel) -> None:
+    """Refuse rows that bitsandbytes (0.50) reads back wrongly on a CPU, without a word."""
+    for module in model.modules():
+        # Only its 4-bit layers have this.
+        quantised = hasattr(module, "support_avx512bf16_for_cpu")
+        if quantised and module.in_features % _NF4_BLOCK:
+            raise ValueError(
+                f"four_bit is True, but '{name}' has a layer with rows of {module.in_features} "
+                f"weights; allowed on a CPU are multiples of {_NF4_BLOCK}."
+            )
+
+
 def _load_four_bit(
     source: str, device: str, dtype: torch.dtype, gradient_checkpointing: bool
 ) -> PreTrainedModel:
@@ -379,6 +395,8 @@ def load_policy(
             f"model is '{model}' and can't be loaded ({reason}); allowed are '{EMBEDDED}', a "
             "folder written by save_pretrained, or a hub id that this machine can reach."
         ) from error
+    if four_bit and device == "cpu":
+        _check_rows(model, causal_lm)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if gradient_checkpointing and not four_bit:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from iapo_mini import run_folder, trainer
 from iapo_mini.cli import main
+from iapo_mini.information import INFORMATION
 from iapo_mini.policy import load_policy
 from iapo_mini.trainer import TrainConfig, train
 
@@ -270,14 +271,12 @@ def at_step(step, values):
     """Replace what the estimator says of one step."""
     calls = itertools.count(1)
 
-    def informativeness(*args):
-        found = trainer_informativeness(*args)
+    def estimate(*args):
+        found = plain(*args)
         return found * values if next(calls) == step else found
 
-    return informativeness
-
-
-trainer_informativeness = trainer.informativeness
+    plain = INFORMATION["iapo"]
+    return estimate
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -286,7 +285,7 @@ def test_informativeness_that_is_not_finite_stops_before_the_update(
 ):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "informativeness", at_step(3, poison))
+        patch.setitem(INFORMATION, "iapo", at_step(3, poison))
         with pytest.raises(FloatingPointError, match=r"step 3: the informativeness of \d of 4"):
             run(config, folder)
     kept = load_file(folder / "failed-step-3" / "rollouts.safetensors")
@@ -392,7 +391,7 @@ def test_a_disk_full_at_the_log_is_told_in_one_sentence(config, tmp_path, monkey
 
 
 def test_cli_tells_a_failed_step_in_one_sentence(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainer, "informativeness", at_step(1, math.nan))
+    monkeypatch.setitem(INFORMATION, "iapo", at_step(1, math.nan))
     command = ["train", "--out", str(tmp_path / "run"), "--model", config.model]
     command += ["--max-completion-length=12", "--prompts-per-step=2", "--threads=1"]
     with pytest.raises(SystemExit) as stopped:

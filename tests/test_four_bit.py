@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 from helpers import (
     WAYS,
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from iapo_mini import policy as policy_module
 from iapo_mini.information import answer_entropies
 from iapo_mini.policy import compute_dtype, load_policy
+from iapo_mini.pretrain import build_model
 from iapo_mini.rollouts import sample, token_logprobs
 from iapo_mini.tasks import Problem
 from iapo_mini.trainer import PRESETS, TrainConfig, train
@@ -152,7 +154,10 @@ def test_merged_model_saves_and_loads_without_peft_or_bitsandbytes(policy, tmp_p
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gpt2"])
 def test_merging_names_the_weights_as_the_architecture_does(tokenizer, tmp_path, name):
-    made = tiny_policy(name, tokenizer)
+    # Rows in whole blocks of 64 weights, the heads' 4 x 24 of Qwen3 included.
+    sizes = {"head_dim": 32} if name == "qwen3" else {}
+    sizes |= {"intermediate_size": 128} if name != "gpt2" else {}
+    made = tiny_policy(name, tokenizer, **sizes)
     made.model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     policy = perturb_lora(load_policy(str(tmp_path), lora_rank=4, four_bit=name != "gpt2"))
@@ -390,3 +395,14 @@ def test_options_take_precedence_over_the_preset(tmp_path, schooled_folder):
     )  # fmt: skip
     assert config == asdict(TrainConfig(**{**PRESETS["t4"], **given}))
     assert config["four_bit"] and config["learning_rate"] == PRESETS["t4"]["learning_rate"]
+
+
+def test_rows_that_bitsandbytes_reads_back_wrongly_are_refused(tokenizer, tmp_path):
+    """On a CPU, NF4 rows must be whole blocks of 64 weights; others come back as something else."""
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    back = functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type="nf4"))
+    assert (back - weight).abs().max() > 1  # when this fails, the refusal has become needless
+    build_model(tokenizer, seed=0, hidden=96, layers=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="rows of 96 weights; allowed on a CPU"):
+        load_policy(str(tmp_path), four_bit=True)

@@ -609,9 +609,10 @@ def test_kept_keys_are_those_of_a_plain_pass(stopping_policy, monkeypatch, limit
     plain = sample(stopping_policy, TRIVIAL, **sizes)
     assert plain.cache is None
     for name, value in vars(plain).items():
-        if isinstance(value, torch.Tensor) and name != "old_logprobs":
+        if isinstance(value, torch.Tensor) and not name.endswith(("logprobs", "entropies")):
             assert torch.equal(value, getattr(rollouts, name)), name
     close(rollouts.old_logprobs, plain.old_logprobs, atol=1e-5)
+    close(rollouts.token_entropies, plain.token_entropies, atol=1e-5)
     config = stopping_policy.model.config
     assert len(rollouts.cache) == 32
     for i, layers in enumerate(rollouts.cache):
