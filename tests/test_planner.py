@@ -258,7 +258,7 @@ def peak_bytes(function):
     return max(itertools.accumulate(e.nbytes() for e in events))
 
 
-@pytest.fixture(params=[1024, 96], ids=["wide", "narrow"])
+@pytest.fixture(params=[1024, 128], ids=["wide", "narrow"])
 def card_like(request, tokenizer, tmp_path):
     """A policy as on a card, 4-bit and bf16, and its configuration."""
     config = Qwen2Config(
