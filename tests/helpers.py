@@ -1,6 +1,8 @@
 """Plain re-computations that the tests compare the library with. Slow and simple on purpose."""
 
 import contextlib
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,3 +208,16 @@ def explicit_entropies(policy, rollouts, postfix=POSTFIX):
             logits = forced_logits(policy, rollouts, i, t, suffix)[-1]
             out[i, t] = torch.distributions.Categorical(logits=logits).entropy()
     return out
+
+
+def metrics(folder):
+    """The logged lines without what depends on the clock."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    timing = ("seconds_", "tokens_per_second")
+    return [{k: v for k, v in json.loads(x).items() if not k.startswith(timing)} for x in lines]
+
+
+def content(folder):
+    """Metrics without what depends on the clock, and the bytes of the final weights."""
+    (file,) = (Path(folder) / "final").glob("*.safetensors")
+    return metrics(folder), file.read_bytes()

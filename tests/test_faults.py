@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import content
 from safetensors.torch import load_file
 
 from iapo_mini import run_folder, trainer
@@ -49,15 +50,6 @@ def config(schooled_folder):
 
 def run(config, folder, **kwargs):
     return train(config, folder, progress=False, **kwargs)
-
-
-def content(folder):
-    """Metrics without what depends on the clock, and the bytes of the final weights."""
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    timing = ("seconds_", "tokens_per_second")
-    rows = [{k: v for k, v in json.loads(x).items() if not k.startswith(timing)} for x in lines]
-    (file,) = (Path(folder) / "final").glob("*.safetensors")
-    return rows, file.read_bytes()
 
 
 def stopped_at(config, folder, step):

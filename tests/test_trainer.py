@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TRIVIAL, perturb_lora
+from helpers import TRIVIAL, metrics, perturb_lora
 
 import iapo_mini
 from iapo_mini.policy import load_policy
@@ -52,13 +52,6 @@ def config(schooled_folder):
 
 def run(config, folder, **kwargs):
     return train(config, folder, progress=False, **kwargs)
-
-
-def metrics(folder):
-    """The logged lines without what depends on the clock."""
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    timing = ("seconds_", "tokens_per_second")
-    return [{k: v for k, v in json.loads(x).items() if not k.startswith(timing)} for x in lines]
 
 
 def weights(folder):

@@ -5,9 +5,9 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from helpers import content
 
 from iapo_mini.run_folder import _checkpoints, _sums
 from iapo_mini.trainer import TrainConfig, train
@@ -43,14 +43,6 @@ def config(schooled_folder):
 
 def run(config, folder, **kwargs):
     return train(config, folder, progress=False, **kwargs)
-
-
-def content(folder):
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    timing = ("seconds_", "tokens_per_second")
-    rows = [{k: v for k, v in json.loads(x).items() if not k.startswith(timing)} for x in lines]
-    (file,) = (Path(folder) / "final").glob("*.safetensors")
-    return rows, file.read_bytes()
 
 
 def fill(disk, leave):

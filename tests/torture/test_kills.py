@@ -5,7 +5,6 @@ take a minute and not ten.
 """
 
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import content
 
 from iapo_mini.run_folder import _checkpoints
 from iapo_mini.trainer import TrainConfig, train
@@ -52,15 +52,6 @@ def child(*args, **kwargs):
     process = CONTEXT.Process(target=work, args=args, kwargs=kwargs)
     process.start()
     return process
-
-
-def content(folder):
-    """Metrics without what depends on the clock, and the bytes of the final weights."""
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    timing = ("seconds_", "tokens_per_second")
-    rows = [{k: v for k, v in json.loads(x).items() if not k.startswith(timing)} for x in lines]
-    (file,) = (Path(folder) / "final").glob("*.safetensors")
-    return rows, file.read_bytes()
 
 
 @pytest.fixture
