@@ -9,14 +9,17 @@ def test_ten_thousand_completions():
     texts = completions(10_000)
     worst = judge_all(texts, "72")
     right = sum("72" in text for text in texts)
-    print(f"{right} of {len(texts)} hold the answer; the slowest took {worst:.3f} s")
+    print(f"{right} of {len(texts)} hold the answer; the slowest took {1000 * worst:.1f} ms")
     assert worst < 1.0 and right > 1000
 
 
-@pytest.mark.parametrize("reference", ["\\frac{\\sqrt{2}}{2}", "(3, \\frac{\\pi}{2})"])
-def test_latex_that_explodes(reference):
-    """References that need math-verify: every bomb, bare and dressed."""
-    bombs = [form.format(x) for x in BOMBS for form in ("{}", "\\frac{{{}}}{{2}}")]
-    worst = judge_all([f"<think>a</think><answer>{x}</answer>" for x in bombs], reference)
-    print(f"the slowest of {len(bombs)} took {worst:.3f} s")
+@pytest.mark.parametrize(
+    ("reference", "form"),
+    [("\\frac{\\sqrt{2}}{2}", "{}"), ("(3, \\frac{\\pi}{2})", "\\frac{{{}}}{{2}}")],
+)
+def test_latex_that_explodes(reference, form):
+    """References that need math-verify: every bomb, bare and within a fraction."""
+    texts = [f"<think>a</think><answer>{form.format(x)}</answer>" for x in BOMBS]
+    worst = judge_all(texts, reference)
+    print(f"the slowest of {len(texts)} took {worst:.3f} s")
     assert worst < 1.0
