@@ -288,6 +288,24 @@ def tune(
     return results
 
 
+def tuning_table(results: dict) -> str:
+    """The trials of :func:`tune` as a Markdown table; what was chosen is in bold."""
+    lines = ["| method | learning rate | alpha | beta | length (tokens) | Pass@1 | Ratio@1 (1/1000 "
+             "tokens) |", "|---" * 7 + "|"]  # fmt: skip
+    for method, rows in results["trials"].items():
+        for i, row in enumerate(rows):
+            settings = row["settings"]
+            cells = [
+                plots.LABELS[method], f"{settings['learning_rate']:g}",
+                *(f"{settings[w]:g}" if w in settings else "" for w in ("alpha", "beta")),
+                f"{row['length']:.1f}", f"{row['pass@1']:.3f}", f"{1000 * row['ratio@1']:.2f}",
+            ]  # fmt: skip
+            if i == results["chosen"][method]:
+                cells = [f"**{cell}**" if cell else "" for cell in cells]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def tuned(preset: str, out: Path, figures: Path, parallel: int | None) -> dict[str, dict]:
     """Method -> the settings that :func:`tune` chose; from its file if that has these trials."""
     path = results_path(figures, "tuning", preset)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from iapo_mini.experiments import table
+from iapo_mini.experiments import choose, table, tuning_table
 from iapo_mini.studies import ESTIMATORS, POLICIES, speed_table, study_table
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +32,13 @@ def test_tables_of_the_estimator_are_the_committed_results(estimator):
     assert study_table(estimator) in docs
     assert speed_table(estimator) in docs
     assert speed_table(estimator) in readme
+
+
+def test_trials_in_the_docs_are_the_committed_ones_and_the_choice_follows_the_rule():
+    results = json.loads((ROOT / "figures/results/tuning.json").read_text())
+    assert tuning_table(results) in (ROOT / "docs/methods.md").read_text()
+    for method, rows in results["trials"].items():
+        assert results["chosen"][method] == choose(rows, results["start"]["pass@1"])
 
 
 def test_table_of_the_verifier_is_the_committed_result():
