@@ -226,8 +226,8 @@ def _serve() -> None:
             os._exit(not equal(given, reference))
         _, status, used = os.wait4(child, 0)
         # A kind of LaTeX met for the first time takes long: the parser learns it, sympy loads what
-        # it needs. Learnt here as well, later forks know it. It did end soon, so it is safe to run here
-        # (a quarter of the limit: the second time took twice as long in one case).
+        # it needs. Learnt here as well, later forks know it. It ended within a quarter of the
+        # limit, so it is safe to run here, where one took twice as long.
         if os.WIFEXITED(status) and _NEW < used.ru_utime < TIME_LIMIT / 4:
             equal(given, reference)
         return status == 0
