@@ -23,14 +23,13 @@ import torch
 from transformers import DynamicCache
 
 from iapo_mini import plots_methods
-from iapo_mini.advantages import grpo, iapo, normalize
-from iapo_mini.experiments import preset_of, results_path, tuned
+from iapo_mini.advantages import exploration, grpo, iapo, normalize
+from iapo_mini.experiments import check_options, preset_of, results_path, tuned
 from iapo_mini.information import INFORMATION as OURS
 from iapo_mini.information import answer_entropies, encode_postfix, entropy, informativeness
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.rewards import score
 from iapo_mini.rollouts import Rollouts, sample, trunk_blocks
-from iapo_mini.run_folder import writable_folder
 from iapo_mini.runs import collect, make_jobs, run_all, versions, write_json
 from iapo_mini.tasks import stories
 
@@ -117,11 +116,14 @@ def _released(policy: Policy, rollouts: Rollouts, memory_mb: float) -> torch.Ten
     return smoothed(misplaced_entropies(policy, rollouts), rollouts.completion_mask)
 
 
-def _bracket(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
+def _bracketless_terms(rollouts: Rollouts, alpha: float, beta: float, c: torch.Tensor):
     mask = rollouts.completion_mask
-    s = rollouts.informativeness * mask
-    c = torch.where(rollouts.correct, 1.0, -1.0)[:, None] * rollouts.old_logprobs.exp() * mask
-    return (grpo(rollouts) + alpha * bracketless(s) + beta * bracketless(c)) * mask
+    terms = alpha * bracketless(rollouts.informativeness * mask) + beta * bracketless(c)
+    return (grpo(rollouts) + terms) * mask
+
+
+def _bracket(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
+    return _bracketless_terms(rollouts, alpha, beta, exploration(rollouts))
 
 
 def _entropy_c(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
@@ -130,10 +132,7 @@ def _entropy_c(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
 
 
 def _all(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
-    mask = rollouts.completion_mask
-    terms = alpha * bracketless(rollouts.informativeness * mask)
-    terms = terms + beta * bracketless(entropy_as_confidence(rollouts))
-    return (grpo(rollouts) + terms) * mask
+    return _bracketless_terms(rollouts, alpha, beta, entropy_as_confidence(rollouts))
 
 
 ADVANTAGES = {
@@ -201,8 +200,7 @@ def departures(
     Arguments and errors as for :func:`iapo_mini.experiments.table1`, which tunes IAPO's settings.
     """
     size, out, figures = preset_of(preset).sweeps, Path(out), Path(figures)
-    writable_folder(figures / "results", "figures")
-    writable_folder(out, "out")
+    check_options(out, figures, parallel)
     recipe = tuned(preset, out, figures, parallel)["iapo"]
     recipes = {"iapo": recipe} | {name: recipe | {"method": name} for name in ADVANTAGES}
     jobs = make_jobs(size, out / preset / "departures", recipes, methods=__name__)

@@ -172,7 +172,12 @@ def _name(experiment: str, preset: str) -> str:
     return experiment if preset == "full" else f"{experiment}_{preset}"
 
 
-def _check(out: Path, figures: Path, parallel: int | None) -> None:
+def check_options(out: Path, figures: Path, parallel: int | None) -> None:
+    """Refuse what an experiment can't run with, before any long work.
+
+    Raises:
+        ValueError: for ``parallel`` below 1, or folders where nothing can be written.
+    """
     if parallel is not None and parallel < 1:
         raise ValueError(f"parallel is {parallel}; allowed are 1 and above.")
     writable_folder(figures / "results", "figures")
@@ -208,7 +213,7 @@ def compare(
     if preset not in COMPARED:
         raise ValueError(f"preset is {preset!r}; allowed are {', '.join(COMPARED)}.")
     size, out, figures = COMPARED[preset], Path(out), Path(figures)
-    _check(out, figures, parallel)
+    check_options(out, figures, parallel)
     alpha = COMPARED_ALPHA.get(preset, 0.4)
     recipes = recipes or {"grpo": {"method": "grpo"}, "iapo": {"method": "iapo", "alpha": alpha}}
     jobs = make_jobs(size, out / preset, {START: None, **recipes}, split)
@@ -258,7 +263,7 @@ def tune(
     file as for :func:`compare`; presets are those of ``PRESETS``.
     """
     size, out, figures = preset_of(preset).tuning, Path(out), Path(figures)
-    _check(out, figures, parallel)
+    check_options(out, figures, parallel)
     tried = _tried(preset)
     recipes: dict[str, dict | None] = {START: None}
     for method, rows in tried.items():
@@ -335,7 +340,7 @@ def table1(
     ``PRESETS``. Methods are tuned first, unless ``tuning.json`` is there.
     """
     sizes, out, figures = preset_of(preset), Path(out), Path(figures)
-    _check(out, figures, parallel)
+    check_options(out, figures, parallel)
     recipes = tuned(preset, out, figures, parallel)
     jobs = make_jobs(sizes.table1, out / preset / "table1", {START: None, **recipes})
     run_all(jobs, parallel)
@@ -477,7 +482,7 @@ def sweeps(
 ) -> dict:
     """The paper's Fig. 6: one weight of IAPO varied, the other as tuned."""
     size, out, figures = preset_of(preset).sweeps, Path(out), Path(figures)
-    _check(out, figures, parallel)
+    check_options(out, figures, parallel)
     base = tuned(preset, out, figures, parallel)["iapo"]
     recipes = {
         f"{weight}-{value:g}": base | {weight: value}

@@ -172,6 +172,7 @@ BAD = [
     (["claims", "--preset", "huge"], "preset"),
     (["sweeps", "--preset", "quick", "--parallel", "0"], "parallel"),
     (["departures", "--preset", "quick", "--figures", "file"], "figures"),
+    (["departures", "--preset", "quick", "--parallel", "0"], "parallel"),
     (["train", "--out", "x", "--methods", "no_such_module"], "methods is 'no_such_module'"),
     (["compare", "--preset", "quick", "--parallel", "0"], "parallel"),
     (["compare", "--preset", "quick", "--figures", "file"], "figures"),
