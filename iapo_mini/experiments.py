@@ -8,7 +8,7 @@ unless it is ``full``; compare has it always.
       seeds      [int, ...]
       methods    name -> {"length", "pass@k", "length@k", "ratio@k": [one per seed],
                           "intervals": [one per seed: metric -> [low, high] over problems],
-                          "roles": role -> tokens per completion, mean over seeds,
+                          "roles": role -> tokens per completion [one per seed],
                           "by_steps": operations of the story -> {"accuracy", "length": [per seed]},
                           "train_minutes": [one per seed]}
       curves     name -> [one per seed: {"length", "accuracy", "entropy": [one per step]}]

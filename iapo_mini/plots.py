@@ -126,18 +126,19 @@ def interval_of(result: Mapping, name: str) -> tuple[float, float, float]:
     return (mean, max(low, 0.0), min(high, 1.0)) if name.startswith("pass") else (mean, low, high)
 
 
-def role_composition(methods: Mapping[str, Mapping[str, float]]) -> Figure:
+def role_composition(methods: Mapping[str, Mapping[str, float | Sequence[float]]]) -> Figure:
     """Tokens per completion by role, stacked, one bar for each method.
 
     Args:
-        methods: method -> role -> mean tokens per completion.
+        methods: method -> role -> mean tokens per completion, or one such mean per seed.
     """
     fig = Figure(figsize=(7, 0.7 * len(methods) + 1.4), layout="constrained")
     ax = fig.subplots()
     hatches = {"restate": "//", "plan": "..", "check": "xx", "hedge": "\\\\", "conclude": "oo"}
     for y, counts in enumerate(methods.values()):
         left = 0.0
-        for role, count in counts.items():
+        for role, values in counts.items():
+            count = float(np.mean(values))
             ax.barh(
                 y, count, left=left, color=COLORS[role], hatch=hatches.get(role), lw=0.4,
                 edgecolor="white", height=0.65, label=role if y == 0 else None,

@@ -258,8 +258,7 @@ def collect(jobs: Sequence[dict], size: Size) -> dict:
         methods[name] = {metric: [result[metric] for result in found] for metric in metrics}
         methods[name]["intervals"] = [result["intervals"] for result in found]
         methods[name]["roles"] = {
-            role: sum(result["roles"][role] for result in found) / len(found)
-            for role in found[0]["roles"]
+            role: [result["roles"][role] for result in found] for role in found[0]["roles"]
         }
         methods[name]["by_steps"] = {
             steps: {

@@ -34,6 +34,13 @@ def test_slope_is_per_decade():
     assert claims._slope(points, "length") == pytest.approx((-2.0, -2.0, -2.0))
 
 
+def test_talk_is_summed_within_each_seed():
+    counts = {"compute": 20.0, "restate": 1.0, "plan": 2.0, "check": 3.0, "hedge": 4.0,
+              "conclude": 5.0, "format": 6.0}  # fmt: skip
+    roles = {role: [n, 2 * n] for role, n in counts.items()}
+    assert claims._talk({"roles": roles}) == [15.0, 30.0]
+
+
 def trial(passed, length):
     return {"pass@1": passed, "length": length, "ratio@1": passed / length}
 

@@ -84,6 +84,7 @@ def test_results_hold_every_metric_of_every_seed(finished):
         row = results["methods"][name]
         for metric in ("length", "pass@1", "pass@2", "length@2", "ratio@1", "train_minutes"):
             assert len(row[metric]) == 2, metric
+        assert all(len(counts) == 2 for counts in row["roles"].values())
         assert row["by_steps"] and all(len(x["length"]) == 2 for x in row["by_steps"].values())
     assert [len(run["length"]) for run in results["curves"]["gtpo"]] == [1, 1]
     assert results["config"]["gtpo"]["method"] == "gtpo" and START not in results["config"]
