@@ -215,13 +215,15 @@ def _experiment(args: argparse.Namespace) -> None:
         print(claims(**options))
         return
     if args.command == "departures":
-        from iapo_mini.departures import departures as run
+        from iapo_mini.departures import departures, departures_table
+
+        results = departures(**options)
+        print(departures_table(results) + "\n")
     else:
-        run = getattr(experiments, args.command)
-    results = run(**options)
+        results = getattr(experiments, args.command)(**options)
     if args.command == "table1":
-        for k in results["config"]["evaluation"]["ks"]:
-            print(experiments.table(results, ks=(k,)) + "\n")
+        for metric in ("pass", "length", "ratio"):
+            print(experiments.table(results, metric) + "\n")
     name = "tuning" if args.command == "tune" else args.command
     print(f"Every number: {experiments.results_path(Path(args.figures), name, args.preset)}")
     print(f"Figures: {Path(args.figures)}")

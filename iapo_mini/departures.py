@@ -24,6 +24,7 @@ from transformers import DynamicCache
 
 from iapo_mini import plots_methods
 from iapo_mini.advantages import exploration, grpo, iapo, normalize
+from iapo_mini.evaluation import mean_interval, with_interval
 from iapo_mini.experiments import check_options, preset_of, results_path, tuned
 from iapo_mini.information import INFORMATION as OURS
 from iapo_mini.information import answer_entropies, encode_postfix, entropy, informativeness
@@ -208,9 +209,7 @@ def departures(
     found, k = collect(jobs, size), max(size.ks)
     start = load_policy(lora_rank=0)
     prompts = size.prompts_per_step
-    effects = [
-        effect(start, recipe["alpha"], recipe["beta"], prompts, seed) for seed in range(5)
-    ]
+    effects = [effect(start, recipe["alpha"], recipe["beta"], prompts, seed) for seed in range(5)]
     outcomes = ("length", "pass@1", f"pass@{k}", f"ratio@{k}")
     results = {
         "k": k,
@@ -227,3 +226,20 @@ def departures(
     write_json(path, results)
     plots_methods.departures(results).savefig(figures / f"{path.stem}.png", dpi=150)
     return results
+
+
+def departures_table(results: dict) -> str:
+    """The rows of :func:`departures` as a Markdown table; mean and 95% interval over seeds."""
+    columns = {
+        "correlation": ("correlation of the advantages", 2), "sign_flips": ("signs changed", 3),
+        "token_term": ("size of the token terms", 2), "length": ("length (tokens)", 1),
+        "pass@1": ("Pass@1", 3),
+    }  # fmt: skip
+    lines = ["| departure | " + " | ".join(title for title, _ in columns.values()) + " |",
+             "|---" * (len(columns) + 1) + "|"]  # fmt: skip
+    for row in ({"what": "none: the paper's rule"} | results["iapo"], *results["rows"].values()):
+        cells = [row["what"]]
+        for metric, (_, digits) in columns.items():
+            cells.append(with_interval(mean_interval(row[metric]), digits) if metric in row else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -52,6 +52,14 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def with_interval(interval: Sequence[float], digits: int = 3) -> str:
+    """``(mean, low, high)`` as text: ``0.500 [0.400, 0.600]``; NaN ends are those of one seed."""
+    mean, low, high = interval
+    if math.isnan(low):
+        return f"{mean:.{digits}f} (one seed)"
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
 def evaluate(
     policy: Policy,
     problems: Sequence[Problem],

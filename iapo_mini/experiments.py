@@ -46,7 +46,7 @@ from pathlib import Path
 import torch
 
 from iapo_mini import plots, plots_methods
-from iapo_mini.evaluation import mean_interval
+from iapo_mini.evaluation import mean_interval, with_interval
 from iapo_mini.information import answer_entropies, informativeness
 from iapo_mini.policy import load_policy
 from iapo_mini.rollouts import from_texts, sample
@@ -510,20 +510,20 @@ def sweeps(
     return results
 
 
-def table(results: dict, ks: Sequence[int] | None = None) -> str:
+def table(results: dict, metric: str = "") -> str:
     """A comparison as a Markdown table; mean and 95% interval.
 
     With several seeds the interval is over seeds (Student's t), with one it is over problems.
 
     Args:
         results: of :func:`compare` or :func:`table1`.
-        ks: values of k to show Pass, Length and Ratio at; default Pass@k at the least k beside all
-            three at the largest.
+        metric: ``"pass"``, ``"length"`` or ``"ratio"``, to show at every k; default Pass@k at the
+            least k beside all three at the largest.
     """
     of = results["config"]["evaluation"]["ks"]
     columns = [f"pass@{of[0]}", f"pass@{of[-1]}", f"length@{of[-1]}", f"ratio@{of[-1]}"]
-    if ks:
-        columns = [f"{name}@{k}" for name in ("pass", "length", "ratio") for k in ks]
+    if metric:
+        columns = [f"{metric}@{k}" for k in of]
     units = {"length": " (tokens)", "ratio": " (1/1000 tokens)"}
     titles = [c.capitalize() + units.get(c.split("@")[0], "") for c in columns]
     lines = ["| method | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -534,6 +534,6 @@ def table(results: dict, ks: Sequence[int] | None = None) -> str:
             if column.startswith("ratio"):
                 mean, low, high = 1000 * mean, 1000 * low, 1000 * high
             digits = 1 if column.startswith("length") else 3 if column.startswith("pass") else 2
-            cells.append(f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
+            cells.append(with_interval((mean, low, high), digits))
         lines.append(f"| {plots.LABELS.get(name, name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -104,9 +104,7 @@ def case_study(question: str, texts: Mapping[str, str], tokenizer) -> Figure:
         title = f"{LABELS.get(name, name)}: {len(ids)} tokens"
         blocks[title] = list(zip(pieces, colors))
     fig, ax = _stacked(question, blocks)
-    handles = [
-        Patch(color=to_rgba(COLORS[r], 0.45), label=r) for r in (*ROLES, "format", "other")
-    ]
+    handles = [Patch(color=to_rgba(COLORS[r], 0.45), label=r) for r in (*ROLES, "format", "other")]
     ax.legend(
         handles=handles, ncols=8, frameon=False, loc="lower left", fontsize=8, borderaxespad=0
     )
