@@ -33,17 +33,15 @@ The reward is 1 for the correct answer and 0 otherwise, alpha and beta are 1 and
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from iapo_mini import plots_theory
 from iapo_mini.advantages import normalize
-from iapo_mini.evaluation import mean_interval
+from iapo_mini.evaluation import mean_interval, with_interval
 from iapo_mini.exact import (
     Strings,
     added_score,
@@ -57,12 +55,9 @@ from iapo_mini.exact import (
     strings_of,
 )
 from iapo_mini.experiments import results_path
-from iapo_mini.information import answer_entropies, informativeness
-from iapo_mini.policy import Policy, load_policy
-from iapo_mini.rollouts import Rollouts, sample, token_logprobs
 from iapo_mini.run_folder import writable_folder
 from iapo_mini.runs import versions, write_json
-from iapo_mini.tasks import Problem, stories
+from iapo_mini.theory_stories import story_experiments
 
 ETAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Step sizes; the order of the error is fitted on those up to 0.3."""
@@ -320,184 +315,6 @@ def corollary_paths(preset: Preset, eta: float = 1.0) -> dict:
     return out
 
 
-def within(values: torch.Tensor, group: int) -> torch.Tensor:
-    """Values (B,) less the mean of their group of completions of one prompt; (B,) fp64."""
-    values = values.double().view(-1, group)
-    return (values - values.mean(1, keepdim=True)).flatten()
-
-
-def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Of two centred (B,) vectors; 0 if one does not vary."""
-    return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-300))
-
-
-def story_statistics(
-    lengths: torch.Tensor, information: torch.Tensor, steps: torch.Tensor, group: int
-) -> dict:
-    """Informativeness per token against length, within stories (Corollary 4.2's premise).
-
-    Harder stories are longer and tell more, so every number is less its story's mean.
-
-    Args:
-        lengths: (B,) tokens; information: (B,) nats, sum_t s_t of each completion.
-        steps: (B,) long, operations of the story.
-        group: completions of a story, adjacent.
-
-    Returns:
-        ``correlation``, ``covariance``, ``slope``, ``total``, ``spread``, ``by_steps`` and
-        ``by_length`` as at the head of this module, as plain numbers.
-    """
-    lengths, information = lengths.double(), information.double()
-    per_token = information / lengths
-    x, y, z = (within(v, group) for v in (lengths, per_token, information))
-    freedom = len(x) - len(x) // group
-    mean = lengths.view(-1, group).mean(1).repeat_interleave(group)
-    relative = (lengths / mean / 0.25).round() * 0.25
-    return {
-        "correlation": correlation(x, y),
-        "covariance": float((x * y).sum()) / freedom,
-        "slope": float((x * y).sum() / (x * x).sum().clamp(min=1e-300)),
-        "total": correlation(x, z),
-        "spread": math.sqrt(float(z.square().sum()) / freedom),
-        "by_steps": {
-            str(k): correlation(x[steps == k], y[steps == k]) for k in steps.unique().tolist()
-        },
-        "by_length": {
-            f"{r:g}": float(per_token[relative == r].mean())
-            for r in relative.unique().tolist()
-            if (relative == r).sum() >= 5
-        },
-    }
-
-
-def sampled(policy: Policy, problems: list[Problem], seed: int) -> Rollouts:
-    """Eight completions each, with their informativeness by the library's estimator."""
-    rollouts = sample(policy, problems, seed=seed)
-    entropies = answer_entropies(policy, rollouts)
-    rollouts.informativeness = informativeness(entropies, rollouts.completion_mask)
-    return rollouts
-
-
-def over_seeds(found: Sequence[dict]) -> dict:
-    """Numbers of every seed as intervals; keys that not every seed has are left out."""
-    out: dict = {}
-    for name, value in found[0].items():
-        if isinstance(value, dict):
-            out[name] = over_seeds(
-                [{k: f[name][k] for k in value if all(k in g[name] for g in found)} for f in found]
-            )
-        else:
-            out[name] = mean_interval([f[name] for f in found])
-    return out
-
-
-# Theorem 4.1 on the embedded policy
-
-
-def information_gradient(policy: Policy, rollouts: Rollouts) -> dict[str, torch.Tensor]:
-    """Gradient of 1/B sum_i 1/|o_i| sum_t norm(s_it, s_i) log pi(o_it) by parameter name."""
-    values = normalize(rollouts.informativeness, rollouts.completion_mask)
-    values = values / rollouts.lengths[:, None] / len(values)
-    parameters, group = policy.trainable(), rollouts.num_generations
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for start in range(0, len(values), 4 * group):  # memory
-        part = rollouts.rows(start, start + 4 * group)
-        logprobs, _ = token_logprobs(policy.model, part)
-        weights = values[start : start + 4 * group, : logprobs.shape[1]]
-        gradients = torch.autograd.grad((logprobs * weights).sum(), list(parameters.values()))
-        for name, gradient in zip(parameters, gradients):
-            total[name] += gradient
-    return total
-
-
-@torch.no_grad()
-def at(policy: Policy, change: dict[str, torch.Tensor], size: float, read: Callable):
-    """``read()`` while ``size * change`` is added to the policy's parameters."""
-    before = {name: p.clone() for name, p in policy.trainable().items()}
-    try:
-        for name, p in policy.trainable().items():
-            p.add_(change[name], alpha=size)
-        return read()
-    finally:
-        for name, p in policy.trainable().items():
-            p.copy_(before[name])
-
-
-def policy_length_change(
-    policy: Policy,
-    direction: dict[str, torch.Tensor],
-    problems: list[Problem],
-    rollouts: Rollouts,
-    seed: int,
-    nats: float = 0.5,
-) -> tuple[float, float]:
-    """Theorem 4.1 on a language model: ``(measured, predicted)`` change of mean length, tokens.
-
-    The predicted one is Cov(|o|, S(o)) within prompts, S by a central difference of log p(o). It
-    needs a direction that was found on *other* completions: a completion's own part in the gradient
-    would raise its S. The measured one is half the difference between a step forth and a step back,
-    which leaves out what is quadratic in the step.
-
-    Args:
-        policy: the policy, every weight trainable; unchanged afterwards.
-        direction: by parameter name.
-        problems, rollouts: completions of the policy, whole groups in the order of the problems.
-        seed: of the samples after the steps; both see the same random numbers, so that choices
-            which the step does not change cancel.
-        nats: size of the step: root mean square over completions of S(o) less its prompt's mean.
-    """
-    group = rollouts.num_generations
-    norm = math.sqrt(sum(float(g.square().sum()) for g in direction.values()))
-
-    def logprobs() -> torch.Tensor:
-        return token_logprobs(policy.for_inference(), rollouts)[0].double().sum(1)
-
-    h = 0.003 / norm
-    up, down = (at(policy, direction, x, logprobs) for x in (h, -h))
-    score = within((up - down) / (2 * h), group)
-    eta = nats / float(score.square().mean().sqrt())
-    lengths = within(rollouts.lengths, group)
-    predicted = eta * float((score * lengths).sum()) / (len(lengths) - len(lengths) // group)
-
-    def mean_length() -> float:
-        moved = sample(policy, problems, num_generations=group, seed=seed)
-        return float(moved.lengths.double().mean())
-
-    forth, back = (at(policy, direction, x, mean_length) for x in (eta, -eta))
-    return (forth - back) / 2, predicted
-
-
-def story_experiments(preset: Preset, progress: bool = True) -> tuple[dict, dict]:
-    """``corollary.stories`` and ``policy``, from the embedded policy's samples of test stories.
-
-    One half of a seed's stories gives the direction, the other half is judged.
-    """
-    policy = load_policy(lora_rank=0)
-    found, pairs, half, nats = [], [], preset.stories // 2, 0.5
-    for seed in tqdm(range(preset.seeds), desc="stories", unit="seed", disable=not progress):
-        problems = list(itertools.islice(stories("test", seed=seed), preset.stories))
-        first = sampled(policy, problems[:half], 2 * seed)
-        second = sampled(policy, problems[half:], 2 * seed + 1)
-        group = first.num_generations
-        found.append(
-            story_statistics(
-                torch.cat([first.lengths, second.lengths]),
-                torch.cat([r.informativeness.sum(1) for r in (first, second)]),
-                torch.tensor([len(p.steps) for p in problems]).repeat_interleave(group),
-                group,
-            )
-        )
-        direction = information_gradient(policy, first)
-        pairs.append(
-            policy_length_change(policy, direction, problems[half:], second, 2 * seed + 1, nats)
-        )
-    measured, predicted = zip(*pairs)
-    return over_seeds(found), {
-        "nats": nats, "measured": mean_interval(measured), "predicted": mean_interval(predicted),
-        "difference": mean_interval([m - p for m, p in pairs]),
-    }  # fmt: skip
-
-
 # Exploration
 
 
@@ -586,7 +403,9 @@ def theory(preset: str = "full", figures: str | Path = "figures", progress: bool
     results["theorem"] = theorem(sizes)
     results["exploration"] = exploration(sizes)
     results["corollary"] = {"tables": corollary_tables(sizes), "paths": corollary_paths(sizes)}
-    results["corollary"]["stories"], results["policy"] = story_experiments(sizes, progress)
+    results["corollary"]["stories"], results["policy"] = story_experiments(
+        sizes.seeds, sizes.stories, progress
+    )
     write_json(results_path(figures, "theory", preset), results)
     draw(results, figures)
     return results
@@ -602,40 +421,37 @@ def draw(results: dict, figures: Path) -> None:
 
 def summary(results: dict) -> str:
     """One line for each claim, in Markdown: what the paper says, what was found."""
-
-    def cell(values: Sequence[float], digits: int = 3) -> str:
-        return "{} [{}, {}]".format(*(f"{v:.{digits}f}" for v in values))
-
     theorem, exploration = results["theorem"], results["exploration"]
     tables, told = results["corollary"]["tables"], results["corollary"]["stories"]
     policy = results["policy"]
     rows = [
         ("Theorem 4.1, slope of measured on predicted at the smallest step", "1",
-         cell(theorem["informativeness"]["slope"][0], 5)),
-        ("the same for a random direction", "1", cell(theorem["control"]["slope"][0], 5)),
-        ("order of the relative error in the step", "1", cell(theorem["informativeness"]["order"])),
+         with_interval(theorem["informativeness"]["slope"][0], 5)),
+        ("the same for a random direction", "1", with_interval(theorem["control"]["slope"][0], 5)),
+        ("order of the relative error in the step", "1",
+         with_interval(theorem["informativeness"]["order"])),
         ("embedded policy, a step's change of length (tokens)",
-         cell(policy["predicted"], 1), cell(policy["measured"], 1)),
+         with_interval(policy["predicted"], 1), with_interval(policy["measured"], 1)),
         ("Corollary 4.2, stories: correlation of informativeness per token with length", "negative",
-         cell(told["correlation"])),
+         with_interval(told["correlation"])),
     ]  # fmt: skip
     for name, says in (("random", "1"), ("filler", "1"), ("clue", "0")):
         rows += [
             (f"{name} worlds: share in which informativeness per token falls with length", says,
-             cell(tables[name]["premise"])),
+             with_interval(tables[name]["premise"])),
             (f"{name} worlds: share in which the step shortens", says,
-             cell(tables[name]["shorter"])),
-            ("the same, s not normalised", says, cell(tables[name]["shorter_raw"])),
+             with_interval(tables[name]["shorter"])),
+            ("the same, s not normalised", says, with_interval(tables[name]["shorter_raw"])),
         ]  # fmt: skip
     for name, says in (("plus", "falls"), ("minus", "rises")):
         rows += [
             (f"exploration, A = {'+' if name == 'plus' else '-'}pi: slope", "1",
-             cell(exploration[name]["slope"][0], 5)),
+             with_interval(exploration[name]["slope"][0], 5)),
             (f"share of policies whose entropy {says}, natural gradient", "1",
-             cell(exploration[name]["right_sign"])),
-            ("the same, plain gradient", "", cell(exploration[name]["right_sign_plain"])),
+             with_interval(exploration[name]["right_sign"])),
+            ("the same, plain gradient", "", with_interval(exploration[name]["right_sign_plain"])),
             ("the same, completions, term normalised within each", "",
-             cell(exploration["strings"][name])),
+             with_interval(exploration["strings"][name])),
         ]  # fmt: skip
     lines = ["| claim | theory | found (95% interval over seeds) |", "|---|---|---|"]
     return "\n".join(lines + [f"| {a} | {b} | {c} |" for a, b, c in rows])

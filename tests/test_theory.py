@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iapo_mini import exact, theory
+from iapo_mini import exact, theory, theory_stories
 from iapo_mini.advantages import normalize
 from iapo_mini.cli import main
 from iapo_mini.exact import every_string, strings_of
@@ -205,7 +205,7 @@ def test_statistics_within_stories():
     lengths = torch.tensor([10, 20, 30, 110, 120, 130])
     information = torch.tensor([1.0, 1.0, 1.0, 11.0, 12.0, 13.0])
     steps = torch.tensor([2, 2, 2, 4, 4, 4])
-    found = theory.story_statistics(lengths, information, steps, 3)
+    found = theory_stories.story_statistics(lengths, information, steps, 3)
     x = torch.tensor([-10.0, 0, 10, -10, 0, 10]).double()
     y = torch.tensor([0.1, 0.05, 1 / 30, 0.1, 0.1, 0.1]).double()
     y[:3] -= y[:3].mean()
@@ -218,7 +218,9 @@ def test_statistics_within_stories():
 
 
 def test_seeds_become_intervals_of_shared_keys():
-    found = theory.over_seeds([{"a": 1.0, "b": {"x": 1.0, "y": 2.0}}, {"a": 3.0, "b": {"x": 5.0}}])
+    found = theory_stories.over_seeds(
+        [{"a": 1.0, "b": {"x": 1.0, "y": 2.0}}, {"a": 3.0, "b": {"x": 5.0}}]
+    )
     assert found["a"][0] == 2.0 and found["b"]["x"][0] == 3.0 and set(found["b"]) == {"x"}
 
 
@@ -228,7 +230,7 @@ def test_direction_of_a_language_model_by_finite_differences(base_policy):
     potential = torch.rand(6, rollouts.completion_ids.shape[1] + 1)
     rollouts.informativeness = informativeness(potential, rollouts.completion_mask)
     before = {name: p.clone() for name, p in base_policy.trainable().items()}
-    direction = theory.information_gradient(base_policy, rollouts)
+    direction = theory_stories.information_gradient(base_policy, rollouts)
     values = normalize(rollouts.informativeness, rollouts.completion_mask)
 
     def objective():
@@ -237,7 +239,7 @@ def test_direction_of_a_language_model_by_finite_differences(base_policy):
 
     norm = math.sqrt(sum(float(g.square().sum()) for g in direction.values()))
     h = 0.01 / norm
-    up, down = (theory.at(base_policy, direction, x, objective) for x in (h, -h))
+    up, down = (theory_stories.at(base_policy, direction, x, objective) for x in (h, -h))
     assert (up - down) / (2 * h) == pytest.approx(norm**2, rel=0.02)
     assert all(torch.equal(p, before[name]) for name, p in base_policy.trainable().items())
 
@@ -250,7 +252,9 @@ def test_predicted_change_of_a_language_model_is_its_covariance(stopping_policy)
     direction = {
         name: torch.randn(p.shape, generator=generator) for name, p in policy.trainable().items()
     }
-    _, predicted = theory.policy_length_change(policy, direction, problems, rollouts, 5, nats=0.5)
+    _, predicted = theory_stories.policy_length_change(
+        policy, direction, problems, rollouts, 5, nats=0.5
+    )
 
     def logprobs():
         return token_logprobs(policy.model, rollouts)[0].double().sum(1)
@@ -258,7 +262,7 @@ def test_predicted_change_of_a_language_model_is_its_covariance(stopping_policy)
     norm = math.sqrt(sum(float(g.square().sum()) for g in direction.values()))
     with torch.no_grad():
         now = logprobs()
-    score = (theory.at(policy, direction, 1e-3 / norm, logprobs) - now).view(2, 8)
+    score = (theory_stories.at(policy, direction, 1e-3 / norm, logprobs) - now).view(2, 8)
     score = score - score.mean(1, keepdim=True)
     score = 0.5 * score / score.square().mean().sqrt()  # one step of 0.5 nats
     lengths = rollouts.lengths.double().view(2, 8)
