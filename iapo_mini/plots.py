@@ -36,12 +36,23 @@ LABELS = {
 }  # fmt: skip
 
 
-def _band(ax, x, runs: Sequence[Sequence[float]], method: str) -> None:
-    """Mean over seeds with its 95% interval; a single seed is drawn alone."""
+def _band(ax, runs: Sequence[Sequence[float]], method: str, beside: float) -> None:
+    """Mean over seeds by step with its 95% interval; a single seed is drawn alone.
+
+    The interval is a band, or where many lines would bury each other (``beside`` above 0) a bar of
+    the last step, so many steps to the right of it.
+    """
     stats = np.array([mean_interval(values) for values in zip(*runs)])
     color, label = COLORS.get(method, "black"), LABELS.get(method, method)
-    ax.plot(x, stats[:, 0], STYLES.get(method, "-."), color=color, label=label, lw=1.8)
-    if len(runs) > 1:
+    x = np.arange(1, len(stats) + 1)
+    marks = {"marker": MARKERS.get(method, "o"), "markevery": 3, "ms": 5} if beside else {}
+    ax.plot(x, stats[:, 0], STYLES.get(method, "-."), color=color, label=label, lw=1.8, **marks)
+    if len(runs) == 1:
+        return
+    if beside:
+        mean, low, high = stats[-1]
+        ax.errorbar(x[-1] + beside, mean, [[mean - low], [high - mean]], color=color, capsize=2)
+    else:
         ax.fill_between(x, stats[:, 1], stats[:, 2], color=color, alpha=0.2, lw=0)
 
 
@@ -59,23 +70,23 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]
         curves: method -> one mapping per seed, with ``"length"`` (tokens), ``"accuracy"`` (share)
             and ``"entropy"`` (nats per token), a value per step.
     """
-    fig = Figure(figsize=(10, 3.2), layout="constrained")
+    many = len(curves) > 4
+    fig = Figure(figsize=(12 if many else 10, 3.6 if many else 3.2), layout="constrained")
     panels = (
         ("length", "mean completion length (tokens)"),
         ("accuracy", "accuracy (share of completions)"),
         ("entropy", "policy entropy (nats per token)"),
     )
     for ax, (name, label) in zip(fig.subplots(1, 3), panels):
-        for method, runs in curves.items():
+        for i, (method, runs) in enumerate(curves.items()):
             steps = min(len(run[name]) for run in runs)
-            _band(ax, range(1, steps + 1), [_smooth(r[name][:steps]) for r in runs], method)
+            beside = 0.02 * steps * (i + 1) if many else 0.0
+            _band(ax, [_smooth(run[name][:steps]) for run in runs], method, beside)
         ax.set_xlabel("training step")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
-        if name != "entropy":
-            ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1 if name == "accuracy" else None)
     if curves:
-        many = len(curves) > 4
         handles, names = fig.axes[0].get_legend_handles_labels()
         if many:
             fig.legend(handles, names, frameon=False, loc="outside right center")

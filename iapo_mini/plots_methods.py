@@ -148,7 +148,7 @@ def _stacked(question: str, blocks: Mapping[str, list[tuple[str, tuple]]]):
             lines[-1].append((piece.replace("\n", " "), color))
             used += len(piece)
         wrapped[title] = lines
-    told = textwrap.wrap(question, COLUMNS)
+    told = textwrap.wrap(question, COLUMNS - 10)  # where letters are rounded to whole pixels
     rows = len(told) + sum(len(lines) + 1.5 for lines in wrapped.values()) + 4
     size = 8.2
     # A monospaced letter is 0.602 of its size wide: the axis counts letters.
