@@ -15,6 +15,7 @@ unless it is ``full``; compare has it always.
       config     name -> training settings;  evaluation -> evaluation settings
       versions   package -> version
       wall_clock (table1) name -> [one per seed: seconds per 1,000 completions, one thread]
+      story      (table1) {"question", "answers": name -> completion of the first seed's policy}
 
     figures/results/tuning.json
       trials     method -> [{"settings": TrainConfig fields, "pass@1", "pass@8", "length",
@@ -351,6 +352,8 @@ def table1(
         results["wall_clock"] = before["wall_clock"]
     else:
         results["wall_clock"] = wall_clock(jobs, (START, "grpo", "iapo"), sizes.timed)
+    question, texts = answers_to_one_story(jobs)
+    results["story"] = {"question": question, "answers": texts}
     write_json(path, results)
     name = _name("table1", preset)
     _draw(results, figures, name)
@@ -358,7 +361,6 @@ def table1(
         figures / f"{name}_tradeoff.png", dpi=150
     )
     plots_methods.by_steps(results["methods"]).savefig(figures / f"{name}_steps.png", dpi=150)
-    question, texts = answers_to_one_story(jobs)
     tokenizer = load_policy(lora_rank=0).tokenizer
     plots_methods.case_study(question, texts, tokenizer).savefig(
         figures / f"{_name('case_study', preset)}.png", dpi=150
