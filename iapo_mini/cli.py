@@ -113,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--preset", help=preset_help)
     _add_train_options(plan)
 
+    diagnose = commands.add_parser("diagnose", help="is a run healthy, and what to do if it is not")
+    diagnose.add_argument("run", help="folder of a training run, finished or not")
+    diagnose.add_argument("--last", type=int, default=10, help="steps to average (%(default)s)")
+
     evaluate = commands.add_parser("evaluate", help="Pass@k, Length@k and Ratio@k of a policy")
     _add_policy_options(evaluate)
     evaluate.add_argument(
@@ -362,6 +366,12 @@ def _plan(args: argparse.Namespace) -> None:
         print("Even so it does not fit; take a smaller model or a larger card.")
 
 
+def _diagnose(args: argparse.Namespace) -> None:
+    from iapo_mini.diagnose import diagnose, report
+
+    print(report(diagnose(args.run, args.last)))
+
+
 def _export(args: argparse.Namespace) -> None:
     from iapo_mini.policy import load_policy
     from iapo_mini.run_folder import writable_folder
@@ -422,6 +432,7 @@ def main(argv: list[str] | None = None) -> None:
     command = {
         "compare": _compare, "train": _train, "evaluate": _evaluate, "explain": _explain,
         "figures": _figures, "export": _export, "plan": _plan, "theory": _theory,
+        "diagnose": _diagnose,
         **dict.fromkeys(EXPERIMENTS, _experiment),
     }  # fmt: skip
     try:

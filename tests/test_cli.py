@@ -144,7 +144,18 @@ def test_explain_prints_tokens_and_saves_the_heat_map(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["compare", "train", "evaluate", "explain", "plan", "export", "theory", "table1", "claims"],
+    [
+        "compare",
+        "train",
+        "evaluate",
+        "explain",
+        "plan",
+        "export",
+        "theory",
+        "table1",
+        "claims",
+        "diagnose",
+    ],  # fmt: skip
 )
 def test_help_names_defaults(command):
     done = run(command, "--help")

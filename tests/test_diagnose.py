@@ -1,0 +1,126 @@
+"""The diagnosis of a run, on runs that are healthy and on ones that are ill in one way each."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from iapo_mini.cli import main
+from iapo_mini.diagnose import CHECKS, diagnose, read_metrics, report
+from iapo_mini.trainer import TrainConfig, train
+
+HEALTHY = {
+    "loss": 0.0, "format": 1.0, "truncated": 0.0, "zero_variance_groups": 0.2, "grad_norm": 0.3,
+    "kl": 0.02, "clip_ratio": 0.0, "entropy": 0.3, "informativeness": 0.05, "length": 60.0,
+}  # fmt: skip
+
+
+def write(folder, steps=30, **changes):
+    """A run whose reward rises, with some metrics set otherwise: values, or functions of step."""
+    folder.mkdir(exist_ok=True)
+    with (folder / "metrics.jsonl").open("w") as log:
+        for step in range(1, steps + 1):
+            row = {"step": step, "reward": 0.02 * step + 0.01 * (step % 3), **HEALTHY, **changes}
+            row = {k: v(step) if callable(v) else v for k, v in row.items()}
+            log.write(json.dumps(row) + "\n")
+    return folder
+
+
+def looks(found):
+    return [finding.what for finding in found if finding.look]
+
+
+def test_a_healthy_run_needs_no_look(tmp_path):
+    found = diagnose(write(tmp_path))
+    assert not looks(found) and len(found) == len(CHECKS) + 3
+    assert not any(finding.advice for finding in found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "advice"),
+    [
+        ({"format": 0.5}, "format", "look at completions"),
+        ({"truncated": 0.4}, "truncated", "max_completion_length"),
+        ({"zero_variance_groups": 0.9}, "zero_variance_groups", "num_generations"),
+        ({"grad_norm": 0.0}, "grad_norm", "nothing is learnt"),
+        ({"grad_norm": 50.0}, "grad_norm", "learning_rate"),
+        ({"kl": 2.0}, "kl", "kl_coef"),
+        ({"clip_ratio": 0.5}, "clip_ratio", "num_iterations"),
+        ({"entropy": 0.001}, "entropy", "nearly alike"),
+        ({"informativeness": 0.0001}, "informativeness", "calibrate"),
+        ({"reward": lambda step: -0.02 * step}, "reward", "worse"),
+        ({"loss": lambda step: float("nan") if step == 7 else 0.0}, "finite", "step 7"),
+    ],
+)
+def test_each_illness_is_seen_alone_and_comes_with_advice(tmp_path, changes, what, advice):
+    found = diagnose(write(tmp_path, **changes))
+    (ill,) = looks(found)
+    assert what in ill
+    (finding,) = [f for f in found if f.look]
+    assert advice in finding.advice and finding.advice in report(found)
+
+
+def test_only_the_last_steps_are_averaged(tmp_path):
+    early = write(tmp_path, format=lambda step: 0.0 if step <= 20 else 1.0)
+    assert not looks(diagnose(early)) and looks(diagnose(early, last=15))
+
+
+def test_noise_is_not_called_a_trend_and_few_steps_tell_nothing(tmp_path):
+    flat = diagnose(write(tmp_path, reward=lambda step: 0.5 + 0.1 * (-1) ** step))
+    (reward,) = [f for f in flat if f.what.startswith("reward")]
+    assert "within the noise" in reward.value and not reward.look and "loss" in reward.advice
+    (reward,) = [f for f in diagnose(write(tmp_path, steps=5)) if f.what.startswith("reward")]
+    assert "too few" in reward.value and not reward.look
+
+
+def test_a_method_without_information_is_not_asked_for_it(tmp_path):
+    assert len(diagnose(write(tmp_path, informativeness=None))) == len(CHECKS) + 2
+
+
+def test_half_a_line_at_the_end_is_passed_over(tmp_path):
+    path = write(tmp_path) / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 31, "los')
+    assert read_metrics(tmp_path)[-1]["step"] == 30 and not looks(diagnose(tmp_path))
+
+
+@pytest.mark.parametrize("norm", [0.0, 2.0])
+def test_newest_adapter_is_looked_at(tmp_path, norm):
+    write(tmp_path)
+    for step, value in ((9, 1.0 - bool(norm)), (20, norm)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        weights = {"x.lora_A": torch.ones(4, 4), "x.lora_B": torch.full((4, 4), value / 4)}
+        save_file(weights, tmp_path / f"checkpoint-{step}" / "trainable.safetensors")
+    last = diagnose(tmp_path)[-1]
+    assert "checkpoint-20" in last.what and float(last.value) == norm and last.look == (norm == 0)
+
+
+def test_full_finetuning_has_no_adapter_to_look_at(tmp_path):
+    (write(tmp_path) / "checkpoint-9").mkdir()
+    save_file({"weight": torch.ones(2)}, tmp_path / "checkpoint-9" / "trainable.safetensors")
+    assert len(diagnose(tmp_path)) == len(CHECKS) + 3
+
+
+def test_command_on_a_run_that_was_trained(tmp_path, capsys):
+    train(
+        TrainConfig(max_steps=2, prompts_per_step=1, num_generations=2, threads=1),
+        tmp_path / "run", progress=False,
+    )  # fmt: skip
+    main(["diagnose", str(tmp_path / "run")])
+    told = capsys.readouterr().out.splitlines()
+    assert all(line[:4].strip() in ("ok", "look", "") for line in told)
+    assert any("(final)" in line and line.startswith("ok") for line in told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nowhere"], "run is 'nowhere', which holds no step of a training run"),
+        (["nowhere", "--last", "0"], "last is 0; allowed are 1 and above."),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["diagnose", *arguments])
+    assert sentence in capsys.readouterr().err
