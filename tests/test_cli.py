@@ -155,7 +155,7 @@ def test_explain_prints_tokens_and_saves_the_heat_map(tmp_path):
         "table1",
         "claims",
         "diagnose",
-    ],  # fmt: skip
+    ],
 )
 def test_help_names_defaults(command):
     done = run(command, "--help")
