@@ -31,6 +31,8 @@ unless it is ``full``; compare has it always.
       alpha, beta   [{"value", "length", "pass@1", "pass@k", "entropy": [one per seed]}], entropy
                     in nats per token at the last training step
       fixed      {"alpha", "beta", ...}: what the other weight was
+      means      method -> aggregation -> {"length", "pass@1", "pass@k", "entropy": [per seed],
+                 "length_by_step": [one per seed: [one per step]]}, settings as tuned
 
     figures/results/theory.json, departures.json    see theory.py, departures.py
 """
@@ -150,6 +152,9 @@ SWEPT = {
     "beta": (1e-6, 1e-4, 1e-2, 0.05, 0.2, 1.0),
 }
 """The paper's four values each (Fig. 6) and finer ones where lengths change."""
+AVERAGED = ("iapo", "iapo_ne")
+"""Methods that are run with both means of the loss: over the tokens of each completion first, as
+the paper has it ("sequence"), or over all tokens at once ("token")."""
 ABLATED = ("grpo", "iapo_ni", "iapo_ne", "iapo", "iapo_pmi")
 
 
@@ -482,33 +487,47 @@ def sweeps(
     figures: str | Path = "figures",
     parallel: int | None = None,
 ) -> dict:
-    """The paper's Fig. 6: one weight of IAPO varied, the other as tuned."""
+    """The paper's Fig. 6: one weight of IAPO varied, the other as tuned. And the loss's mean."""
     size, out, figures = preset_of(preset).sweeps, Path(out), Path(figures)
     check_options(out, figures, parallel)
-    base = tuned(preset, out, figures, parallel)["iapo"]
+    best = tuned(preset, out, figures, parallel)
+    base = best["iapo"]
     recipes = {
         f"{weight}-{value:g}": base | {weight: value}
         for weight, values in SWEPT.items()
         for value in (values if preset == "full" else values[::5])
     }
+    means = {
+        (method, aggregation): f"mean-{method}-{aggregation}"
+        for method in AVERAGED
+        for aggregation in ("sequence", "token")
+    }
+    recipes |= {name: best[m] | {"aggregation": how} for (m, how), name in means.items()}
     jobs = make_jobs(size, out / preset / "sweeps", recipes)
     run_all(jobs, parallel)
     found = collect(jobs, size)
     k = max(size.ks)
-    results: dict = {"k": k, "fixed": base}
+
+    def outcome(name: str) -> dict:
+        judged, curves = found["methods"][name], found["curves"][name]
+        measured = {m: judged[m] for m in ("length", "pass@1", f"pass@{k}")}
+        return measured | {"entropy": [run["entropy"][-1] for run in curves]}
+
+    results: dict = {"k": k, "fixed": base, "means": {method: {} for method in AVERAGED}}
     for weight in SWEPT:
         results[weight] = [
-            {
-                "value": recipe[weight],
-                **{m: found["methods"][name][m] for m in ("length", "pass@1", f"pass@{k}")},
-                "entropy": [run["entropy"][-1] for run in found["curves"][name]],
-            }
+            {"value": recipe[weight]} | outcome(name)
             for name, recipe in recipes.items()
             if name.startswith(weight)
         ]
+    for (method, aggregation), name in means.items():
+        by_step = [run["length"] for run in found["curves"][name]]
+        results["means"][method][aggregation] = outcome(name) | {"length_by_step": by_step}
     results |= {"config": found["config"], "seeds": found["seeds"], "versions": versions()}
     write_json(results_path(figures, "sweeps", preset), results)
-    plots_methods.sweeps(results).savefig(figures / f"{_name('sweeps', preset)}.png", dpi=150)
+    name = _name("sweeps", preset)
+    plots_methods.sweeps(results).savefig(figures / f"{name}.png", dpi=150)
+    plots_methods.means(results).savefig(figures / f"{name}_means.png", dpi=150)
     return results
 
 

@@ -204,6 +204,46 @@ def sweeps(results: Mapping) -> Figure:
     return fig
 
 
+def means(results: Mapping) -> Figure:
+    """Two ways to average the loss: length by training step, and Pass@1 after it.
+
+    Args:
+        results: as written by ``experiments.sweeps``.
+    """
+    fig = Figure(figsize=(10, 3.4), layout="constrained")
+    left, right = fig.subplots(1, 2, width_ratios=(3, 2))
+    looks = {"sequence": ("-", ""), "token": (":", "//")}
+    names, y = [], 0
+    for method, ways in results["means"].items():
+        for aggregation, found in ways.items():
+            style, hatch = looks[aggregation]
+            color, label = COLORS[method], f"{LABELS[method]}, {aggregation} mean"
+            stats = np.array([mean_interval(x) for x in zip(*found["length_by_step"])])
+            steps = range(1, len(stats) + 1)
+            left.plot(steps, stats[:, 0], style, color=color, label=label, lw=1.8)
+            if len(found["length"]) > 1:
+                left.fill_between(steps, stats[:, 1], stats[:, 2], color=color, alpha=0.15, lw=0)
+            mean, low, high = mean_interval(found["pass@1"])
+            if len(found["pass@1"]) == 1:
+                low = high = mean
+            right.barh(y, mean, color=color, hatch=hatch, edgecolor="white", alpha=0.75, height=0.6)
+            right.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color="black", capsize=3)
+            names.append(label)
+            y += 1
+    left.set_xlabel("training step")
+    left.set_ylabel("mean completion length (tokens)")
+    left.set_ylim(bottom=0)
+    left.legend(frameon=False, fontsize=8)
+    right.set_yticks(range(y), names, fontsize=8)
+    right.invert_yaxis()
+    right.set_xlabel("Pass@1")
+    right.set_xlim(0, 1)
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.set_axisbelow(True)
+    return fig
+
+
 def departures(results: Mapping) -> Figure:
     """What each departure does to the advantages, and to length and Pass@1 after training.
 
