@@ -125,7 +125,8 @@ def theory_corollary(corollary: Mapping) -> Figure:
         ax.set_ylabel("informativeness (nats per token)")
     for ax in (left, middle, right):
         ax.grid(alpha=0.3)
-        ax.legend(frameon=False, fontsize=8)
+        loc = "lower right" if ax is left else "best"  # above, its marks would touch a curve
+        ax.legend(frameon=False, fontsize=8, loc=loc)
     return fig
 
 

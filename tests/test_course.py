@@ -13,7 +13,6 @@ from iapo_mini.course import check, committed_result
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-LESSONS = [path for path in NOTEBOOKS if not path.name.startswith("00")]
 SOLUTIONS = ROOT / "notebooks" / "solutions"
 
 
@@ -96,7 +95,7 @@ def test_notebook_opens_with_badge_aims_time_and_installation(path):
     assert "find_spec" in install and "%pip install" in install and "torch" not in install
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_lesson_keeps_the_form_of_the_course(path):
     code = [c for c in cells(path) if c["cell_type"] == "code"]
     prose = [text(c) for c in cells(path) if c["cell_type"] == "markdown"]
@@ -111,7 +110,7 @@ def test_lesson_keeps_the_form_of_the_course(path):
     assert all("nbval-ignore-output" in c["metadata"].get("tags", []) for c in widgets)
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_exercise_has_a_solution_that_passes(path):
     solution = SOLUTIONS / path.name
     asked = re.findall(r"^(\w+): not yet", printed(path), re.MULTILINE)
