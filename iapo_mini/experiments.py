@@ -492,17 +492,25 @@ def sweeps(
     check_options(out, figures, parallel)
     best = tuned(preset, out, figures, parallel)
     base = best["iapo"]
-    recipes = {
-        f"{weight}-{value:g}": base | {weight: value}
+    recipes: dict[str, dict] = {}
+
+    def planned(name: str, recipe: dict) -> str:
+        """The name of the run with these settings, which an earlier one may have had."""
+        recipe = {"aggregation": "sequence"} | recipe
+        same = next((n for n, settings in recipes.items() if settings == recipe), name)
+        recipes.setdefault(same, recipe)
+        return same
+
+    points = {
+        (weight, value): planned(f"{weight}-{value:g}", base | {weight: value})
         for weight, values in SWEPT.items()
         for value in (values if preset == "full" else values[::5])
     }
     means = {
-        (method, aggregation): f"mean-{method}-{aggregation}"
+        (method, how): planned(f"mean-{method}-{how}", best[method] | {"aggregation": how})
         for method in AVERAGED
-        for aggregation in ("sequence", "token")
+        for how in ("sequence", "token")
     }
-    recipes |= {name: best[m] | {"aggregation": how} for (m, how), name in means.items()}
     jobs = make_jobs(size, out / preset / "sweeps", recipes)
     run_all(jobs, parallel)
     found = collect(jobs, size)
@@ -513,16 +521,13 @@ def sweeps(
         measured = {m: judged[m] for m in ("length", "pass@1", f"pass@{k}")}
         return measured | {"entropy": [run["entropy"][-1] for run in curves]}
 
-    results: dict = {"k": k, "fixed": base, "means": {method: {} for method in AVERAGED}}
-    for weight in SWEPT:
-        results[weight] = [
-            {"value": recipe[weight]} | outcome(name)
-            for name, recipe in recipes.items()
-            if name.startswith(weight)
-        ]
-    for (method, aggregation), name in means.items():
+    results: dict = {"k": k, "fixed": base, **{weight: [] for weight in SWEPT}}
+    for (weight, value), name in points.items():
+        results[weight].append({"value": value} | outcome(name))
+    results["means"] = {method: {} for method in AVERAGED}
+    for (method, how), name in means.items():
         by_step = [run["length"] for run in found["curves"][name]]
-        results["means"][method][aggregation] = outcome(name) | {"length_by_step": by_step}
+        results["means"][method][how] = outcome(name) | {"length_by_step": by_step}
     results |= {"config": found["config"], "seeds": found["seeds"], "versions": versions()}
     write_json(results_path(figures, "sweeps", preset), results)
     name = _name("sweeps", preset)
