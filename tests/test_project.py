@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from iapo_mini.experiments import choose, table, tuning_table
+from iapo_mini.claims import _talk
+from iapo_mini.evaluation import mean_interval, with_interval
+from iapo_mini.experiments import RECIPES, choose, table, tuning_table
 from iapo_mini.studies import ESTIMATORS, POLICIES, speed_table, study_table
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +41,54 @@ def test_trials_in_the_docs_are_the_committed_ones_and_the_choice_follows_the_ru
     assert tuning_table(results) in (ROOT / "docs/methods.md").read_text()
     for method, rows in results["trials"].items():
         assert results["chosen"][method] == choose(rows, results["start"]["pass@1"])
+
+
+@pytest.fixture(scope="module")
+def table1_results():
+    return json.loads((ROOT / "figures/results/table1.json").read_text())
+
+
+def test_table1_in_the_texts_is_the_committed_result(table1_results):
+    readme, page = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
+    assert table(table1_results) in readme
+    for metric in ("pass", "length", "ratio"):
+        assert table(table1_results, metric) in page
+
+
+def test_numbers_of_table1_in_the_prose_follow_from_it(table1_results):
+    readme, page = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
+    methods, clock = table1_results["methods"], table1_results["wall_clock"]
+    iapo, grpo, start = (methods[name] for name in ("iapo", "grpo", "start"))
+
+    def saved(one, other):
+        return mean_interval([1 - a / b for a, b in zip(one, other)])
+
+    def percent(interval):
+        return "{:.0f}% [{:.0f}, {:.0f}]".format(*(100 * x for x in interval))
+
+    shorter = saved(iapo["length@32"], grpo["length@32"])
+    talk = saved(_talk(iapo), _talk(start))
+    faster = saved(clock["iapo"], clock["grpo"])
+    for text in (f"{percent(shorter)} fewer tokens than GRPO", f"drops {percent(talk)} of it",
+                 f"{percent(saved(clock['iapo'], clock['start']))} less time",
+                 percent(faster)):  # fmt: skip
+        assert text in page, text
+    for text in (f"{shorter[0]:.0%} fewer tokens than GRPO", f"in {faster[0]:.0%} less time",
+                 f"drops {talk[0]:.0%} of the talk"):  # fmt: skip
+        assert text in readme, text
+    for method in (iapo, grpo):
+        assert f"{mean_interval(method['pass@1'])[0]:.3f}" in readme
+    gap = [a - b for a, b in zip(iapo["pass@1"], grpo["pass@1"])]
+    assert f"a Pass@1 that is {with_interval(mean_interval(gap))} higher" in page
+
+
+def test_table1_has_every_method_and_five_seeds(table1_results):
+    assert set(table1_results["methods"]) == {"start", *RECIPES}
+    for result in table1_results["methods"].values():
+        for k in (1, 2, 4, 8, 16, 32):
+            for metric in ("pass", "length", "ratio"):
+                assert len(result[f"{metric}@{k}"]) == 5
+    assert table1_results["config"]["evaluation"]["problems"] == 500
 
 
 def test_table_of_the_verifier_is_the_committed_result():
