@@ -199,7 +199,8 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None) -> None:
     for job in jobs:
         run = Path(job["run"])
         saved = run / "job.json"
-        same = saved.is_file() and json.loads(saved.read_text()) == job
+        # The folder may have been moved, or be named in another way.
+        same = saved.is_file() and json.loads(saved.read_text()) | {"run": job["run"]} == job
         if same and (run / "result.json").is_file():
             continue
         if saved.is_file() and not same:

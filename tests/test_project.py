@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from iapo_mini.claims import _talk
+from iapo_mini.departures import departures_table
 from iapo_mini.evaluation import mean_interval, with_interval
 from iapo_mini.experiments import RECIPES, choose, table, tuning_table
 from iapo_mini.studies import ESTIMATORS, POLICIES, speed_table, study_table
@@ -53,6 +54,8 @@ def test_table1_in_the_texts_is_the_committed_result(table1_results):
     assert table(table1_results) in readme
     for metric in ("pass", "length", "ratio"):
         assert table(table1_results, metric) in page
+    departed = json.loads((ROOT / "figures/results/departures.json").read_text())
+    assert departures_table(departed) in page
 
 
 def test_numbers_of_table1_in_the_prose_follow_from_it(table1_results):

@@ -101,6 +101,14 @@ def test_roles_and_steps_add_up(finished):
         assert sum(result["roles"].values()) == pytest.approx(result["length"] - 1)
 
 
+def test_finished_runs_are_found_under_another_path(finished, tmp_path):
+    (tmp_path / "moved").symlink_to(Path(finished[0]["run"]).parent)
+    moved = [job | {"run": str(tmp_path / "moved" / Path(job["run"]).name)} for job in finished]
+    before = [(Path(job["run"]) / "result.json").stat().st_mtime_ns for job in finished]
+    run_all(moved, parallel=1)
+    assert before == [(Path(job["run"]) / "result.json").stat().st_mtime_ns for job in finished]
+
+
 def test_finished_runs_are_not_made_again_and_a_lost_one_is(finished):
     paths = [Path(job["run"]) / "result.json" for job in finished]
     before = [(p.stat().st_mtime_ns, json.loads(p.read_text())) for p in paths]
