@@ -264,7 +264,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     import torch
 
     from iapo_mini.data import check_data, load_problems
-    from iapo_mini.evaluation import evaluate
+    from iapo_mini.evaluation import evaluate, with_interval
     from iapo_mini.policy import load_policy
     from iapo_mini.run_folder import writable_folder
     from iapo_mini.runs import versions, write_json
@@ -301,10 +301,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     for k in args.k:
         cells = []
         for name, digits, unit in (("pass", 3, 1), ("length", 1, 1), ("ratio", 2, 1000)):
-            low, high = result["intervals"][f"{name}@{k}"]
-            mean = result[f"{name}@{k}"]
-            cells.append(f"{unit * mean:.{digits}f} "
-                         f"[{unit * low:.{digits}f}, {unit * high:.{digits}f}]")  # fmt: skip
+            interval = (result[f"{name}@{k}"], *result["intervals"][f"{name}@{k}"])
+            cells.append(with_interval([unit * x for x in interval], digits))
         print(f"| {k} | " + " | ".join(cells) + " |")
     of = "" if args.data == "stories" else f" of {found}"
     print(f"\n{len(problems)}{of} problems of {args.data} ({args.split}); 95% intervals by "

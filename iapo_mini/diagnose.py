@@ -6,7 +6,6 @@ outside deserves a look, and is not always a fault.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
+
+from iapo_mini.run_folder import checkpoints, logged
 
 WEIGHTS = ("adapter_model.safetensors", "trainable.safetensors")
 """Where the adapter stands: in ``final/``, in a checkpoint."""
@@ -105,14 +106,7 @@ def read_metrics(run: str | Path) -> list[dict]:
     Raises:
         ValueError: when the folder holds no step of a run.
     """
-    path = Path(run) / "metrics.jsonl"
-    rows: list[dict] = []
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    rows = [row for _, row in logged(Path(run) / "metrics.jsonl")]
     if not rows:
         raise ValueError(f"run is '{run}', which holds no step of a training run (metrics.jsonl).")
     return rows
@@ -191,8 +185,8 @@ def _length(rows: Sequence[Mapping], last: int) -> Finding:
 
 def _adapter(run: Path) -> list[Finding]:
     """Norm of the newest adapter's B matrices, which start at zero; nothing without an adapter."""
-    newest_first = sorted(run.glob("checkpoint-*"), key=_step, reverse=True)
-    files = [folder / name for folder in (run / "final", *newest_first) for name in WEIGHTS]
+    folders = (run / "final", *reversed(checkpoints(run)))
+    files = [folder / name for folder in folders for name in WEIGHTS]
     for file in filter(Path.is_file, files):
         with safe_open(file, framework="pt") as weights:
             matrices = [weights.get_tensor(n) for n in weights.keys() if "lora_B" in n]  # noqa: SIM118
@@ -203,11 +197,6 @@ def _adapter(run: Path) -> list[Finding]:
         what = f"norm of the adapter's B matrices ({file.parent.name})"
         return [Finding(what, f"{norm:.3g}", "above 0", not norm, advice)]
     return []
-
-
-def _step(checkpoint: Path) -> int:
-    number = checkpoint.name.split("-")[1]
-    return int(number) if number.isdigit() else -1
 
 
 def report(found: Sequence[Finding]) -> str:

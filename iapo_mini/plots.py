@@ -36,24 +36,36 @@ LABELS = {
 }  # fmt: skip
 
 
-def _band(ax, runs: Sequence[Sequence[float]], method: str, beside: float) -> None:
+def band(ax, x, intervals, style: str, color: str, label: str, alpha: float = 0.2, **line) -> None:
+    """Means joined by a line, their intervals as a band; a single seed is drawn alone.
+
+    Args:
+        x: as many numbers as there are intervals, each ``(mean, low, high)``.
+        style, color, label, line: of the line, as for ``Axes.plot``; alpha: of the band.
+    """
+    mean, low, high = np.array(intervals).T
+    ax.plot(x, mean, style, color=color, label=label, **line)
+    if not np.isnan(low).any():
+        ax.fill_between(x, low, high, color=color, alpha=alpha, lw=0)
+
+
+def _by_step(ax, runs: Sequence[Sequence[float]], method: str, beside: float) -> None:
     """Mean over seeds by step with its 95% interval; a single seed is drawn alone.
 
     The interval is a band, or where many lines would bury each other (``beside`` above 0) a bar of
     the last step, so many steps to the right of it.
     """
-    stats = np.array([mean_interval(values) for values in zip(*runs)])
-    color, label = COLORS.get(method, "black"), LABELS.get(method, method)
-    x = np.arange(1, len(stats) + 1)
-    marks = {"marker": MARKERS.get(method, "o"), "markevery": 3, "ms": 5} if beside else {}
-    ax.plot(x, stats[:, 0], STYLES.get(method, "-."), color=color, label=label, lw=1.8, **marks)
-    if len(runs) == 1:
+    intervals = [mean_interval(values) for values in zip(*runs)]
+    color, style = COLORS.get(method, "black"), STYLES.get(method, "-.")
+    x, look = np.arange(1, len(intervals) + 1), {"label": LABELS.get(method, method), "lw": 1.8}
+    if not beside:
+        band(ax, x, intervals, style, color, **look)
         return
-    if beside:
-        mean, low, high = stats[-1]
+    look |= {"marker": MARKERS.get(method, "o"), "markevery": 3, "ms": 5}
+    ax.plot(x, [mean for mean, _, _ in intervals], style, color=color, **look)
+    if len(runs) > 1:
+        mean, low, high = intervals[-1]
         ax.errorbar(x[-1] + beside, mean, [[mean - low], [high - mean]], color=color, capsize=2)
-    else:
-        ax.fill_between(x, stats[:, 1], stats[:, 2], color=color, alpha=0.2, lw=0)
 
 
 def _smooth(values: Sequence[float], width: int = 5) -> np.ndarray:
@@ -81,7 +93,7 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]
         for i, (method, runs) in enumerate(curves.items()):
             steps = min(len(run[name]) for run in runs)
             beside = 0.02 * steps * (i + 1) if many else 0.0
-            _band(ax, [_smooth(run[name][:steps]) for run in runs], method, beside)
+            _by_step(ax, [_smooth(run[name][:steps]) for run in runs], method, beside)
         ax.set_xlabel("training step")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from iapo_mini.evaluation import mean_interval
-from iapo_mini.plots import COLORS, LABELS, MARKERS, STYLES, interval_of
+from iapo_mini.plots import COLORS, LABELS, MARKERS, STYLES, band, interval_of
 from iapo_mini.tasks import ROLES, token_roles
 
 
@@ -190,12 +190,8 @@ def sweeps(results: Mapping) -> Figure:
     for row, weight in zip(fig.subplots(2, 4), ("alpha", "beta")):
         values = [point["value"] for point in results[weight]]
         for ax, (metric, label) in zip(row, panels.items()):
-            stats = np.array([mean_interval(point[metric]) for point in results[weight]])
-            ax.plot(values, stats[:, 0], "o-", color=COLORS["iapo"], lw=1.5, ms=4)
-            if not np.isnan(stats[:, 1]).any():
-                ax.fill_between(
-                    values, stats[:, 1], stats[:, 2], color=COLORS["iapo"], alpha=0.2, lw=0
-                )
+            intervals = [mean_interval(point[metric]) for point in results[weight]]
+            band(ax, values, intervals, "o-", COLORS["iapo"], "IAPO", lw=1.5, ms=4)
             ax.set_xscale("log")
             ax.set_xlabel(f"{weight} (log scale)")
             ax.set_ylabel(label)
@@ -218,11 +214,9 @@ def means(results: Mapping) -> Figure:
         for aggregation, found in ways.items():
             style, hatch = looks[aggregation]
             color, label = COLORS[method], f"{LABELS[method]}, {aggregation} mean"
-            stats = np.array([mean_interval(x) for x in zip(*found["length_by_step"])])
-            steps = range(1, len(stats) + 1)
-            left.plot(steps, stats[:, 0], style, color=color, label=label, lw=1.8)
-            if len(found["length"]) > 1:
-                left.fill_between(steps, stats[:, 1], stats[:, 2], color=color, alpha=0.15, lw=0)
+            by_step = [mean_interval(x) for x in zip(*found["length_by_step"])]
+            steps = range(1, len(by_step) + 1)
+            band(left, steps, by_step, style, color, label, alpha=0.15, lw=1.8)
             mean, low, high = mean_interval(found["pass@1"])
             if len(found["pass@1"]) == 1:
                 low = high = mean

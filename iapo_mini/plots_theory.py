@@ -10,14 +10,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from iapo_mini.plots import LABELS, STYLES
+from iapo_mini.plots import LABELS, STYLES, band
 
 
 def _curve(ax, x, intervals, label: str, color: str, style: str) -> None:
-    """Means joined by a line, their 95% intervals as a band."""
-    mean, low, high = np.array(intervals).T
-    ax.plot(x, mean, style, color=color, ms=4, lw=1.5, label=label)
-    ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
+    band(ax, x, intervals, style, color, label, ms=4, lw=1.5)
 
 
 def _predicted_measured(ax, looks: Mapping[str, tuple], unit: str) -> None:

@@ -119,7 +119,7 @@ def writing(run: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        whole = _checkpoints(run)
+        whole = checkpoints(run)
         safe = f"'{whole[-1].name}' is whole" if whole else "there is no checkpoint yet"
         reason = getattr(error, "strerror", None) or error
         raise OSError(
@@ -128,7 +128,7 @@ def writing(run: Path) -> Iterator[None]:
         ) from error
 
 
-def _checkpoints(run: Path) -> list[Path]:
+def checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first."""
     found = [p for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted(found, key=_step_of)
@@ -162,14 +162,14 @@ def save_checkpoint(run: Path, step: int, policy: Policy, optimizer) -> None:
         (folder / "sha256.json").write_text(json.dumps(_sums(folder), indent=1) + "\n")
 
     replace_folder(run / f"checkpoint-{step}", write)
-    for old in _checkpoints(run)[:-2]:
+    for old in checkpoints(run)[:-2]:
         if _step_of(old) != step:  # damaged newer ones may be left from before a resume
             remove(old)
 
 
 def restore_checkpoint(run: Path, policy: Policy, optimizer) -> int:
     """Load the newest checkpoint that is whole; return the steps done, 0 without one."""
-    for checkpoint in reversed(_checkpoints(run)):
+    for checkpoint in reversed(checkpoints(run)):
         try:
             if _sums(checkpoint) != json.loads((checkpoint / "sha256.json").read_text()):
                 raise ValueError("its files do not match their checksums")
@@ -194,15 +194,20 @@ def restore_checkpoint(run: Path, policy: Policy, optimizer) -> int:
     return 0
 
 
+def logged(log: Path) -> list[tuple[str, dict]]:
+    """Lines of a run's log and the metrics in them; a line that a kill cut short is passed over."""
+    found = []
+    for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                found.append((line, row))
+    return found
+
+
 def trim_log(log: Path, done: int) -> None:
     """Drop metrics of steps that will be made again, and a line that a kill cut short."""
-    kept = []
-    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
-        try:
-            if json.loads(line)["step"] <= done:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
+    kept = [line + "\n" for line, row in logged(log) if row["step"] <= done]
     replace_text(log, "".join(kept))
 
 

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.pretrain import build_model, build_tokenizer
 from iapo_mini.tasks import render_prompt, stories
+from iapo_mini.trainer import TrainConfig
 
 settings.register_profile(
     "repeatable",
@@ -108,3 +109,22 @@ def schooled_folder(tokenizer, tmp_path_factory):
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def config(schooled_folder):
+    """A short run in which something happens. A file that needs another length replaces fields."""
+    return TrainConfig(
+        method="iapo",
+        model=schooled_folder,
+        learning_rate=5e-3,
+        warmup_steps=2,
+        max_steps=4,
+        prompts_per_step=2,
+        num_generations=2,
+        max_completion_length=12,
+        lora_rank=4,
+        micro_batch_size=2,
+        save_steps=2,
+        threads=1,
+    )

@@ -13,6 +13,7 @@ from iapo_mini.information import answer_entropies, encode_postfix
 from iapo_mini.policy import Policy
 from iapo_mini.rollouts import Rollouts, token_logprobs
 from iapo_mini.tasks import POSTFIX, Problem
+from iapo_mini.trainer import train
 
 TRIVIAL = [
     Problem("How many sides has a pentagon?", "5"),
@@ -217,7 +218,17 @@ def metrics(folder):
     return [{k: v for k, v in json.loads(x).items() if not k.startswith(timing)} for x in lines]
 
 
+def weights(folder):
+    """Bytes of the trained weights that a run has saved."""
+    (file,) = (Path(folder) / "final").glob("*.safetensors")
+    return file.read_bytes()
+
+
 def content(folder):
     """Metrics without what depends on the clock, and the bytes of the final weights."""
-    (file,) = (Path(folder) / "final").glob("*.safetensors")
-    return metrics(folder), file.read_bytes()
+    return metrics(folder), weights(folder)
+
+
+def run(config, folder, **kwargs):
+    """Train without a progress bar."""
+    return train(config, folder, progress=False, **kwargs)

@@ -17,39 +17,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import content
+from helpers import content, run
 from safetensors.torch import load_file
 
 from iapo_mini import run_folder, trainer
 from iapo_mini.cli import main
 from iapo_mini.information import INFORMATION
 from iapo_mini.policy import load_policy
-from iapo_mini.trainer import TrainConfig, train
 
 ROOT = str(Path(trainer.__file__).parents[1])
 POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX signals and limits")
 
 
 @pytest.fixture
-def config(schooled_folder):
-    return TrainConfig(
-        method="iapo",
-        model=schooled_folder,
-        learning_rate=5e-3,
-        warmup_steps=2,
-        max_steps=5,
-        prompts_per_step=2,
-        num_generations=2,
-        max_completion_length=12,
-        lora_rank=4,
-        micro_batch_size=2,
-        save_steps=2,
-        threads=1,
-    )
-
-
-def run(config, folder, **kwargs):
-    return train(config, folder, progress=False, **kwargs)
+def config(config):
+    return replace(config, max_steps=5)
 
 
 def stopped_at(config, folder, step):

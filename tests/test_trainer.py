@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TRIVIAL, metrics, perturb_lora
+from helpers import TRIVIAL, metrics, perturb_lora, run, weights
 
 import iapo_mini
 from iapo_mini.policy import load_policy
 from iapo_mini.tasks import ROLES, stories
-from iapo_mini.trainer import TrainConfig, train
+from iapo_mini.trainer import TrainConfig
 
 # Argument 1: the settings as JSON; 2: the run folder. The pause after each step leaves the test
 # time to see that the step is logged and to kill the process before the run is over.
@@ -30,34 +30,6 @@ if __name__ == "__main__":
     config = TrainConfig(**json.loads(sys.argv[1]))
     train(config, sys.argv[2], progress=False, on_step=lambda metrics: time.sleep(0.5))
 """
-
-
-@pytest.fixture
-def config(schooled_folder):
-    return TrainConfig(
-        method="iapo",
-        model=schooled_folder,
-        learning_rate=5e-3,
-        warmup_steps=2,
-        max_steps=4,
-        prompts_per_step=2,
-        num_generations=2,
-        max_completion_length=12,
-        lora_rank=4,
-        micro_batch_size=2,
-        save_steps=2,
-        threads=1,
-    )
-
-
-def run(config, folder, **kwargs):
-    return train(config, folder, progress=False, **kwargs)
-
-
-def weights(folder):
-    """Bytes of the trained weights that a run has saved."""
-    (file,) = (Path(folder) / "final").glob("*.safetensors")
-    return file.read_bytes()
 
 
 def assert_same_run(one, other):

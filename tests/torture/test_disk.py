@@ -7,10 +7,9 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-from helpers import content
+from helpers import content, run
 
-from iapo_mini.run_folder import _checkpoints, _sums
-from iapo_mini.trainer import TrainConfig, train
+from iapo_mini.run_folder import _sums, checkpoints
 
 
 def mount(*arguments):
@@ -33,16 +32,8 @@ def small_disk(tmp_path):
 
 
 @pytest.fixture
-def config(schooled_folder):
-    return TrainConfig(
-        method="iapo", model=schooled_folder, learning_rate=5e-3, warmup_steps=2, max_steps=6,
-        prompts_per_step=2, num_generations=2, max_completion_length=12, lora_rank=4,
-        micro_batch_size=2, save_steps=2, threads=1,
-    )  # fmt: skip
-
-
-def run(config, folder, **kwargs):
-    return train(config, folder, progress=False, **kwargs)
+def config(config):
+    return replace(config, max_steps=6)
 
 
 def fill(disk, leave):
@@ -64,7 +55,7 @@ def test_a_full_disk(config, small_disk, tmp_path, leave, step):
 
     with pytest.raises(OSError, match=r"output_dir is .*No space left.*is whole.*--resume"):
         run(config, folder, on_step=filling)
-    last = _checkpoints(folder)[-1]
+    last = checkpoints(folder)[-1]
     assert _sums(last) == json.loads((last / "sha256.json").read_text())
     assert last.name == f"checkpoint-{step - 1 if step == 3 else 4}"
     if leave == 0:  # still full: said before anything is done

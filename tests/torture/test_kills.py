@@ -11,13 +11,14 @@ import random
 import signal
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import content
 
-from iapo_mini.run_folder import _checkpoints
+from iapo_mini.run_folder import checkpoints
 from iapo_mini.trainer import TrainConfig, train
 
 if not hasattr(os, "fork"):
@@ -55,12 +56,8 @@ def child(*args, **kwargs):
 
 
 @pytest.fixture
-def settings(schooled_folder):
-    return dict(
-        method="iapo", model=schooled_folder, learning_rate=5e-3, warmup_steps=2, max_steps=30,
-        prompts_per_step=2, num_generations=2, max_completion_length=12, lora_rank=4,
-        micro_batch_size=2, save_steps=1, threads=1,
-    )  # fmt: skip
+def settings(config):
+    return asdict(replace(config, max_steps=30, save_steps=1))
 
 
 def finished(settings, folder):
@@ -116,7 +113,7 @@ def test_a_kill_at_each_file_operation(settings, tmp_path):
         process.join()
         assert process.exitcode == -signal.SIGKILL, point
         # What has the name of a checkpoint is whole.
-        for checkpoint in _checkpoints(folder):
+        for checkpoint in checkpoints(folder):
             assert (checkpoint / "sha256.json").is_file(), point
         assert finished(settings, folder) == whole, point
         assert not list(folder.glob(".*")), point
