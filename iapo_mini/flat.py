@@ -162,8 +162,10 @@ def _merge_own(query, key, value, trunk_out, trunk_lse, scale: float) -> torch.T
 
 def _attention_calls(row: Row, triangle: torch.Tensor):
     """Branches of a row in parts: ``(slice of branches, trunk tokens they see, mask)``."""
-    for i in range(0, len(row.asked), _QUERIES):
-        at = row.start - 1 + row.asked[i : i + _QUERIES]  # the last trunk token each one sees
+    parts = -(-len(row.asked) // _QUERIES)
+    size = -(-len(row.asked) // max(1, parts))  # parts of equal size: a call for one is a waste
+    for i in range(0, len(row.asked), max(1, size)):
+        at = row.start - 1 + row.asked[i : i + size]  # the last trunk token each one sees
         n = int(at[-1]) + 1
         neighbours = n - int(at[0]) == len(at)  # then the mask is a view
         mask = triangle[n - len(at) : n, :n] if neighbours else triangle[at, :n]
@@ -202,6 +204,8 @@ def run_branches(
     length = max(row.length for row in layout) + k
     cos, sin = decoder.rotary_emb(trunk, torch.arange(length, device=device)[None])
     cos, sin = cos[0, :, : head_dim // 2], sin[0, :, : head_dim // 2]
+    turns = cos[positions], sin[positions]  # of every trunk and every branch token
+    branch_turns = cos[branch_positions], sin[branch_positions]
     triangle = torch.full((length, length), float("-inf"), dtype=trunk.dtype, device=device).triu(1)
     calls = [list(_attention_calls(row, triangle)) for row in layout]
     # Buffers of one layer, used again by the next.
@@ -213,14 +217,14 @@ def run_branches(
     # A block of tokens that fits the processor's cache makes the walk a third faster. A card wants
     # large ones, all the more when 4-bit weights are dequantised for every block anew.
     inner = 2**19 if device.type == "cpu" else CARD_BLOCK
-    tokens = max(256, inner // config.intermediate_size)
+    tokens = max(768, inner // config.intermediate_size)
 
-    def project(name: str, x: torch.Tensor, places: torch.Tensor, out: torch.Tensor) -> None:
+    def project(name: str, x: torch.Tensor, out: torch.Tensor, *turns: torch.Tensor) -> None:
         """Queries or keys (normed and rotated) or values of normed ``x`` into (..., heads, D)."""
         y = getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, head_dim))
         norm = getattr(attention, f"{name}_norm", None)
         y = y if norm is None else norm(y)
-        out.copy_(y) if name == "v" else _rotate(y, cos[places], sin[places], out)
+        out.copy_(y) if name == "v" else _rotate(y, *turns, out)
 
     def causal(q, keys, values, first: int, scale: float, out: torch.Tensor) -> None:
         """Attention of trunk tokens from position ``first`` on, over all up to themselves."""
@@ -233,22 +237,28 @@ def run_branches(
     def in_blocks(size: int, *tensors: torch.Tensor):
         return zip(*(x.split(size) for x in tensors))
 
+    def feed_forward(x: torch.Tensor) -> torch.Tensor:
+        """The layer's gated MLP; the product takes the place of its first factor."""
+        inner = layer.mlp.act_fn(layer.mlp.gate_proj(x)).mul_(layer.mlp.up_proj(x))
+        return layer.mlp.down_proj(inner)
+
     for number, layer in enumerate(decoder.layers):
         attention, last = layer.self_attn, number == len(decoder.layers) - 1
         scale, skip = attention.scaling, k - keep if last else 0
-        for x, places, to_k, to_v, to_q in in_blocks(tokens, trunk, positions, key, value, query):
+        for x, c, s, to_k, to_v, to_q in in_blocks(tokens, trunk, *turns, key, value, query):
             x = layer.input_layernorm(x)
-            project("k", x, places, to_k)
-            project("v", x, places, to_v)
+            project("k", x, to_k, c, s)
+            project("v", x, to_v)
             if not last:
-                project("q", x, places, to_q)
-        for x, places, to_k, to_v, to_q in in_blocks(
-            max(1, tokens // k), branch, branch_positions, branch_key, branch_value, branch_query
+                project("q", x, to_q, c, s)
+        for x, c, s, to_k, to_v, to_q in in_blocks(
+            max(1, tokens // k), branch, *branch_turns, branch_key, branch_value, branch_query
         ):
             x = layer.input_layernorm(x[:1] if number == 0 and alike else x)
-            project("k", x, places, to_k)
-            project("v", x, places, to_v)
-            project("q", x[:, skip:], places[:, skip:], to_q[:, skip:])
+            project("k", x, to_k, c, s)
+            project("v", x, to_v)
+            # Contiguous, or the product becomes one for each branch.
+            project("q", x[:, skip:].contiguous(), to_q[:, skip:], c[:, skip:], s[:, skip:])
         for p in prompts if not last else ():
             causal(query[p], key[p], value[p], 0, scale, attended[p])
         for row, parts in zip(layout, calls):
@@ -269,8 +279,8 @@ def run_branches(
             branch_attended[:, skip:], lse[:, skip:],
         ):  # fmt: skip
             x += attention.o_proj(_merge_own(q, bk, bv, o, e, scale).flatten(2))
-            x += layer.mlp(layer.post_attention_layernorm(x))
+            x += feed_forward(layer.post_attention_layernorm(x))
         for x, o in in_blocks(tokens, trunk, attended) if not last else ():
             x += attention.o_proj(o.flatten(1))
-            x += layer.mlp(layer.post_attention_layernorm(x))
+            x += feed_forward(layer.post_attention_layernorm(x))
     return torch.tensor(rows, device=device)[owner], prefix, decoder.norm(branch)

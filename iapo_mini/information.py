@@ -47,6 +47,38 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     return -p.mul_(log_p).sum(-1)  # in place: with a large vocabulary these are what fills memory
 
 
+@torch.no_grad()
+def head_entropy(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """``entropy(head(hidden))`` from blocks of the vocabulary; no logits of the whole ever exist.
+
+    By the chain rule of entropy: that of the block a token falls into, plus the mean of those
+    within the blocks. A block that stays in the processor's cache makes this more than twice as
+    fast as whole logits of a vocabulary of 151,936, and the head's weights are read once instead
+    of once for every few rows.
+
+    Args:
+        head: vocabulary head, d -> V.
+        hidden: (..., d), ready for the head.
+
+    Returns:
+        (...) fp32 nats.
+    """
+    numbers = 2**19 if hidden.device.type == "cpu" else 2**24
+    weights = head.weight.split(1024)
+    biases = [None] * len(weights) if head.bias is None else head.bias.split(1024)
+    out = []
+    for x in hidden.flatten(0, -2).split(max(1, numbers // min(1024, head.out_features))):
+        block, within = [], []
+        for weight, bias in zip(weights, biases):
+            logits = torch.nn.functional.linear(x, weight, bias).float()
+            log_p = torch.log_softmax(logits, dim=-1)
+            block.append(logits[:, 0] - log_p[:, 0])  # log-sum-exp
+            within.append(-log_p.exp().mul_(log_p).sum(-1))
+        log_p, within = torch.log_softmax(torch.stack(block, 1), 1), torch.stack(within, 1)
+        out.append((log_p.exp() * (within - log_p)).sum(1))
+    return torch.cat(out).view(hidden.shape[:-1])
+
+
 def encode_postfix(policy: Policy, postfix: str = POSTFIX) -> torch.Tensor:
     """Token ids of the postfix, shape (K,) long, without special tokens."""
     ids = policy.tokenizer.encode(postfix, add_special_tokens=False)
@@ -94,7 +126,7 @@ def _spread(values: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
 
 
 def _potential(
-    policy, rollouts, suffix, read, keep, method, stride, memory_mb, chunk_size, by_row=False
+    policy, rollouts, suffix, read, keep, method, stride, memory_mb, chunk_size, **how
 ) -> torch.Tensor:
     """One number (nats) for every prefix, (B, L + 1); padding 0."""
     if method not in METHODS:
@@ -104,7 +136,7 @@ def _potential(
         method, asked = "packed", _prefixes_asked(policy, rollouts, stride)
     found = prefixes.ask(
         policy.for_inference(), rollouts, suffix, read, keep=keep, asked=asked, method=method,
-        memory_mb=memory_mb, chunk_size=chunk_size, by_row=by_row,
+        memory_mb=memory_mb, chunk_size=chunk_size, **how,
     )[..., 0]  # fmt: skip
     t = torch.arange(found.shape[1], device=found.device)
     found = found if asked is None else _spread(found, asked & (t <= rollouts.lengths[:, None]))
@@ -148,7 +180,10 @@ def answer_entropies(
     def read(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return entropy(logits)
 
-    return _potential(policy, rollouts, suffix, read, 1, method, stride, memory_mb, chunk_size)
+    return _potential(
+        policy, rollouts, suffix, read, 1, method, stride, memory_mb, chunk_size,
+        read_hidden=head_entropy,
+    )  # fmt: skip
 
 
 def final_answers(policy: Policy, rollouts: Rollouts) -> list[str | None]:
@@ -258,10 +293,17 @@ def candidate_logprobs(
         )
     if all(len(x) == 1 for x in ids):
         tokens = torch.tensor(ids, device=policy.device)[:, 0]
+
+        def read(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            return logits[:, 0].float().index_select(1, tokens)
+
+        def read_hidden(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+            bias = None if head.bias is None else head.bias[tokens]
+            return torch.nn.functional.linear(hidden[:, 0], head.weight[tokens], bias).float()
+
         found = prefixes.ask(
-            policy.for_inference(), rollouts, encode_postfix(policy, postfix),
-            lambda rows, logits: logits[:, 0].float().index_select(1, tokens),
-            method=method, memory_mb=memory_mb,
+            policy.for_inference(), rollouts, encode_postfix(policy, postfix), read,
+            read_hidden=read_hidden, method=method, memory_mb=memory_mb,
         )  # fmt: skip
     else:
         found = -torch.stack(

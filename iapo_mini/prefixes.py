@@ -43,6 +43,9 @@ Chunk = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Read = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(row numbers (N,), logits (N, keep, V)) -> what to keep of them, (N, r) fp32."""
 
+ReadHidden = Callable[[torch.nn.Linear, torch.Tensor], torch.Tensor]
+"""(vocabulary head, what enters it (N, keep, d)) -> the same as a ``Read`` makes of the logits."""
+
 TESTED = (*flat.FAMILIES, "gpt2")
 """Model types that the tests compare with the definition. Others are compared at first use."""
 
@@ -181,6 +184,21 @@ def _flat(model, rollouts, rows, asked, suffix, keep: int, size: int) -> Iterato
         yield row, t, head(hidden)
 
 
+def _values(
+    way, model, rollouts, rows, asked, suffix, keep: int, size: int, read, read_hidden
+) -> list[Chunk]:
+    """What was read of each branch of a block of rows, in the place of its logits."""
+    head = model.get_output_embeddings()
+    # Exactly this class: an adapter on the head or 4-bit weights compute their logits otherwise.
+    if way is _flat and read_hidden is not None and type(head) is torch.nn.Linear:
+        row, t, hidden = flat.run_branches(model, rollouts, rows, asked, suffix, keep)
+        return [(row, t, read_hidden(head, hidden))]
+    return [
+        (row, t, read(row, logits).float())
+        for row, t, logits in way(model, rollouts, rows, asked, suffix, keep, size)
+    ]
+
+
 def _sizes(model, rollouts: Rollouts, way, suffix, keep: int, memory: float) -> tuple[int, int]:
     """How many rows and how many branches to hold at once within ``memory`` bytes, each >= 1."""
     config, k = model.config.get_text_config(), suffix.shape[1]
@@ -245,6 +263,7 @@ def ask(
     suffix: torch.Tensor,
     read: Read,
     *,
+    read_hidden: ReadHidden | None = None,
     keep: int = 1,
     asked: torch.Tensor | None = None,
     method: str = "packed",
@@ -264,6 +283,8 @@ def ask(
         rollouts: B rows, rows of one prompt adjacent.
         suffix: (K,) or (B, K) long; a row's suffix may be padded on the right.
         read: what to keep of the logits.
+        read_hidden: does the work of ``read`` before the vocabulary head, where flat packing runs
+            and the head is a plain matrix, so that no logits are needed.
         keep: at how many of the suffix's last positions to make logits.
         asked: (B, L + 1) bool, prefix lengths to ask after; default: 0 to each row's length.
         method: ``"packed"``, ``"cached"`` or ``"naive"``.
@@ -322,10 +343,9 @@ def ask(
         rows_at_once, branches = _sizes(model, rollouts, way, suffix, keep, memory_mb * 2**20)
         block, branches = pending[:rows_at_once], chunk_size or branches
         try:
-            parts = [
-                (row, t, read(row, logits).float())
-                for row, t, logits in way(model, rollouts, block, todo, suffix, keep, branches)
-            ]
+            parts = _values(
+                way, model, rollouts, block, todo, suffix, keep, branches, read, read_hidden
+            )
         except _OUT_OF_MEMORY as error:
             if branches == 1 and (way is not _flat or rows_at_once == 1):
                 raise

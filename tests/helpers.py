@@ -171,14 +171,15 @@ def only(way):
     with pytest.MonkeyPatch.context() as patch:
         if way == "shared":
             patch.setattr(flat, "walkable", lambda model: False)
-        for name in ("flat", "packed", "cached", "naive"):
-            run = getattr(prefixes, f"_{name}")
+        places = {name: (prefixes, f"_{name}") for name in ("packed", "cached", "naive")}
+        for name, (module, function) in (places | {"flat": (flat, "run_branches")}).items():
+            run = getattr(module, function)
 
             def watched(*args, run=run, name=name):
                 ran.add(name)
                 return run(*args)
 
-            patch.setattr(prefixes, f"_{name}", watched)
+            patch.setattr(module, function, watched)
         yield way if way in prefixes.METHODS else "packed"
     assert ran == {"packed" if way == "shared" else way}
 

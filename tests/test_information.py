@@ -9,6 +9,7 @@ import torch
 from helpers import TRIVIAL, explicit_entropies, forced_logits, make_rollouts, unpadded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iapo_mini.information import (
     answer_entropies,
@@ -18,6 +19,7 @@ from iapo_mini.information import (
     encode_postfix,
     entropy,
     final_answers,
+    head_entropy,
     informativeness,
     next_token_informativeness,
     sentence_ends,
@@ -56,6 +58,36 @@ def test_entropy_of_half_precision_logits_is_computed_in_full_precision(shape):
     found = entropy(torch.zeros(shape, dtype=torch.bfloat16))
     assert found.dtype == torch.float32 and found.shape == shape[:-1]
     assert found.flatten().tolist() == pytest.approx([math.log(50_000)] * found.numel(), rel=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [7, 1024, 1025, 5000])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_entropy_is_that_of_whole_logits(vocabulary, bias, dtype):
+    """Blocks of the vocabulary, of all sizes of the last one; flat and peaked distributions."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, vocabulary, bias=bias).to(dtype)
+    hidden = torch.cat([torch.randn(300, 2, 16), 40 * torch.randn(300, 2, 16)]).to(dtype)
+    found = head_entropy(head, hidden)
+    assert found.dtype == torch.float32 and found.shape == (600, 2)
+    exact = torch.nn.functional.linear(hidden, head.weight, head.bias).double().log_softmax(-1)
+    torch.testing.assert_close(found.double(), -(exact.exp() * exact).sum(-1), rtol=0, atol=2e-5)
+
+
+def test_head_entropy_makes_no_whole_logits():
+    head = torch.nn.Linear(8, 20_000)
+    shapes = []
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            shapes.extend(x.numel() for x in (out,) if isinstance(x, torch.Tensor))
+            return out
+
+    hidden = torch.randn(4_000, 8)
+    with Shapes():
+        head_entropy(head, hidden)
+    assert max(shapes) <= max(2**19, head.weight.numel())
 
 
 # Informativeness

@@ -24,7 +24,7 @@ from transformers import DynamicCache, MistralForCausalLM
 
 from iapo_mini import flat, prefixes
 from iapo_mini import policy as policy_module
-from iapo_mini.information import answer_entropies, encode_postfix, entropy
+from iapo_mini.information import answer_entropies, candidate_logprobs, encode_postfix, entropy
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.prefixes import ask, branch_inputs
 from iapo_mini.rollouts import _GrowingLayer, sample, token_logprobs
@@ -132,6 +132,26 @@ def test_only_what_is_asked_is_answered(base_policy, way):
         )[..., 0]  # fmt: skip
     close(found, expected * asked)
     assert (asked & ~reached).any() and len(seen) <= int((asked & reached).sum())
+
+
+class OtherHead(torch.nn.Linear):
+    """A head that is more than its weights, as one with an adapter or in 4 bits is."""
+
+    def forward(self, x):
+        return super().forward(x) * 3
+
+
+def test_a_head_that_is_no_plain_matrix_is_asked_for_its_logits(tokenizer):
+    policy = tiny_policy("qwen2", tokenizer)
+    rollouts, plain = make_rollouts(**BATCH), policy.model.lm_head
+    policy.model.lm_head = OtherHead(plain.in_features, plain.out_features, bias=False)
+    policy.model.lm_head.weight = plain.weight
+    close(entropies_by("flat", policy, rollouts), explicit_entropies(policy, rollouts))
+    texts = [" 7", " 12", " 30"]
+    flat_way, naive = (
+        candidate_logprobs(policy, rollouts, texts, method=method) for method in ("packed", "naive")
+    )
+    close(flat_way, naive, atol=1e-3)
 
 
 def plain_attention(query, key, value, mask, scale):
