@@ -1,6 +1,6 @@
 """How fast and how exact the estimator is: ratios measured side by side in one run.
 
-    python benchmarks/estimator.py            # everything, about 20 minutes
+    python benchmarks/estimator.py            # everything, about 15 minutes
     python benchmarks/estimator.py tiny       # one part: exact, tiny, qwen05b or growth
     python benchmarks/estimator.py --check    # judge the committed ratios, measure nothing
 
@@ -175,7 +175,7 @@ def peak_megabytes(run) -> float:
     return max(itertools.accumulate(e.nbytes() for e in events)) / 2**20
 
 
-def step_ratio(threads: int, repeats: int = 4) -> tuple[float, dict[str, float]]:
+def step_ratio(threads: int, repeats: int = 8) -> tuple[float, dict[str, float]]:
     """Time of a training step of IAPO over one of GRPO, same policy, same completions.
 
     Runs of two steps are interleaved; the learning rate is too small to make the two part.
@@ -229,8 +229,11 @@ def measure(setting: str, threads: int, repeats: int) -> dict:
     seconds = medians(rivals, repeats, warm_up=int(setting == "tiny"))
     names = ("packed", "packed_alone", "cached")
     megabytes = {name: peak_megabytes(rivals[name]) for name in names}
+    by_threads = {}
     if setting == "tiny":
-        ratio, step = step_ratio(threads)
+        by_threads = {str(n): step_ratio(n) for n in sorted({1, threads})}
+        torch.set_num_threads(threads)
+        ratio, step = by_threads[str(threads)]
     else:
         ratio, step = qwen_step(policy, rollouts, seconds["packed"])
     return {
@@ -244,6 +247,7 @@ def measure(setting: str, threads: int, repeats: int) -> dict:
         "seconds": seconds,
         "extra_megabytes": megabytes,
         "step_seconds": step,
+        "step_ratio_by_threads": {n: found[0] for n, found in by_threads.items()},
         "threads": threads,
     }
 
@@ -304,7 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parts = ("exact", "tiny", "qwen05b", "growth")
     parser.add_argument("parts", nargs="*", help=f"any of {', '.join(parts)}; default: all")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=TrainConfig().threads)
     parser.add_argument("--check", action="store_true", help="judge the committed results only")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(parts):

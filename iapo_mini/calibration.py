@@ -176,6 +176,32 @@ def calibration(
     return Calibration(exits, ece, by_part, entropies, advice)
 
 
+def forecast_targets(logits: torch.Tensor, answers: torch.Tensor, td_lambda: float) -> torch.Tensor:
+    """TD(lambda) targets for the forecasts of the answer along a chain (Sutton, 1988).
+
+    The forecasts p_1 ... p_C of a calibrated policy are a martingale: what it believes now is the
+    mean of what it will believe later. So a forecast may learn from the next one instead of waiting
+    for the truth, G_j = (1 - lambda) p_{j+1} + lambda G_{j+1}, with G_C the true answer. The truth
+    is one draw and noisy, the next forecast is not. And a forecast that wavers where the chain says
+    nothing new contradicts its neighbour, which costs it; the truth alone forgives that.
+
+    Args:
+        logits: (B, C, V), forecasts in the order of the chain.
+        answers: (B,) long, true answers.
+        td_lambda: 1 for the truth alone, near 0 for the next forecast.
+
+    Returns:
+        (B, C, V) fp32 probabilities, without gradient.
+    """
+    p = torch.softmax(logits.detach().float(), dim=-1)
+    targets = torch.empty_like(p)
+    target = torch.nn.functional.one_hot(answers, p.shape[-1]).to(p.dtype)
+    for j in reversed(range(p.shape[1])):
+        targets[:, j] = target
+        target = torch.lerp(p[:, j], target, td_lambda)
+    return targets
+
+
 def exit_loss(
     model,
     cache: DynamicCache,
@@ -184,20 +210,24 @@ def exit_loss(
     ends: torch.Tensor,
     postfix: torch.Tensor,
     answers: torch.Tensor,
+    td_lambda: float = 1.0,
+    into_trunk: bool = False,
 ) -> torch.Tensor:
     """Cross-entropy of the true answer's first token when forced after the given trunk tokens.
 
-    The trunk's keys and values are detached: exits learn to read what the chain has worked out so
-    far. With gradients into the trunk the policy would learn to solve problems in its head, before
-    the chain says anything.
+    By default the trunk's keys and values are detached: exits learn to read what the chain has
+    worked out so far. With gradients into the trunk, a policy that is only just learning to reason
+    learns to solve problems in its head instead, before the chain says anything.
 
     Args:
         model: causal LM.
         cache: keys and values of the trunk, (B, T) positions.
         mask: (B, T) bool; position_ids: (B, T) long.
-        ends: (B, C) long, index of the last trunk token each exit follows.
+        ends: (B, C) long, index of the last trunk token each exit follows, in rising order.
         postfix: (K,) long.
         answers: (B,) long, first token of each row's answer.
+        td_lambda: below 1, an exit learns from the next one too (:func:`forecast_targets`).
+        into_trunk: let gradients flow into the trunk's keys and values.
 
     Returns:
         Scalar, nats per exit, fp32.
@@ -205,11 +235,18 @@ def exit_loss(
     branch = branch_inputs(mask, position_ids, ends, postfix)
     branch["attention_mask"] = model_mask(model, branch["attention_mask"])
     k, exits = len(postfix), ends.shape[1]
-    detached = DynamicCache([(x.keys.detach(), x.values.detach()) for x in cache.layers])
+    layers = [(x.keys, x.values) for x in cache.layers]
+    if not into_trunk:
+        layers = [(keys.detach(), values.detach()) for keys, values in layers]
     last = torch.arange(k - 1, exits * k, k, device=ends.device)
-    logits = model(past_key_values=detached, logits_to_keep=last, **branch).logits.float()
-    targets = answers[:, None].expand(ends.shape)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    logits = model(
+        past_key_values=DynamicCache(layers), logits_to_keep=last, **branch
+    ).logits.float()
+    if td_lambda == 1:
+        targets = answers[:, None].expand(ends.shape).flatten()
+    else:
+        targets = forecast_targets(logits, answers, td_lambda).flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
 
 
 def _kl(before: torch.Tensor, now: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -222,11 +259,12 @@ def calibrate(
     policy: Policy,
     problems: Iterable[Problem],
     *,
-    steps: int = 200,
+    steps: int = 300,
     batch_size: int = 16,
-    exits: int = 8,
+    exits: int = 24,
     learning_rate: float = 1e-3,
     anchor: float = 10.0,
+    td_lambda: float = 0.05,
     postfix: str = POSTFIX,
     texts: Sequence[str] | None = None,
     seed: int = 0,
@@ -234,11 +272,12 @@ def calibrate(
 ) -> list[dict[str, float]]:
     """A short fine-tune after which forced early answers are calibrated, in place.
 
-    Every step takes ``batch_size`` chains and adds up two losses: the cross-entropy of the true
-    answer after ``exits`` random prefixes, and ``anchor`` times KL(before || now) of the next
-    token, which holds the policy to the way of reasoning it had. (The chains' own next-token loss
-    in its place is so noisy that the policy unlearns some of its arithmetic.) Only the policy's
-    trainable weights move: the adapter under LoRA.
+    Every step takes ``batch_size`` chains and adds up two losses: the cross-entropy of the forced
+    answer after ``exits`` random prefixes, by temporal differences (:func:`forecast_targets`), and
+    ``anchor`` times KL(before || now) of the next token, which holds the policy to the way of
+    reasoning it had. (The chains' own next-token loss in its place is so noisy that the policy
+    unlearns some of its arithmetic.) Only the policy's trainable weights move: the adapter under
+    LoRA.
 
     Args:
         policy: the policy to train.
@@ -249,6 +288,8 @@ def calibrate(
         exits: forced answers per chain.
         learning_rate: peak learning rate.
         anchor: weight of the KL divergence from the policy before, beside the exit loss.
+        td_lambda: above 0; 1 trains every exit on the true answer, below it learns from the next.
+            Falls from 1 to this over the first quarter of the steps.
         postfix: text that forces an answer.
         texts: completions to learn from, one for each problem in order, for problems that are no
             stories (the policy's own right completions, say).
@@ -259,8 +300,11 @@ def calibrate(
         One ``{"kl", "exit_loss"}`` for each step, nats per token and nats per forced answer.
 
     Raises:
-        ValueError: when problems run out, or are no stories and ``texts`` is None.
+        ValueError: when problems run out, or are no stories and ``texts`` is None, or for a
+            ``td_lambda`` out of range.
     """
+    if not 0 < td_lambda <= 1:
+        raise ValueError(f"td_lambda is {td_lambda}; allowed are numbers above 0, up to 1.")
     model, rng = policy.model, random.Random(seed)
     ids = encode_postfix(policy, postfix)
     parameters = list(policy.trainable().values())
@@ -303,11 +347,19 @@ def calibrate(
             was = torch.func.functional_call(model, before, kwargs=inputs).logits
         kl = _kl(was[:, width - 1 : -1], trunk.logits[:, width - 1 : -1], rollouts.completion_mask)
         ends = torch.tensor(
-            [[width - 1 + rng.randint(0, int(n)) for _ in range(exits)] for n in rollouts.lengths],
+            [
+                sorted(width - 1 + rng.randint(0, int(n)) for _ in range(exits))
+                for n in rollouts.lengths
+            ],
             device=mask.device,
         )
         answers = _answer_tokens(policy, [p.answer for p in batch])
-        early = exit_loss(model, trunk.past_key_values, mask, position_ids, ends, ids, answers)
+        # First from the truth: forecasts that know nothing have nothing to teach each other.
+        weight = max(td_lambda, 1 - 4 * step / steps)
+        early = exit_loss(
+            model, trunk.past_key_values, mask, position_ids, ends, ids, answers, weight,
+            into_trunk=True,  # what the policy writes is held by the anchor
+        )  # fmt: skip
         (anchor * kl + early).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

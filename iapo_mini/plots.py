@@ -282,8 +282,8 @@ ESTIMATOR_LABELS = {
     "next_token": "next-token\n(IAPO-NE)",
 }  # fmt: skip
 _POLICY_LOOK = {
-    "calibrated": ("#0072B2", ""), "uncalibrated": ("#D55E00", "//"),
-    "recalibrated": ("#009E73", ".."),
+    "calibrated": ("#0072B2", ""), "embedded": ("#56B4E9", "xx"),
+    "uncalibrated": ("#D55E00", "//"), "recalibrated": ("#009E73", ".."),
 }  # fmt: skip
 
 
@@ -300,11 +300,11 @@ def estimator_auc(results: Mapping) -> Figure:
         (right, "spearman", "rank correlation with the true drop", 0.0),
     )
     for ax, section, label, chance in panels:
-        for side, (policy, (color, hatch)) in zip((-0.27, 0, 0.27), _POLICY_LOOK.items()):
+        for side, (policy, (color, hatch)) in zip((-0.3, -0.1, 0.1, 0.3), _POLICY_LOOK.items()):
             stats = np.array([results[section][policy][n] for n in ESTIMATOR_LABELS])
             x = np.arange(len(stats)) + side
             height = stats[:, 0] - chance
-            ax.bar(x, height, 0.25, bottom=chance, color=color, alpha=0.75, hatch=hatch,
+            ax.bar(x, height, 0.19, bottom=chance, color=color, alpha=0.75, hatch=hatch,
                    edgecolor="white", label=policy)  # fmt: skip
             error = [stats[:, 0] - stats[:, 1], stats[:, 2] - stats[:, 0]]
             ax.errorbar(x, stats[:, 0], error, fmt="none", color="black", capsize=3, lw=1)

@@ -30,8 +30,12 @@ EMBEDDED = "embedded"
 EMBEDDED_UNCALIBRATED = "embedded-uncalibrated"
 """A second shipped policy, trained on whole chains only: what goes wrong without calibration."""
 
+EMBEDDED_CALIBRATED = "embedded-calibrated"
+"""The embedded policy after ``calibration.calibrate``: the same chains, steadier early answers."""
+
 _SHIPPED = {
     EMBEDDED: Path(__file__).parent / "embedded",
+    EMBEDDED_CALIBRATED: Path(__file__).parent / "embedded_calibrated",
     EMBEDDED_UNCALIBRATED: Path(__file__).parent / "embedded_uncalibrated",
 }
 # Below this many parameters a second, merged copy of the weights is cheap and makes sampling and
@@ -350,8 +354,8 @@ def load_policy(
     """Load a policy.
 
     Args:
-        model: ``"embedded"``, ``"embedded-uncalibrated"``, a folder written by
-            ``save_pretrained``, or a hub id.
+        model: ``"embedded"``, ``"embedded-calibrated"``, ``"embedded-uncalibrated"``, a folder
+            written by ``save_pretrained``, or a hub id.
         adapter: folder of a trained PEFT adapter to continue from or to evaluate.
         lora_rank: rank of new LoRA matrices on all linear layers; 0 trains every weight.
         lora_alpha: LoRA scale numerator, default ``2 * lora_rank``.

@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import TRIVIAL, explicit_entropies, forced_logits, make_rollouts, tiny_policy, unpadded
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from iapo_mini import calibration as module
@@ -16,6 +18,7 @@ from iapo_mini.calibration import (
     exit_calibration,
     exit_loss,
     expected_calibration_error,
+    forecast_targets,
 )
 from iapo_mini.information import encode_postfix
 from iapo_mini.policy import load_policy
@@ -248,6 +251,66 @@ def test_exit_loss_sends_no_gradient_into_the_trunk(tiny_folder):
     assert (sides[0] - sides[1]) / 2e-3 == pytest.approx(float(gradient.norm()), rel=0.02)
 
 
+def test_exit_loss_into_the_trunk_is_backpropagation_through_whole_sequences(tiny_folder):
+    policy = load_policy(tiny_folder, lora_rank=0)
+    model, postfix = policy.model, encode_postfix(policy)
+    rollouts, answers = make_rollouts([4, 7], [5, 3], 1), torch.tensor([11, 22])
+    after = torch.tensor([[0, 2], [1, 3]])
+    ends = rollouts.prompt_ids.shape[1] - 1 + after
+    trunk = trunk_of(policy, rollouts)
+    exit_loss(model, *trunk, ends, postfix, answers, into_trunk=True).backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    losses = []
+    for i in range(2):
+        prompt, completion = unpadded(rollouts, i)
+        for t in after[i].tolist():
+            ids = torch.cat([prompt, completion[:t], postfix])
+            losses.append(-model(ids[None]).logits[0, -1].log_softmax(-1)[answers[i]])
+    torch.stack(losses).mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 6), st.floats(0.01, 1.0), st.integers(0, 99))
+def test_forecast_targets_are_mixtures_of_what_comes_later(exits, td_lambda, seed):
+    """G_j = sum_n (1 - lambda) lambda^(n-1) p_{j+n}, the rest of the weight on the truth."""
+    torch.manual_seed(seed)
+    logits, answers = 3 * torch.randn(2, exits, 5), torch.tensor([1, 4])
+    found, p = forecast_targets(logits, answers, td_lambda), logits.softmax(-1)
+    for b, j in itertools.product(range(2), range(exits)):
+        later = range(1, exits - j)
+        expected = sum((1 - td_lambda) * td_lambda ** (n - 1) * p[b, j + n] for n in later)
+        truth = torch.eye(5)[answers[b]] * td_lambda ** len(later)
+        torch.testing.assert_close(found[b, j], truth + expected)
+    assert torch.equal(found[:, -1], torch.eye(5)[answers])
+    torch.testing.assert_close(found.sum(-1), torch.ones(2, exits))
+
+
+def test_with_lambda_one_only_the_truth_counts(tiny_folder):
+    policy = load_policy(tiny_folder, lora_rank=0)
+    rollouts, postfix = make_rollouts([4, 7], [5, 3], 1), encode_postfix(policy)
+    ends = rollouts.prompt_ids.shape[1] - 1 + torch.tensor([[0, 2, 4], [1, 2, 3]])
+    answers = torch.tensor([11, 22])
+    losses = [
+        exit_loss(
+            policy.model, *trunk_of(policy, rollouts), ends, postfix, answers, td_lambda
+        ).detach()
+        for td_lambda in (1.0, 1.0 - 1e-6, 0.1)
+    ]
+    assert float(losses[0]) == pytest.approx(float(losses[1]), abs=1e-3)
+    assert abs(float(losses[0] - losses[2])) > 0.01
+
+
+def test_a_forecast_that_agrees_with_the_next_is_left_alone():
+    """Only the last of three exits after the same prefix feels the truth when lambda is small."""
+    logits = torch.randn(1, 1, 7).expand(1, 3, 7).clone().requires_grad_()
+    targets = forecast_targets(logits, torch.tensor([2]), 1e-6)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1)).backward()
+    assert logits.grad[:, :2].abs().max() < 1e-5 < 0.01 < logits.grad[:, 2].abs().max()
+
+
 # The fine-tune
 
 
@@ -354,6 +417,12 @@ def test_running_out_of_problems_is_refused(lora_policy, texts):
         calibrate(
             lora_policy, problems, steps=2, batch_size=2, exits=1, progress=False, texts=texts
         )
+
+
+@pytest.mark.parametrize("td_lambda", [0, -0.5, 1.5])
+def test_a_lambda_out_of_range_is_refused(lora_policy, td_lambda):
+    with pytest.raises(ValueError, match=f"td_lambda is {td_lambda}; allowed are numbers above 0"):
+        calibrate(lora_policy, chains(2), steps=1, batch_size=2, td_lambda=td_lambda)
 
 
 def test_problems_without_a_chain_are_refused(lora_policy):

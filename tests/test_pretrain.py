@@ -1,5 +1,6 @@
 """The recipe of the embedded policy: resumable, and its two losses are what they claim to be."""
 
+import json
 import subprocess
 import sys
 import time
@@ -7,7 +8,15 @@ import time
 import torch
 from safetensors.torch import load_file
 
-from iapo_mini.pretrain import build_model, build_tokenizer, losses, pretrain, sample_batches
+from iapo_mini.policy import load_policy
+from iapo_mini.pretrain import (
+    build_model,
+    build_tokenizer,
+    calibrated,
+    losses,
+    pretrain,
+    sample_batches,
+)
 from iapo_mini.tasks import POSTFIX
 
 SMALL = {"steps": 12, "batch_size": 4, "exits": 2, "hidden": 32, "layers": 1, "threads": 1}
@@ -61,3 +70,19 @@ def test_exit_loss_does_not_train_the_policy_to_stop_early():
     close = tokenizer.encode("</think>")[0]
     for labels in batch["labels"]:
         assert int((labels == close).sum()) == 1
+
+
+def test_the_calibrated_policy_is_the_embedded_one_retaught(tmp_path):
+    """Two steps: weights have moved, the log tells both losses, the folder loads as others do."""
+    folder = calibrated(tmp_path / "calibrated", steps=2, threads=1)
+    rows = [json.loads(line) for line in (folder / "calibrate_log.jsonl").read_text().splitlines()]
+    assert [set(row) for row in rows] == [{"step", "kl", "exit_loss"}] and rows[0]["step"] == 2
+    before, after = load_policy(lora_rank=0), load_policy(str(folder), lora_rank=0)
+    moved = [
+        (p - q).abs().max()
+        for p, q in zip(before.model.parameters(), after.model.parameters(), strict=True)
+    ]
+    assert 0 < max(moved) < 0.1
+    assert after.tokenizer.get_vocab() == before.tokenizer.get_vocab()
+    weights = load_file(folder / "model.safetensors")
+    assert {x.dtype for x in weights.values()} == {torch.bfloat16}

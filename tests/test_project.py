@@ -160,7 +160,7 @@ def test_committed_log_ends_where_the_policy_report_says():
     assert policy["train_minutes"] == last["minutes"] <= 60
 
 
-@pytest.mark.parametrize("name", ["embedded", "embedded_uncalibrated"])
+@pytest.mark.parametrize("name", ["embedded", "embedded_calibrated", "embedded_uncalibrated"])
 def test_shipped_policies_are_small_and_hold_no_pickle(name):
     files = list((ROOT / "iapo_mini" / name).iterdir())
     assert sum(f.stat().st_size for f in files) < 12e6
