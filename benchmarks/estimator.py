@@ -175,10 +175,11 @@ def peak_megabytes(run) -> float:
     return max(itertools.accumulate(e.nbytes() for e in events)) / 2**20
 
 
-def step_ratio(threads: int, repeats: int = 8) -> tuple[float, dict[str, float]]:
+def step_ratio(threads: int, repeats: int = 6) -> tuple[float, dict[str, float]]:
     """Time of a training step of IAPO over one of GRPO, same policy, same completions.
 
-    Runs of two steps are interleaved; the learning rate is too small to make the two part.
+    Runs of two steps are interleaved; the learning rate is too small to make the two part. The
+    ratio is the median over pairs of steps that drew the same completions.
     """
     seconds: dict[str, list[float]] = {"iapo": [], "grpo": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -193,7 +194,8 @@ def step_ratio(threads: int, repeats: int = 8) -> tuple[float, dict[str, float]]
                     sum(v for name, v in step.items() if name.startswith("seconds_"))
                 )
     median = {method: statistics.median(values) for method, values in seconds.items()}
-    return median["iapo"] / median["grpo"], median
+    ratios = [a / b for a, b in zip(seconds["iapo"], seconds["grpo"], strict=True)]
+    return statistics.median(ratios), median
 
 
 def qwen_step(policy: Policy, rollouts: Rollouts, packed: float) -> tuple[float, dict[str, float]]:
@@ -323,7 +325,7 @@ def main() -> None:
             elif part == "growth":
                 results["growth"] = growth()
             else:
-                repeats = 5 if part == "tiny" else 2
+                repeats = 5 if part == "tiny" else 3
                 results[part] = measure(part, options.threads, repeats)
                 print(json.dumps(results[part], indent=1), flush=True)
             results["versions"] = versions()

@@ -17,6 +17,7 @@ Other causal LMs are served by ``iapo_mini.prefixes``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -160,11 +161,16 @@ def _merge_own(query, key, value, trunk_out, trunk_lse, scale: float) -> torch.T
     return out.flatten(2)
 
 
+def _even(total: int, most: int) -> int:
+    """Size of parts of at most ``most``, all about equal: a call for a small rest is a waste."""
+    parts = max(1, math.ceil(total / most))
+    return max(1, math.ceil(total / parts))
+
+
 def _attention_calls(row: Row, triangle: torch.Tensor):
     """Branches of a row in parts: ``(slice of branches, trunk tokens they see, mask)``."""
-    parts = -(-len(row.asked) // _QUERIES)
-    size = -(-len(row.asked) // max(1, parts))  # parts of equal size: a call for one is a waste
-    for i in range(0, len(row.asked), max(1, size)):
+    size = _even(len(row.asked), _QUERIES)
+    for i in range(0, len(row.asked), size):
         at = row.start - 1 + row.asked[i : i + size]  # the last trunk token each one sees
         n = int(at[-1]) + 1
         neighbours = n - int(at[0]) == len(at)  # then the mask is a view
@@ -218,6 +224,7 @@ def run_branches(
     # large ones, all the more when 4-bit weights are dequantised for every block anew.
     inner = 2**19 if device.type == "cpu" else CARD_BLOCK
     tokens = max(768, inner // config.intermediate_size)
+    branches = _even(len(branch), max(1, tokens // k))
 
     def project(name: str, x: torch.Tensor, out: torch.Tensor, *turns: torch.Tensor) -> None:
         """Queries or keys (normed and rotated) or values of normed ``x`` into (..., heads, D)."""
@@ -252,7 +259,7 @@ def run_branches(
             if not last:
                 project("q", x, to_q, c, s)
         for x, c, s, to_k, to_v, to_q in in_blocks(
-            max(1, tokens // k), branch, *branch_turns, branch_key, branch_value, branch_query
+            branches, branch, *branch_turns, branch_key, branch_value, branch_query
         ):
             x = layer.input_layernorm(x[:1] if number == 0 and alike else x)
             project("k", x, to_k, c, s)
@@ -275,7 +282,7 @@ def run_branches(
                 )
         branch = branch[:, skip:]
         for x, q, bk, bv, o, e in in_blocks(
-            max(1, tokens // k), branch, branch_query[:, skip:], branch_key, branch_value,
+            branches, branch, branch_query[:, skip:], branch_key, branch_value,
             branch_attended[:, skip:], lse[:, skip:],
         ):  # fmt: skip
             x += attention.o_proj(_merge_own(q, bk, bv, o, e, scale).flatten(2))

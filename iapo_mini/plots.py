@@ -315,7 +315,10 @@ def estimator_auc(results: Mapping) -> Figure:
         ax.set_axisbelow(True)
     best = results["ceiling"]["auc"][0]
     left.axhline(best, color="black", ls="--", lw=1, label="exact posterior's entropy drop")
-    left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=2)
+    fig.legend(
+        *left.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=5,
+        loc="outside upper center",
+    )  # fmt: skip
     return fig
 
 
