@@ -188,9 +188,9 @@ def _values(
     way, model, rollouts, rows, asked, suffix, keep: int, size: int, read, read_hidden
 ) -> list[Chunk]:
     """What was read of each branch of a block of rows, in the place of its logits."""
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if way is _flat else None
     # Exactly this class: an adapter on the head or 4-bit weights compute their logits otherwise.
-    if way is _flat and read_hidden is not None and type(head) is torch.nn.Linear:
+    if read_hidden is not None and type(head) is torch.nn.Linear:
         row, t, hidden = flat.run_branches(model, rollouts, rows, asked, suffix, keep)
         return [(row, t, read_hidden(head, hidden))]
     return [
