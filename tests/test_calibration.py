@@ -188,6 +188,17 @@ def trunk_of(policy, rollouts):
     return cache, mask, positions
 
 
+def loss_of_whole_sequences(model, rollouts, after, postfix, answers):
+    """The exit loss, one plain pass for each exit, gradients through all of it."""
+    losses = []
+    for i, row in enumerate(after.tolist()):
+        prompt, completion = unpadded(rollouts, i)
+        for t in row:
+            ids = torch.cat([prompt, completion[:t], postfix])
+            losses.append(-model(ids[None]).logits[0, -1].log_softmax(-1)[answers[i]])
+    return torch.stack(losses).mean()
+
+
 @pytest.mark.parametrize(("name", "attention"), [("qwen2", "sdpa"), ("gpt2", "eager")])
 def test_exit_loss_by_explicit_passes(tokenizer, name, attention):
     policy = tiny_policy(name, tokenizer, attention)
@@ -216,7 +227,8 @@ def test_exit_loss_sends_no_gradient_into_the_trunk(tiny_folder):
     for x in leaves:
         x.retain_grad()
     sizes = [x.shape for x in leaves]
-    ends = rollouts.prompt_ids.shape[1] - 1 + torch.tensor([[0, 2], [1, 3]])
+    after = torch.tensor([[0, 2], [1, 3]])
+    ends = rollouts.prompt_ids.shape[1] - 1 + after
     answers = torch.tensor([11, 22])
     exit_loss(model, cache, mask, positions, ends, postfix, answers).backward()
     assert all(x.grad is None for x in leaves)
@@ -224,13 +236,7 @@ def test_exit_loss_sends_no_gradient_into_the_trunk(tiny_folder):
     found = {n: p.grad.clone() for n, p in model.named_parameters()}
     # Backpropagation through whole sequences gives keys and values another gradient.
     model.zero_grad()
-    losses = []
-    for i in range(2):
-        prompt, completion = unpadded(rollouts, i)
-        for t in (ends[i] - rollouts.prompt_ids.shape[1] + 1).tolist():
-            ids = torch.cat([prompt, completion[:t], postfix])
-            losses.append(-model(ids[None]).logits[0, -1].log_softmax(-1)[answers[i]])
-    torch.stack(losses).mean().backward()
+    loss_of_whole_sequences(model, rollouts, after, postfix, answers).backward()
     whole = {n: p.grad for n, p in model.named_parameters()}
     names = [n for n in found if n.endswith(("k_proj.weight", "v_proj.weight"))]
     assert len(names) == 4
@@ -261,13 +267,7 @@ def test_exit_loss_into_the_trunk_is_backpropagation_through_whole_sequences(tin
     exit_loss(model, *trunk, ends, postfix, answers, into_trunk=True).backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    losses = []
-    for i in range(2):
-        prompt, completion = unpadded(rollouts, i)
-        for t in after[i].tolist():
-            ids = torch.cat([prompt, completion[:t], postfix])
-            losses.append(-model(ids[None]).logits[0, -1].log_softmax(-1)[answers[i]])
-    torch.stack(losses).mean().backward()
+    loss_of_whole_sequences(model, rollouts, after, postfix, answers).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
