@@ -23,6 +23,7 @@ EXPERIMENTS = {
     "ablation": "Fig. 5: IAPO without parts of its advantage; from the runs of table1",
     "sweeps": "Fig. 6: IAPO at other weights alpha and beta; three seeds",
     "departures": "the authors' departures from the paper, one at a time; three seeds",
+    "starts": "GRPO, IAPO-NE and IAPO from policies that are more and less calibrated; five seeds",
     "claims": "every claim of the paper against our results; runs what is missing, theory included",
 }
 
@@ -40,6 +41,10 @@ def _field_help(cls) -> dict[str, str]:
     }
 
 
+def _number_or_word(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
 def _add_train_options(parser: argparse.ArgumentParser) -> None:
     """One option for each field of TrainConfig; one that is not given leaves no trace."""
     from iapo_mini.trainer import TrainConfig
@@ -52,8 +57,12 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, **settings)
         else:
-            kind = float if kind not in (int, str) else kind
-            parser.add_argument(option, type=kind, metavar=kind.__name__.upper(), **settings)
+            if kind == int | str:
+                kind, name = _number_or_word, "INT|WORD"
+            else:
+                kind = float if kind not in (int, str) else kind
+                name = kind.__name__.upper()
+            parser.add_argument(option, type=kind, metavar=name, **settings)
 
 
 def _add_policy_options(parser: argparse.ArgumentParser) -> None:
@@ -223,6 +232,11 @@ def _experiment(args: argparse.Namespace) -> None:
 
         results = departures(**options)
         print(departures_table(results) + "\n")
+    elif args.command == "starts":
+        from iapo_mini.starts import starts, starts_table
+
+        results = starts(**options)
+        print(starts_table(results) + "\n")
     else:
         results = getattr(experiments, args.command)(**options)
     if args.command == "table1":

@@ -2,7 +2,9 @@
 
 Nothing in the library depends on this module: it is a user of it, with methods of its own
 (docs/methods.md), one for each departure that touches the advantage and one with all of them. Each
-is trained as ``iapo`` is, and held against it on the same rollouts:
+is trained as ``iapo`` is, and held against it on the same rollouts. All ask after every token,
+whatever the stride.
+
 
     figures/results/departures.json
       rows      name -> {"what": sentence, "correlation", "sign_flips", "token_term",
@@ -104,16 +106,16 @@ def misplaced_entropies(policy: Policy, rollouts: Rollouts, chunk: int = CHUNK) 
     return out
 
 
-def _smoothed(policy: Policy, rollouts: Rollouts, memory_mb: float) -> torch.Tensor:
+def _smoothed(policy: Policy, rollouts: Rollouts, memory_mb: float, stride) -> torch.Tensor:
     entropies = answer_entropies(policy, rollouts, memory_mb=memory_mb)
     return smoothed(entropies, rollouts.completion_mask)
 
 
-def _misplaced(policy: Policy, rollouts: Rollouts, memory_mb: float) -> torch.Tensor:
+def _misplaced(policy: Policy, rollouts: Rollouts, memory_mb: float, stride) -> torch.Tensor:
     return informativeness(misplaced_entropies(policy, rollouts), rollouts.completion_mask)
 
 
-def _released(policy: Policy, rollouts: Rollouts, memory_mb: float) -> torch.Tensor:
+def _released(policy: Policy, rollouts: Rollouts, memory_mb: float, stride) -> torch.Tensor:
     return smoothed(misplaced_entropies(policy, rollouts), rollouts.completion_mask)
 
 
@@ -173,11 +175,11 @@ def effect(policy: Policy, alpha: float, beta: float, prompts: int, seed: int) -
     problems = list(itertools.islice(stories("tune", seed=seed), prompts))
     rollouts = score(sample(policy, problems, seed=seed), policy.tokenizer, problems)
     mask, base = rollouts.completion_mask, grpo(rollouts)
-    rollouts.informativeness = OURS["iapo"](policy, rollouts, 256.0)
+    rollouts.informativeness = OURS["iapo"](policy, rollouts, 256.0, 1)
     ours = iapo(rollouts, alpha, beta)
     out = {}
     for name, rule in ADVANTAGES.items():
-        rollouts.informativeness = INFORMATION[name](policy, rollouts, 256.0)
+        rollouts.informativeness = INFORMATION[name](policy, rollouts, 256.0, 1)
         theirs = rule(rollouts, alpha, beta)
         pair = torch.stack([ours[mask], theirs[mask]])
         size = ((theirs - base)[mask].square().mean() / (ours - base)[mask].square().mean()).sqrt()

@@ -101,12 +101,22 @@ def sentence_ends(policy: Policy, rollouts: Rollouts) -> torch.Tensor:
     return out.scatter_(1, rollouts.lengths[:, None], True)
 
 
+def check_stride(stride: int | str, name: str = "stride") -> None:
+    """Refuse a stride that is neither a number of tokens nor ``"sentence"``.
+
+    Raises:
+        ValueError: with the argument's ``name``, its value and what is allowed.
+    """
+    whole = isinstance(stride, int) and not isinstance(stride, bool) and stride >= 1
+    if not whole and stride != "sentence":
+        raise ValueError(f"{name} is {stride!r}; allowed are 1 and above, or 'sentence'.")
+
+
 def _prefixes_asked(policy: Policy, rollouts: Rollouts, stride: int | str) -> torch.Tensor:
     """(B, L + 1) bool: every ``stride``-th prefix, or the sentence ends, and each row's last."""
+    check_stride(stride)
     if stride == "sentence":
         return sentence_ends(policy, rollouts)
-    if not isinstance(stride, int) or stride < 1:
-        raise ValueError(f"stride is {stride!r}; allowed are 1 and above, or 'sentence'.")
     t = torch.arange(rollouts.completion_ids.shape[1] + 1, device=rollouts.lengths.device)
     return (t % stride == 0) | (t == rollouts.lengths[:, None])
 
@@ -367,25 +377,31 @@ def next_token_informativeness(
     return (entropies - following) * completion_mask
 
 
-def _of_entropies(policy: Policy, rollouts: Rollouts, memory_mb: float) -> torch.Tensor:
-    entropies = answer_entropies(policy, rollouts, memory_mb=memory_mb)
+def way_of(stride: int | str) -> dict:
+    """``method`` and ``stride`` of the estimators that ask after every so many tokens."""
+    return {"method": "packed"} if stride == 1 else {"method": "strided", "stride": stride}
+
+
+def _of_entropies(policy: Policy, rollouts: Rollouts, memory_mb: float, stride: int | str):
+    entropies = answer_entropies(policy, rollouts, memory_mb=memory_mb, **way_of(stride))
     return informativeness(entropies, rollouts.completion_mask)
 
 
-def _of_surprisals(policy: Policy, rollouts: Rollouts, memory_mb: float) -> torch.Tensor:
-    surprisals = answer_surprisals(policy, rollouts, memory_mb=memory_mb)
+def _of_surprisals(policy: Policy, rollouts: Rollouts, memory_mb: float, stride: int | str):
+    surprisals = answer_surprisals(policy, rollouts, memory_mb=memory_mb, **way_of(stride))
     return informativeness(surprisals, rollouts.completion_mask)
 
 
-def _of_next_tokens(policy: Policy, rollouts: Rollouts, memory_mb: float) -> torch.Tensor:
+def _of_next_tokens(policy: Policy, rollouts: Rollouts, memory_mb: float, stride: int | str):
     return next_token_informativeness(rollouts.token_entropies, rollouts.completion_mask)
 
 
-INFORMATION: dict[str, Callable[[Policy, Rollouts, float], torch.Tensor]] = {
+INFORMATION: dict[str, Callable[[Policy, Rollouts, float, int | str], torch.Tensor]] = {
     "iapo": _of_entropies,
     "iapo_ne": _of_next_tokens,
     "iapo_pmi": _of_surprisals,
 }
-"""Method -> ``(policy, rollouts, memory_mb) -> (B, L)`` nats: what ``rollouts.informativeness`` is
-filled with before its advantages are computed. A method without an entry never pays for an
-estimate. ``iapo_pmi`` gives zeros to a completion without an answer."""
+"""Method -> ``(policy, rollouts, memory_mb, stride) -> (B, L)`` nats: what
+``rollouts.informativeness`` is filled with before its advantages are computed, asking after every
+``stride`` tokens or sentence. A method without an entry never pays for an estimate. ``iapo_pmi``
+gives zeros to a completion without an answer, ``iapo_ne`` asks nothing and has no stride."""

@@ -21,6 +21,7 @@ COLORS = {
     "start": "#7f7f7f", "grpo": "#0072B2", "iapo": "#D55E00",
     "dapo": "#56B4E9", "gfpo": "#009E73", "gtpo": "#CC79A7", "sgrpo": "#8C6D1F",
     "iapo_ni": "#F0A860", "iapo_ne": "#B07040", "iapo_pmi": "#8B0000",
+    "iapo_sentence": "#E69F00",
     "compute": "#009E73", "restate": "#56B4E9", "plan": "#E69F00", "check": "#CC79A7",
     "hedge": "#F0E442", "conclude": "#0072B2", "format": "#bbbbbb", "other": "#000000",
 }  # fmt: skip
@@ -32,7 +33,7 @@ MARKERS = {
 LABELS = {
     "start": "start policy", "grpo": "GRPO", "dapo": "DAPO", "gfpo": "GFPO", "gtpo": "GTPO",
     "sgrpo": "S-GRPO", "iapo": "IAPO", "iapo_ni": "IAPO-NI", "iapo_ne": "IAPO-NE",
-    "iapo_pmi": "IAPO-PMI",
+    "iapo_pmi": "IAPO-PMI", "iapo_sentence": "IAPO, by sentence",
 }  # fmt: skip
 
 

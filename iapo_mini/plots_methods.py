@@ -272,3 +272,42 @@ def departures(results: Mapping) -> Figure:
     axes[0].set_yticks(range(len(rows)), list(rows.values()), fontsize=8)
     axes[0].invert_yaxis()
     return fig
+
+
+def starts(results: Mapping) -> Figure:
+    """Length, Pass@1 and right answers per token after training, by start policy and method.
+
+    Args:
+        results: as written by ``starts.starts``.
+    """
+    panels = {
+        "length": ("mean length (tokens)", 1),
+        "pass@1": ("Pass@1", 1),
+        "ratio@1": ("right answers per 1,000 tokens", 1000),
+    }
+    rows = results["starts"]
+    methods = list(next(iter(rows.values())))
+    fig = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = fig.subplots(1, 3)
+    width = 0.8 / len(methods)
+    for ax, (metric, (label, factor)) in zip(axes, panels.items()):
+        for i, method in enumerate(methods):
+            x = np.arange(len(rows)) + (i - (len(methods) - 1) / 2) * width
+            means, bars = [], []
+            for row in rows.values():
+                values = np.atleast_1d(row[method][metric]) * factor
+                mean, low, high = mean_interval(values.tolist())
+                means.append(mean)
+                bars.append((mean - low, high - mean) if len(values) > 1 else (0, 0))
+            ax.bar(
+                x, means, width, color=COLORS[method], alpha=0.75, label=LABELS[method],
+            )  # fmt: skip
+            ax.errorbar(x, means, np.transpose(bars), fmt="none", color="black", capsize=2, lw=1)
+        ax.set_xticks(range(len(rows)), list(rows))
+        ax.set_xlabel("start policy")
+        ax.set_ylabel(label)
+        ax.grid(axis="y", alpha=0.3)
+        ax.set_axisbelow(True)
+    handles, names = axes[0].get_legend_handles_labels()
+    fig.legend(handles, names, frameon=False, loc="outside upper center", ncols=len(methods))
+    return fig

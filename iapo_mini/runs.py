@@ -199,8 +199,7 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None) -> None:
     for job in jobs:
         run = Path(job["run"])
         saved = run / "job.json"
-        # The folder may have been moved, or be named in another way.
-        same = saved.is_file() and json.loads(saved.read_text()) | {"run": job["run"]} == job
+        same = saved.is_file() and _as_now(json.loads(saved.read_text()), job["run"]) == job
         if same and (run / "result.json").is_file():
             continue
         if saved.is_file() and not same:
@@ -242,6 +241,16 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None) -> None:
         for process in running:
             process.terminate()
         bar.close()
+
+
+def _as_now(saved: dict, run: str) -> dict:
+    """A job as written before, as :func:`make_jobs` would write it today.
+
+    Its folder may have been moved, or be named in another way; settings that there were not yet are
+    at their defaults.
+    """
+    config = saved["config"] and dataclasses.asdict(TrainConfig()) | saved["config"]
+    return saved | {"run": run, "config": config}
 
 
 def collect(jobs: Sequence[dict], size: Size) -> dict:

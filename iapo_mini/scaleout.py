@@ -18,7 +18,13 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from iapo_mini.advantages import exploration, normalize
-from iapo_mini.information import answer_entropies, encode_postfix, informativeness
+from iapo_mini.information import (
+    answer_entropies,
+    check_stride,
+    encode_postfix,
+    informativeness,
+    way_of,
+)
 from iapo_mini.policy import Policy
 from iapo_mini.rewards import reward
 from iapo_mini.rollouts import Rollouts
@@ -36,6 +42,7 @@ class IAPOConfig(GRPOConfig):
             its weighted sum of rewards is above this.
         iapo_postfix: text that forces an answer.
         iapo_memory_mb: memory the estimator may take beside the model, MiB.
+        iapo_stride: ask for an early answer after every so many tokens, or ``"sentence"``.
     """
 
     iapo_alpha: float = field(default=0.2, metadata={"help": "Weight of informativeness."})
@@ -43,6 +50,7 @@ class IAPOConfig(GRPOConfig):
     iapo_correct_above: float = field(default=0.0, metadata={"help": "Correct above this reward."})
     iapo_postfix: str = field(default=POSTFIX, metadata={"help": "Text that forces an answer."})
     iapo_memory_mb: float = field(default=256.0, metadata={"help": "Memory of the estimator."})
+    iapo_stride: str = field(default="1", metadata={"help": "Tokens between early answers."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +61,9 @@ class IAPOConfig(GRPOConfig):
             raise ValueError(
                 f"iapo_memory_mb is {self.iapo_memory_mb}; allowed are numbers above 0."
             )
+        if str(self.iapo_stride).isdigit():  # parsers of the command line know one type a field
+            self.iapo_stride = int(self.iapo_stride)
+        check_stride(self.iapo_stride, "iapo_stride")
 
 
 class IAPOTrainer(GRPOTrainer):
@@ -129,7 +140,7 @@ class IAPOTrainer(GRPOTrainer):
             try:
                 entropies = answer_entropies(
                     self._policy, rollouts, self.args.iapo_postfix,
-                    memory_mb=self.args.iapo_memory_mb,
+                    memory_mb=self.args.iapo_memory_mb, **way_of(self.args.iapo_stride),
                 )  # fmt: skip
             finally:
                 self.model.train()  # the estimator's eval() is not for the update

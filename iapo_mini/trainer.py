@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from iapo_mini.advantages import ADVANTAGES
 from iapo_mini.data import check_data, training_problems
-from iapo_mini.information import INFORMATION
+from iapo_mini.information import INFORMATION, check_stride
 from iapo_mini.objective import AGGREGATIONS, policy_loss
 from iapo_mini.policy import EMBEDDED, Policy, load_policy
 from iapo_mini.rewards import score
@@ -85,6 +85,9 @@ class TrainConfig:
         save_steps: steps between checkpoints.
         seed: one seed for LoRA initialisation, prompts and sampling.
         estimator_memory_mb: memory the estimator may take beside the model, MiB.
+        estimator_stride: ask for an early answer after every so many tokens (1, as in the paper, or
+            more) or ``"sentence"``; the information between two questions is exact and spread
+            evenly over the tokens between.
         threads: CPU threads; two runs are identical only with the same number.
         four_bit: keep the weights under the adapter in 4 bits (NF4); needs bitsandbytes.
         gradient_checkpointing: compute activations twice instead of keeping them.
@@ -116,6 +119,7 @@ class TrainConfig:
     save_steps: int = 20
     seed: int = 0
     estimator_memory_mb: float = 256.0
+    estimator_stride: int | str = 1
     threads: int = 2
     four_bit: bool = False
     gradient_checkpointing: bool = False
@@ -123,10 +127,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for field, kind in typing.get_type_hints(TrainConfig).items():
-            value = getattr(self, field)
-            wanted = (kind,) if kind in (int, str, bool) else (int, float)
+            value, kinds = getattr(self, field), typing.get_args(kind) or (kind,)
+            wanted = (int, float) if float in kinds else kinds
             optional = value is None and field == "epsilon_high"
-            wrong_bool = isinstance(value, bool) and kind is not bool
+            wrong_bool = isinstance(value, bool) and bool not in kinds
             if not optional and (not isinstance(value, wanted) or wrong_bool):
                 names = " or ".join(t.__name__ for t in wanted)
                 raise ValueError(f"{field} is {value!r}; allowed are values of type {names}.")
@@ -154,6 +158,7 @@ class TrainConfig:
                 continue
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; allowed are numbers above 0.")
+        check_stride(self.estimator_stride, "estimator_stride")
         if self.four_bit and self.lora_rank == 0:
             raise ValueError(
                 "lora_rank is 0 with four_bit; 4-bit weights can't be trained themselves, allowed "
@@ -281,7 +286,9 @@ def _train(config: TrainConfig, run: Path, resume, policy, stream, on_step, prog
             # Estimate what each token tells about the answer, if the method asks for it.
             if config.method in INFORMATION:
                 estimate = INFORMATION[config.method]
-                rollouts.informativeness = estimate(policy, rollouts, config.estimator_memory_mb)
+                rollouts.informativeness = estimate(
+                    policy, rollouts, config.estimator_memory_mb, config.estimator_stride
+                )
                 rollouts.cache = None  # the update makes it stale
             clock.append(time.perf_counter())
             advantages = advantage_of(rollouts, config.alpha, config.beta)

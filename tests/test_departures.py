@@ -100,6 +100,6 @@ def test_advantages_of_departures_are_finite_and_masked(policy):
         token_entropies=torch.rand(2, 5) * rollouts.completion_mask,
     )  # fmt: skip
     for name, rule in departures.ADVANTAGES.items():
-        rollouts.informativeness = departures.INFORMATION[name](policy, rollouts, 64.0)
+        rollouts.informativeness = departures.INFORMATION[name](policy, rollouts, 64.0, 1)
         found = rule(rollouts, 0.4, 0.05)
         assert found.isfinite().all() and not found[~rollouts.completion_mask].any(), name

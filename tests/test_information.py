@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iapo_mini.information import (
+    INFORMATION,
     answer_entropies,
     answer_surprisals,
     belief_shift,
@@ -220,7 +221,20 @@ def test_strided_by_sentences(base_policy):
         assert found[i].tolist() == pytest.approx(straight(packed[i].tolist(), asked, n), abs=1e-5)
 
 
-@pytest.mark.parametrize("stride", [0, -1, 2.5, "word", None])
+@pytest.mark.parametrize(("method", "estimator"), [("iapo", answer_entropies), ("iapo_pmi", None)])
+@pytest.mark.parametrize("stride", [1, 3, "sentence"])
+def test_what_training_reads_asks_at_the_stride(base_policy, method, estimator, stride):
+    rollouts = from_texts(base_policy, TRIVIAL, [TEXT, "7</think><answer> 7</answer>"])
+    estimator = estimator or answer_surprisals
+    found = INFORMATION[method](base_policy, rollouts, 256.0, stride)
+    potential = estimator(base_policy, rollouts, method="strided", stride=stride)
+    close(found, informativeness(potential, rollouts.completion_mask), atol=1e-6)
+    every_token = informativeness(estimator(base_policy, rollouts), rollouts.completion_mask)
+    close(found.sum(1), every_token.sum(1), atol=1e-5)
+    assert ((found - every_token).abs().max() > 0.01) == (stride != 1)
+
+
+@pytest.mark.parametrize("stride", [0, -1, 2.5, True, "word", None])
 def test_bad_strides_are_refused(base_policy, stride):
     rollouts = make_rollouts([4], [3, 2], group=2)
     with pytest.raises(ValueError, match=f"stride is {stride!r}"):

@@ -19,7 +19,7 @@ from iapo_mini.advantages import grpo
 def priced(rollouts, alpha, beta):
     return grpo(rollouts) - alpha * (rollouts.informativeness < beta) * rollouts.completion_mask
 
-def estimate(policy, rollouts, memory_mb):
+def estimate(policy, rollouts, memory_mb, stride):
     return rollouts.token_entropies
 
 ADVANTAGES = {"priced": priced}
@@ -107,6 +107,18 @@ def test_finished_runs_are_found_under_another_path(finished, tmp_path):
     before = [(Path(job["run"]) / "result.json").stat().st_mtime_ns for job in finished]
     run_all(moved, parallel=1)
     assert before == [(Path(job["run"]) / "result.json").stat().st_mtime_ns for job in finished]
+
+
+def test_runs_from_before_a_setting_existed_are_found(finished):
+    jobs = [Path(job["run"]) / "job.json" for job in finished]
+    for job in jobs:
+        saved = json.loads(job.read_text())
+        if saved["config"]:
+            del saved["config"]["estimator_stride"]
+        job.write_text(json.dumps(saved))
+    before = [(job.parent / "result.json").stat().st_mtime_ns for job in jobs]
+    run_all(finished, parallel=1)
+    assert before == [(job.parent / "result.json").stat().st_mtime_ns for job in jobs]
 
 
 def test_finished_runs_are_not_made_again_and_a_lost_one_is(finished):

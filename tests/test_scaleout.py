@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from iapo_mini import scaleout
 from iapo_mini.advantages import iapo
-from iapo_mini.information import informativeness
+from iapo_mini.information import answer_entropies, informativeness
 from iapo_mini.objective import policy_loss
 from iapo_mini.policy import load_policy
 from iapo_mini.rollouts import Rollouts, token_logprobs
@@ -139,6 +139,21 @@ def test_advantages_are_the_papers(trainer, schooled_folder, lora_rank):
     (logged,) = ours._metrics["train"]["informativeness"]
     expected = rollouts.informativeness[rollouts.completion_mask].mean()
     assert logged == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("stride", [4, "4", "sentence"])
+def test_early_answers_at_a_stride(trainer, monkeypatch, stride):
+    ours, asked = trainer(iapo_stride=stride), []
+
+    def spy(policy, rollouts, postfix, **how):
+        asked.append(how)
+        return answer_entropies(policy, rollouts, postfix, **how)
+
+    monkeypatch.setattr(scaleout, "answer_entropies", spy)
+    batch_of(ours)
+    (how,) = asked
+    assert how["method"] == "strided"
+    assert how["stride"] == ("sentence" if stride == "sentence" else 4)
 
 
 def test_terms_are_left_out_of_what_has_no_reward_or_was_not_written(trainer, monkeypatch):
@@ -281,7 +296,12 @@ def test_the_dataset_holds_chats_and_answers():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("iapo_alpha", -0.1), ("iapo_beta", float("nan")), ("iapo_memory_mb", 0)],
+    [
+        ("iapo_alpha", -0.1),
+        ("iapo_beta", float("nan")),
+        ("iapo_memory_mb", 0),
+        ("iapo_stride", "0"),
+    ],
 )
 def test_bad_settings_are_refused(field, value, tmp_path):
     with pytest.raises(ValueError, match=f"{field} is .*; allowed are"):

@@ -371,6 +371,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(config, tmp_path):
         ("lora_rank", -1),
         ("save_steps", 0),
         ("threads", 0),
+        ("estimator_stride", 0),
+        ("estimator_stride", "word"),
+        ("estimator_stride", 2.0),
+        ("estimator_stride", True),
     ],
 )
 def test_bad_settings_are_refused(field, value):
@@ -383,6 +387,7 @@ def test_bad_settings_are_refused(field, value):
 def test_limits_themselves_are_allowed():
     TrainConfig(alpha=0, beta=0, kl_coef=0, warmup_steps=0, lora_rank=0, num_generations=2)
     TrainConfig(epsilon_high=0.28)
+    TrainConfig(estimator_stride="sentence")
 
 
 @pytest.mark.parametrize(

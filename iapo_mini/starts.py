@@ -1,0 +1,130 @@
+"""Does IAPO gain by a better estimate? The same methods from policies that know more and less.
+
+The informativeness is read off the policy that is trained, so its worth hangs on that policy's
+early answers. Here GRPO, IAPO and IAPO-NE (which asks for no early answer: the control) are trained
+from three policies whose early answers differ: *uncalibrated* parrots the last number, *embedded*
+is calibrated but wavers, *calibrated* is steady as well (docs/estimators.md). A fourth row is IAPO
+that asks at sentence ends only: cheaper, and sums over sentences tell computing from talk better
+than single tokens do. Settings are those that ``tune`` chose for the embedded policy.
+
+    figures/results/starts.json
+      starts      name -> {"start": metrics of the policy before training,
+                           "grpo", "iapo_ne", "iapo", "iapo_sentence": metrics after it,
+                           [one per seed]}
+                  metrics are "length", "pass@1", "ratio@1"
+      difference  name -> "iapo - grpo", "iapo - iapo_ne", "iapo_sentence - iapo" -> metric ->
+                  [mean, low, high], 95% interval of the difference within a seed
+      seeds, config, versions
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+from iapo_mini import plots, plots_methods
+from iapo_mini.evaluation import evaluate, mean_interval, with_interval
+from iapo_mini.experiments import check_options, preset_of, results_path, tuned
+from iapo_mini.policy import EMBEDDED, EMBEDDED_CALIBRATED, EMBEDDED_UNCALIBRATED, load_policy
+from iapo_mini.runs import START, Size, collect, make_jobs, run_all, versions, write_json
+from iapo_mini.tasks import stories
+
+STARTS = {
+    "uncalibrated": EMBEDDED_UNCALIBRATED,
+    "embedded": EMBEDDED,
+    "calibrated": EMBEDDED_CALIBRATED,
+}
+TRAINED: dict[str, tuple[str, dict]] = {
+    "grpo": ("grpo", {}),
+    "iapo_ne": ("iapo_ne", {}),
+    "iapo": ("iapo", {}),
+    "iapo_sentence": ("iapo", {"estimator_stride": "sentence"}),
+}
+"""Row -> the method whose tuned settings it has, and what it changes in them."""
+COMPARED = (("iapo", "grpo"), ("iapo", "iapo_ne"), ("iapo_sentence", "iapo"))
+METRICS = ("length", "pass@1", "ratio@1")
+SIZES = {
+    "quick": preset_of("quick").sweeps,
+    "full": Size(seeds=(0, 1, 2, 3, 4), max_steps=22, problems=200),
+}
+
+
+def starts(
+    preset: str = "full",
+    *,
+    out: str | Path = "runs/science",
+    figures: str | Path = "figures",
+    parallel: int | None = None,
+) -> dict:
+    """Train :data:`TRAINED` from each of :data:`STARTS`; results file and figure.
+
+    Arguments and errors as for :func:`iapo_mini.experiments.table1`, which tunes the settings.
+    """
+    preset_of(preset)  # refuses an unknown one
+    size, out, figures = SIZES[preset], Path(out), Path(figures)
+    check_options(out, figures, parallel)
+    settings = tuned(preset, out, figures, parallel)
+    folder = out / preset / "starts"
+    recipes = {
+        f"{name}-{row}": settings[method] | {"model": model} | changes
+        for (name, model), (row, (method, changes)) in itertools.product(
+            STARTS.items(), TRAINED.items()
+        )
+    }
+    jobs = make_jobs(size, folder, recipes)
+    run_all(jobs, parallel)
+    found = collect(jobs, size)
+    problems = list(itertools.islice(stories("test", seed=0), size.problems))
+    rows = {}
+    for name, model in STARTS.items():
+        before = evaluate(
+            load_policy(model, lora_rank=0), problems,
+            ks=size.ks, num_generations=size.num_generations, seed=0,
+            save_to=folder / f"{name}-{START}.jsonl",
+        )  # fmt: skip
+        rows[name] = {START: {metric: before[metric] for metric in METRICS}} | {
+            method: {metric: found["methods"][f"{name}-{method}"][metric] for metric in METRICS}
+            for method in TRAINED
+        }
+    gaps = {
+        name: {f"{one} - {other}": _differences(row[one], row[other]) for one, other in COMPARED}
+        for name, row in rows.items()
+    }
+    results = {
+        "starts": rows, "difference": gaps,
+        "seeds": found["seeds"], "config": found["config"], "versions": versions(),
+    }  # fmt: skip
+    path = results_path(figures, "starts", preset)
+    write_json(path, results)
+    plots_methods.starts(results).savefig(figures / f"{path.stem}.png", dpi=150)
+    return results
+
+
+def _differences(ours: Mapping, theirs: Mapping) -> dict[str, tuple[float, float, float]]:
+    """Metric -> mean and 95% interval of ours minus theirs, seed by seed."""
+    return {
+        metric: mean_interval([a - b for a, b in zip(ours[metric], theirs[metric], strict=True)])
+        for metric in METRICS
+    }
+
+
+def starts_table(results: Mapping) -> str:
+    """The rows of :func:`starts` as a Markdown table; mean and 95% interval over seeds."""
+    lines = ["| start policy | method | length (tokens) | Pass@1 | Ratio@1 (1/1000 tokens) |",
+             "|---" * 5 + "|"]  # fmt: skip
+    for name, row in results["starts"].items():
+        before = row[START]
+        lines.append(
+            f"| {name} | before training | {before['length']:.1f} | {before['pass@1']:.3f} "
+            f"| {1000 * before['ratio@1']:.1f} |"
+        )
+        for method in TRAINED:
+            per_thousand = [1000 * ratio for ratio in row[method]["ratio@1"]]
+            cells = (
+                with_interval(mean_interval(row[method]["length"]), 1),
+                with_interval(mean_interval(row[method]["pass@1"])),
+                with_interval(mean_interval(per_thousand), 1),
+            )
+            lines.append(f"| {name} | {plots.LABELS[method]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

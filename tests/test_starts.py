@@ -1,0 +1,66 @@
+"""The experiment on start policies at its smallest: one start, one step."""
+
+import json
+
+import pytest
+
+from iapo_mini import starts as module
+from iapo_mini.experiments import RECIPES
+from iapo_mini.runs import Size
+from iapo_mini.starts import METRICS, TRAINED, starts, starts_table
+
+TINY = Size(seeds=(0, 1), max_steps=1, problems=2, prompts_per_step=1, num_generations=4, ks=(1, 4))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("starts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SIZES", {"quick": TINY})
+        patch.setattr(module, "STARTS", {"calibrated": module.EMBEDDED_CALIBRATED})
+        patch.setattr(module, "tuned", lambda *_: RECIPES)
+        options = {"out": folder / "runs", "figures": folder / "figures"}
+        found = starts("quick", **options)
+        made = [p.stat().st_mtime_ns for p in sorted(folder.rglob("result.json"))]
+        assert found == starts("quick", **options)  # nothing is run again
+        assert made == [p.stat().st_mtime_ns for p in sorted(folder.rglob("result.json"))]
+    saved = json.loads((folder / "figures/results/starts_quick.json").read_text())
+    assert saved == json.loads(json.dumps(found))
+    assert (folder / "figures/starts_quick.png").stat().st_size > 10_000
+    return saved
+
+
+def test_every_row_is_trained_from_the_start_policy(results):
+    assert list(results["starts"]) == ["calibrated"]
+    row = results["starts"]["calibrated"]
+    assert list(row) == ["start", *TRAINED]
+    for name, (method, changes) in TRAINED.items():
+        settings = results["config"][f"calibrated-{name}"]
+        assert settings["model"] == module.EMBEDDED_CALIBRATED
+        assert settings["method"] == method
+        assert settings["estimator_stride"] == changes.get("estimator_stride", 1)
+        assert all(len(row[name][metric]) == 2 for metric in METRICS)
+
+
+def test_differences_are_taken_within_a_seed(results):
+    row = results["starts"]["calibrated"]
+    for pair, metrics in results["difference"]["calibrated"].items():
+        one, other = pair.split(" - ")
+        for metric, (mean, low, high) in metrics.items():
+            gaps = [a - b for a, b in zip(row[one][metric], row[other][metric], strict=True)]
+            assert mean == pytest.approx(sum(gaps) / 2)
+            # Student's t with one degree of freedom, of two values half their distance apart.
+            assert high - mean == pytest.approx(12.7062 * abs(gaps[0] - gaps[1]) / 2, rel=1e-4)
+            assert mean - low == pytest.approx(high - mean)
+
+
+def test_the_table_has_a_line_for_each(results):
+    lines = starts_table(results).splitlines()
+    assert len(lines) == 2 + 1 + len(TRAINED)
+    assert all(line.count("|") == 6 for line in lines)
+    assert f"{results['starts']['calibrated']['start']['length']:.1f}" in lines[2]
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match="preset is 'tiny'; allowed are"):
+        starts("tiny")
