@@ -1,6 +1,6 @@
 """How fast and how exact the estimator is: ratios measured side by side in one run.
 
-    python benchmarks/estimator.py            # everything, about 15 minutes
+    python benchmarks/estimator.py            # everything, about 20 minutes
     python benchmarks/estimator.py tiny       # one part: exact, tiny, qwen05b or growth
     python benchmarks/estimator.py --check    # judge the committed ratios, measure nothing
 
@@ -9,6 +9,7 @@ Seconds are kept for the reader; only ratios are judged. Writes figures/results/
 
 ``packed`` is measured as a training step runs it, with the keys and values that sampling has left
 behind, and once more ``packed_alone``, with a trunk pass of its own. The Qwen shape is in bf16.
+``steps`` are whole training steps: seconds of each phase, and time over GRPO's with 95% interval.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -27,9 +29,10 @@ import torch
 from transformers import DynamicCache, Qwen2ForCausalLM
 
 from iapo_mini.information import answer_entropies, encode_postfix, entropy
+from iapo_mini.logprobs import trunk_blocks
 from iapo_mini.planner import shape
 from iapo_mini.policy import Policy, load_policy
-from iapo_mini.rollouts import Rollouts, sample, trunk_blocks
+from iapo_mini.rollouts import Rollouts, sample
 from iapo_mini.runs import versions, write_json
 from iapo_mini.tasks import POSTFIX, stories
 from iapo_mini.trainer import TrainConfig, train
@@ -175,31 +178,79 @@ def peak_megabytes(run) -> float:
     return max(itertools.accumulate(e.nbytes() for e in events)) / 2**20
 
 
-def step_ratio(threads: int, repeats: int = 6) -> tuple[float, dict[str, float]]:
-    """Time of a training step of IAPO over one of GRPO, same policy, same completions.
+STEPS = {
+    "grpo": {"method": "grpo"},
+    "iapo": {"method": "iapo"},
+    "iapo_sentence": {"method": "iapo", "estimator_stride": "sentence"},
+}
+"""What trains in turns, on the same completions; the first is the measure of the others."""
 
-    Runs of two steps are interleaved; the learning rate is too small to make the two part. The
-    ratio is the median over pairs of steps that drew the same completions.
+
+def _train_in_turn(name: str, threads: int, steps: int, folder: str, mine, following, told) -> None:
+    """Train in a process of its own; after each step let the next process make its step."""
+    done: list[dict[str, float]] = []
+
+    def on_step(step: dict) -> None:
+        done.append({k: v for k, v in step.items() if k.startswith("seconds_")})
+        following.release()
+        mine.acquire()
+
+    # The learning rate is too small to make the runs part.
+    config = TrainConfig(**STEPS[name], max_steps=steps, learning_rate=1e-12, threads=threads)
+    mine.acquire()
+    try:
+        train(config, folder, on_step=on_step, progress=False)
+    finally:
+        told.put((name, done))
+        following.release()
+
+
+def step_ratios(threads: int, steps: int = 40) -> dict:
+    """Time of a training step over GRPO's, same policy, same completions, step by step in turn.
+
+    Each run has a process of its own, and one of them computes at a time, so that a busy machine
+    slows all alike and no run finds another's memory.
+
+    Returns:
+        ``{"seconds": name -> phase -> median, "ratio": name -> [median, low, high]}``; 95% by
+        bootstrap over the steps, the first two of which do not count.
     """
-    seconds: dict[str, list[float]] = {"iapo": [], "grpo": []}
+    context = multiprocessing.get_context("spawn")
+    turns = [context.Semaphore(int(i == 0)) for i in range(len(STEPS))]
+    told = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        for repeat, method in itertools.product(range(repeats + 1), seconds):
-            config = TrainConfig(
-                method=method, max_steps=3, learning_rate=1e-12, threads=threads, seed=repeat
+        processes = [
+            context.Process(
+                target=_train_in_turn,
+                args=(name, threads, steps + 2, f"{folder}/{name}", mine, following, told),
             )
-            steps: list[dict] = []
-            train(config, f"{folder}/{method}{repeat}", on_step=steps.append, progress=False)
-            for step in steps[1:] if repeat else ():
-                seconds[method].append(
-                    sum(v for name, v in step.items() if name.startswith("seconds_"))
-                )
-    median = {method: statistics.median(values) for method, values in seconds.items()}
-    ratios = [a / b for a, b in zip(seconds["iapo"], seconds["grpo"], strict=True)]
-    return statistics.median(ratios), median
+            for name, mine, following in zip(STEPS, turns, turns[1:] + turns[:1])
+        ]
+        for process in processes:
+            process.start()
+        found = dict(told.get() for _ in processes)
+        for process in processes:
+            process.join()
+    if short := [name for name, done in found.items() if len(done) < steps + 2]:
+        raise RuntimeError(f"the run of {', '.join(short)} failed")
+    found = {name: found[name][2:] for name in STEPS}
+    seconds = {
+        name: {phase: statistics.median(step[phase] for step in done) for phase in done[0]}
+        for name, done in found.items()
+    }
+    measure, *others = ([sum(step.values()) for step in done] for done in found.values())
+    ratios = {}
+    for name, totals in zip(list(STEPS)[1:], others):
+        by_step = torch.tensor(totals) / torch.tensor(measure)
+        generator = torch.Generator().manual_seed(0)
+        draws = by_step[torch.randint(steps, (2000, steps), generator=generator)].median(1).values
+        limits = draws.quantile(torch.tensor([0.025, 0.975]))
+        ratios[name] = [statistics.median(by_step.tolist()), *limits.tolist()]
+    return {"seconds": seconds, "ratio": ratios}
 
 
 def qwen_step(policy: Policy, rollouts: Rollouts, packed: float) -> tuple[float, dict[str, float]]:
-    """The same ratio for the Qwen shape, phase by phase, one step of two completions."""
+    """IAPO's step over GRPO's for the Qwen shape, phase by phase, one step of two completions."""
     from peft import LoraConfig, get_peft_model
 
     from iapo_mini.trainer import _update
@@ -231,11 +282,9 @@ def measure(setting: str, threads: int, repeats: int) -> dict:
     seconds = medians(rivals, repeats, warm_up=int(setting == "tiny"))
     names = ("packed", "packed_alone", "cached")
     megabytes = {name: peak_megabytes(rivals[name]) for name in names}
-    by_threads = {}
     if setting == "tiny":
-        by_threads = {str(n): step_ratio(n) for n in sorted({1, threads})}
-        torch.set_num_threads(threads)
-        ratio, step = by_threads[str(threads)]
+        step = {str(n): step_ratios(n) for n in sorted({1, threads})}
+        ratio = step[str(threads)]["ratio"]["iapo"][0]
     else:
         ratio, step = qwen_step(policy, rollouts, seconds["packed"])
     return {
@@ -248,8 +297,7 @@ def measure(setting: str, threads: int, repeats: int) -> dict:
         "iapo_step_over_grpo_step": ratio,
         "seconds": seconds,
         "extra_megabytes": megabytes,
-        "step_seconds": step,
-        "step_ratio_by_threads": {n: found[0] for n, found in by_threads.items()},
+        "steps": step,
         "threads": threads,
     }
 

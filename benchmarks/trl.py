@@ -31,9 +31,10 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from iapo_mini.experiments import versions, write_json
+from iapo_mini.logprobs import token_logprobs
 from iapo_mini.objective import policy_loss
 from iapo_mini.policy import load_policy
-from iapo_mini.rollouts import Rollouts, token_logprobs
+from iapo_mini.rollouts import Rollouts
 from iapo_mini.scaleout import answer_reward, dataset
 from iapo_mini.tasks import stories
 from iapo_mini.trainer import TrainConfig, train

@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from iapo_mini.information import encode_postfix, entropy
+from iapo_mini.logprobs import model_mask
 from iapo_mini.policy import Policy
 from iapo_mini.prefixes import ask, branch_inputs
 from iapo_mini.rewards import parse_answer
-from iapo_mini.rollouts import Rollouts, from_texts, model_mask, sample
+from iapo_mini.rollouts import Rollouts, from_texts, sample
 from iapo_mini.tasks import POSTFIX, Problem, chain_of_thought
 
 

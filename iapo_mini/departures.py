@@ -30,9 +30,10 @@ from iapo_mini.evaluation import mean_interval, with_interval
 from iapo_mini.experiments import check_options, preset_of, results_path, tuned
 from iapo_mini.information import INFORMATION as OURS
 from iapo_mini.information import answer_entropies, encode_postfix, entropy, informativeness
+from iapo_mini.logprobs import trunk_blocks
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.rewards import score
-from iapo_mini.rollouts import Rollouts, sample, trunk_blocks
+from iapo_mini.rollouts import Rollouts, sample
 from iapo_mini.runs import collect, make_jobs, run_all, versions, write_json
 from iapo_mini.tasks import stories
 

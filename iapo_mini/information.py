@@ -176,7 +176,9 @@ def answer_entropies(
             tokens between).
         stride: for ``"strided"``: ask after every so many tokens, or at ``"sentence"`` ends.
         memory_mb: memory beside the model that this may take, MiB; results do not depend on it.
-        chunk_size: branches at a time instead of what ``memory_mb`` allows.
+        chunk_size: branches at a time instead of what ``memory_mb`` allows. Where packing serves
+            (:func:`iapo_mini.flat.walkable`) and the vocabulary head is a plain matrix there are no
+            chunks: :func:`head_entropy` needs 2 MiB at a time on a CPU, 64 on a card.
 
     Returns:
         (B, L + 1) fp32 nats; column t is the entropy after t completion tokens, column 0 before
@@ -367,7 +369,7 @@ def next_token_informativeness(
 
     Args:
         entropies: (B, L) nats, entropy of the distribution each token was drawn from, from
-            ``rollouts.token_logprobs``. Nothing follows the last token: its second term is 0.
+            ``logprobs.token_logprobs``. Nothing follows the last token: its second term is 0.
         completion_mask: (B, L) bool.
 
     Returns:

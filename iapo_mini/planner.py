@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwe
 
 from iapo_mini.flat import CARD_BLOCK
 from iapo_mini.information import INFORMATION
+from iapo_mini.logprobs import LOGIT_BYTES, LOGITS_MB
 from iapo_mini.policy import model_source, quiet_libraries
-from iapo_mini.rollouts import CACHE_BLOCK, LOGIT_BYTES, LOGITS_MB
+from iapo_mini.rollouts import CACHE_BLOCK
 from iapo_mini.trainer import TrainConfig
 
 GB = 2**30

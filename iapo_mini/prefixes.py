@@ -27,13 +27,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from iapo_mini import flat
-from iapo_mini.rollouts import (
-    Rollouts,
-    model_mask,
-    plain_model,
-    sliding_window,
-    trunk_blocks,
-)
+from iapo_mini.logprobs import model_mask, plain_model, sliding_window, trunk_blocks
+from iapo_mini.rollouts import Rollouts
 
 METHODS = ("packed", "cached", "naive")
 

@@ -1,23 +1,20 @@
-"""Rollouts: batched sampling with a KV cache, and the log-probabilities of what was sampled.
+"""Rollouts: batched sampling with a KV cache; what was sampled and what is known of it.
 
 Shapes: B = prompts x num_generations, P prompt length (left-padded), L completion length
 (right-padded, the end-of-sequence token included), V vocabulary. Masks are bool.
 
-Rows of one prompt stand next to each other, so every pass here runs the prompt once per *group* and
-repeats its keys and values: with eight completions to a prompt that saves seven prompt passes.
+Rows of one prompt stand next to each other: sampling runs every prompt once per *group*, and so do
+the passes over what was sampled (:mod:`iapo_mini.logprobs`).
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from iapo_mini.logprobs import check_window, model_mask, positions_of
 from iapo_mini.policy import Policy
 from iapo_mini.tasks import Problem, render_prompt
 
@@ -141,38 +138,6 @@ def encode_prompts(policy: Policy, problems: list[Problem]) -> tuple[torch.Tenso
     return batch["input_ids"], batch["attention_mask"].bool()
 
 
-def model_mask(model, mask: torch.Tensor) -> torch.Tensor:
-    """A bool 4-D attention mask in the form this model's attention takes.
-
-    ``sdpa`` takes bool. ``eager`` adds the mask to the scores, where True would silently count 1.
-    """
-    if model.config._attn_implementation == "sdpa":
-        return mask
-    lowest = torch.finfo(model.dtype).min
-    return torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, lowest)
-
-
-def sliding_window(config) -> int | None:
-    """Tokens the narrowest attention layer looks back; None when all look back to the start."""
-    layers = DynamicCache(config=config).layers
-    return min((x.sliding_window for x in layers if hasattr(x, "sliding_window")), default=None)
-
-
-def _check_window(model, length: int) -> None:
-    """Our 4-D masks look back to the start, so a shorter window would silently be ignored."""
-    window = sliding_window(model.config)
-    if window is not None and window < length:
-        raise ValueError(
-            f"the model's sliding window is {window} tokens, prompt and completion are up to "
-            f"{length}; allowed are sequences within the window."
-        )
-
-
-def _positions(mask: torch.Tensor) -> torch.Tensor:
-    """Position ids that count real tokens only, (rows, width)."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
 def check_sampling(
     problems: list[Problem], num_generations: int, max_completion_length: int, temperature: float
 ) -> None:
@@ -225,14 +190,14 @@ def sample(
     model, device = policy.for_inference(), policy.device
     prompt_ids, prompt_mask = encode_prompts(policy, problems)
     total, width = len(problems) * num_generations, prompt_ids.shape[1]
-    _check_window(model, width + max_completion_length)
+    check_window(model, width + max_completion_length)
     generator = torch.Generator(device).manual_seed(seed)
 
     cache = Cache(layer_class_to_replicate=_GrowingLayer)
     logits = model(
         prompt_ids,
         attention_mask=prompt_mask,
-        position_ids=_positions(prompt_mask),
+        position_ids=positions_of(prompt_mask),
         past_key_values=cache,
         logits_to_keep=1,
     ).logits[:, -1]
@@ -374,242 +339,3 @@ def from_ids(
         num_generations=num_generations,
         finished=torch.isin(last, policy.eos_ids),
     )
-
-
-@dataclass
-class Trunk:
-    """A block of rows after prompt and completion have been run once.
-
-    Attributes:
-        rows: (b,) long, which rows of the rollouts these are.
-        logits: (b, l + 1, V), entry t predicts completion token t (entry l follows the last one);
-            None when not asked for. l is the longest completion of the block. On request hidden
-            states (b, l + 1, d), ready for the vocabulary head, stand in their place.
-        cache: keys and values of all P + l positions.
-        mask: (b, P + l) bool; position_ids: (b, P + l) long.
-    """
-
-    rows: torch.Tensor
-    logits: torch.Tensor | None
-    cache: Cache
-    mask: torch.Tensor
-    position_ids: torch.Tensor
-
-
-_HEAD_ALONE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-@torch.no_grad()
-def head_alone(model) -> bool:
-    """Whether the logits of this causal LM are its vocabulary head applied to its decoder's output.
-
-    Gemma2 caps its logits, Granite and Cohere scale them, others scale what goes in. Rather than
-    trusting a list of names this looks, once per model, at what enters and leaves the head.
-    """
-    if model not in _HEAD_ALONE:
-        decoder, head = model.get_decoder(), model.get_output_embeddings()
-        seen = {}
-        hooks = [
-            decoder.register_forward_hook(lambda m, args, out: seen.update(decoder=out)),
-            head.register_forward_hook(lambda m, args, out: seen.update(into=args[0], out=out)),
-        ] if decoder is not model and head is not None else []  # fmt: skip
-        ids = torch.tensor([[0, 1]], device=model.device)
-        logits = model(ids, use_cache=False).logits if hooks else None
-        for hook in hooks:
-            hook.remove()
-        hidden = getattr(seen.get("decoder"), "last_hidden_state", None)
-        alone = hidden is not None and "out" in seen
-        _HEAD_ALONE[model] = (
-            alone and torch.equal(seen["into"], hidden) and torch.equal(seen["out"], logits)
-        )
-    return _HEAD_ALONE[model]
-
-
-def _forward(model, hidden: bool) -> Callable[..., torch.Tensor]:
-    """``f(ids, keep, **inputs)``: logits at the last ``keep`` positions (0: all), (b, keep, V).
-
-    With ``hidden`` the states that :func:`head_alone` says lead to them, (b, keep, d).
-    """
-    if not hidden:
-        return lambda ids, keep, **inputs: model(ids, logits_to_keep=keep, **inputs).logits
-    decoder = plain_model(model).get_decoder()
-    return lambda ids, keep, **inputs: decoder(ids, **inputs).last_hidden_state[:, -keep:]
-
-
-def plain_model(model):
-    """The causal LM itself, its adapter layers in place, out of peft's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def trunk_blocks(
-    model,
-    rollouts: Rollouts,
-    rows_per_block: int,
-    need_logits: bool = True,
-    rows: list[int] | None = None,
-    hidden: bool = False,
-) -> Iterator[Trunk]:
-    """Run every prompt once per group and every completion once, in blocks of similar length.
-
-    Sorting rows by length keeps a long completion from padding all others. Gradients flow through
-    everything, the shared prompts included.
-
-    Args:
-        model: any causal LM with a KV cache and 4-D attention masks.
-        rollouts: whole groups.
-        rows_per_block: completions per forward pass.
-        need_logits: whether to make logits of all positions.
-        rows: numbers of the rows to run; default all.
-        hidden: give hidden states in place of the logits.
-
-    Raises:
-        ValueError: for a model whose sliding window is shorter than the sequences.
-    """
-    forward = _forward(model, hidden)
-    group, width = rollouts.num_generations, rollouts.prompt_ids.shape[1]
-    _check_window(model, width + rollouts.completion_ids.shape[1])
-    chosen = torch.arange(len(rollouts.lengths)) if rows is None else torch.tensor(rows)
-    chosen = chosen.to(rollouts.lengths.device)
-    groups, owners = torch.unique(chosen // group, return_inverse=True)
-    prompt_mask = rollouts.prompt_mask[groups * group]
-    prompts = DynamicCache()
-    first = forward(
-        rollouts.prompt_ids[groups * group],
-        keep=1,
-        attention_mask=prompt_mask,
-        position_ids=_positions(prompt_mask),
-        past_key_values=prompts,
-    )
-    for order in rollouts.lengths[chosen].argsort(stable=True).split(rows_per_block):
-        rows, owner = chosen[order], owners[order]
-        length = max(1, int(rollouts.lengths[rows].max()))
-        mask = torch.cat(
-            [rollouts.prompt_mask[rows], rollouts.completion_mask[rows, :length]], dim=1
-        )
-        position_ids = _positions(mask)
-        cache = DynamicCache(
-            [
-                (x.keys.index_select(0, owner), x.values.index_select(0, owner))
-                for x in prompts.layers
-            ]
-        )
-        future = torch.ones(length, width + length, dtype=torch.bool, device=mask.device)
-        logits = forward(
-            rollouts.completion_ids[rows, :length],
-            keep=0 if need_logits else 1,
-            attention_mask=model_mask(model, (mask[:, None] & future.tril(width))[:, None]),
-            position_ids=position_ids[:, width:],
-            past_key_values=cache,
-        )
-        logits = torch.cat([first.index_select(0, owner), logits], dim=1) if need_logits else None
-        yield Trunk(rows, logits, cache, mask, position_ids)
-
-
-def _predictions(
-    model, rollouts: Rollouts, rows_per_block: int, hidden: bool
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows (b,) and the logits or hidden states that predict their tokens, (b, l, V) or (b, l, d).
-
-    A layer under gradient checkpointing is run again in the backward pass and can't read a cache
-    that has grown since, so there every row has its prompt to itself.
-    """
-    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    if not (model.training and checkpointed):
-        for block in trunk_blocks(model, rollouts, rows_per_block, hidden=hidden):
-            yield block.rows, block.logits[:, :-1]
-        return
-    forward = _forward(model, hidden)
-    for rows in rollouts.lengths.argsort(stable=True).split(rows_per_block):
-        length = max(1, int(rollouts.lengths[rows].max()))
-        start = int(rollouts.prompt_mask[rows].long().argmax(1).min())  # what is padding in all
-        ids, mask = (
-            torch.cat([prompt[rows, start:], completion[rows, :length]], dim=1)
-            for prompt, completion in (
-                (rollouts.prompt_ids, rollouts.completion_ids),
-                (rollouts.prompt_mask, rollouts.completion_mask),
-            )
-        )
-        yield rows, forward(
-            ids, keep=length + 1, attention_mask=mask, position_ids=_positions(mask),
-            use_cache=False,
-        )[:, :-1]  # fmt: skip
-
-
-LOGIT_BYTES = 14
-"""Peak bytes that reading one logit takes, gradient included, as measured: the logit as the model
-makes it, in fp32, tempered, log-softmax."""
-
-LOGITS_MB = 512.0
-"""MiB that logits and what is made of them may take; above it the head runs in chunks."""
-
-
-def _read(logits: torch.Tensor, ids: torch.Tensor, temperature: float):
-    """Log-probability of the tokens ``ids`` (...) under ``logits`` (..., V), and the entropy."""
-    log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
-    with torch.no_grad():
-        entropy = -(log_p.exp() * log_p).sum(-1)
-    return log_p.gather(-1, ids[..., None])[..., 0], entropy
-
-
-def _read_in_chunks(head, hidden, ids, mask, temperature: float, size: int):
-    """As :func:`_read` after the head, for ``size`` real tokens at a time; padding 0.
-
-    The logits of a chunk are dropped once read and made again for its gradients.
-    """
-
-    def read(hidden, ids):
-        return _read(head(hidden), ids, temperature)
-
-    parts = [
-        checkpoint(read, h, i, use_reentrant=False, preserve_rng_state=False)
-        for h, i in zip(hidden[mask].split(size), ids[mask].split(size))
-    ]
-    nothing = torch.zeros(mask.shape, device=mask.device)
-    return (nothing.masked_scatter(mask, torch.cat(values)) for values in zip(*parts))
-
-
-def token_logprobs(
-    model,
-    rollouts: Rollouts,
-    temperature: float = 1.0,
-    rows_per_block: int = 16,
-    memory_mb: float = LOGITS_MB,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of every completion token and entropy of its distribution.
-
-    Where the logits of a block of rows would take more than ``memory_mb``, the vocabulary head is
-    run on a few hundred tokens at a time, with the same results and gradients; no tensor of shape
-    (B, L, V) ever exists then. Not so for models whose logits are more than their head
-    (:func:`head_alone`).
-
-    Args:
-        model: any causal LM with a KV cache; gradients flow through it when enabled.
-        rollouts: whole groups; any rows where the model is under gradient checkpointing.
-        temperature: the sampling temperature, so that both are those of the sampled distribution.
-        rows_per_block: completions per forward pass.
-        memory_mb: memory for logits and what is made of them, gradients included, in MiB.
-
-    Returns:
-        ``(logprobs, entropies)``, each (B, L) fp32 nats, 0 at padding; entropies carry no gradient.
-    """
-    order, logprobs, entropies = [], [], []
-    rows, length = rollouts.completion_ids.shape
-    plain = plain_model(model)
-    vocabulary = plain.config.get_text_config().vocab_size
-    size = max(1, int(memory_mb * 2**20 / (LOGIT_BYTES * vocabulary)))
-    chunked = min(rows, rows_per_block) * length > size and head_alone(plain)
-    head = plain.get_output_embeddings() if chunked else None
-    for block, states in _predictions(model, rollouts, rows_per_block, hidden=chunked):
-        width = states.shape[1]
-        mask = rollouts.completion_mask[block, :width]
-        ids = rollouts.completion_ids[block, :width]
-        if chunked:
-            log_p, entropy = _read_in_chunks(head, states, ids, mask, temperature, size)
-        else:
-            log_p, entropy = (x * mask for x in _read(states, ids, temperature))
-        pad = (0, length - width)
-        order.append(block)
-        logprobs.append(torch.nn.functional.pad(log_p, pad))
-        entropies.append(torch.nn.functional.pad(entropy, pad))
-    back = torch.cat(order).argsort()
-    return torch.cat(logprobs)[back], torch.cat(entropies)[back]

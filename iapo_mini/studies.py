@@ -36,6 +36,7 @@ from iapo_mini.information import (
     informativeness,
     next_token_informativeness,
 )
+from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policy import (
     EMBEDDED,
     EMBEDDED_CALIBRATED,
@@ -43,7 +44,7 @@ from iapo_mini.policy import (
     Policy,
     load_policy,
 )
-from iapo_mini.rollouts import from_texts, token_logprobs
+from iapo_mini.rollouts import from_texts
 from iapo_mini.runs import versions, write_json
 from iapo_mini.tasks import MAX_VALUE, Problem, Segment, chain_of_thought, stories
 

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from iapo_mini.advantages import normalize
 from iapo_mini.evaluation import mean_interval
 from iapo_mini.information import answer_entropies, informativeness
+from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policy import Policy, load_policy
-from iapo_mini.rollouts import Rollouts, sample, token_logprobs
+from iapo_mini.rollouts import Rollouts, sample
 from iapo_mini.tasks import Problem, stories
 
 

@@ -32,10 +32,11 @@ from tqdm.auto import tqdm
 from iapo_mini.advantages import ADVANTAGES
 from iapo_mini.data import check_data, training_problems
 from iapo_mini.information import INFORMATION, check_stride
+from iapo_mini.logprobs import token_logprobs
 from iapo_mini.objective import AGGREGATIONS, policy_loss
 from iapo_mini.policy import EMBEDDED, Policy, load_policy
 from iapo_mini.rewards import score
-from iapo_mini.rollouts import Rollouts, token_logprobs
+from iapo_mini.rollouts import Rollouts
 from iapo_mini.run_folder import (
     claimed,
     ctrl_c,

@@ -16,15 +16,9 @@ from collections.abc import Callable
 
 import torch
 
+from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policy import Policy, model_source
-from iapo_mini.rollouts import (
-    Rollouts,
-    check_sampling,
-    encode_prompts,
-    from_ids,
-    sample,
-    token_logprobs,
-)
+from iapo_mini.rollouts import Rollouts, check_sampling, encode_prompts, from_ids, sample
 from iapo_mini.tasks import Problem
 
 ENGINES = ("native", "vllm")

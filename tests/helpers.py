@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from iapo_mini import flat, prefixes
 from iapo_mini.information import answer_entropies, encode_postfix
+from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policy import Policy
-from iapo_mini.rollouts import Rollouts, token_logprobs
+from iapo_mini.rollouts import Rollouts
 from iapo_mini.tasks import POSTFIX, Problem
 from iapo_mini.trainer import train
 

@@ -8,8 +8,8 @@ import torch
 from helpers import make_rollouts, perturb_lora, plain_logprobs, saved_bytes, tiny_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from iapo_mini.logprobs import head_alone, token_logprobs
 from iapo_mini.policy import load_policy
-from iapo_mini.rollouts import head_alone, token_logprobs
 
 SIZES = dict(prompts=[5, 9], completions=[4, 1, 6, 3], group=2)
 CHUNKS = 0.05  # MiB: four tokens at a time with the tests' vocabulary of 864

@@ -25,9 +25,10 @@ from transformers import AutoModelForCausalLM
 
 from iapo_mini import policy as policy_module
 from iapo_mini.information import answer_entropies
+from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policy import compute_dtype, load_policy
 from iapo_mini.pretrain import build_model
-from iapo_mini.rollouts import sample, token_logprobs
+from iapo_mini.rollouts import sample
 from iapo_mini.tasks import Problem
 from iapo_mini.trainer import PRESETS, TrainConfig, train
 

@@ -25,8 +25,9 @@ from iapo_mini.information import (
     next_token_informativeness,
     sentence_ends,
 )
+from iapo_mini.logprobs import token_logprobs
 from iapo_mini.prefixes import METHODS
-from iapo_mini.rollouts import from_texts, sample, token_logprobs
+from iapo_mini.rollouts import from_texts, sample
 from iapo_mini.tasks import POSTFIX, chain_of_thought, stories
 
 BATCH = dict(prompts=[4, 9, 2], completions=[5, 1, 3, 6, 0, 9], group=2)

@@ -12,6 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from helpers import make_rollouts, saved_bytes
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from iapo_mini.logprobs import token_logprobs
 from iapo_mini.planner import (
     CARDS,
     GB,
@@ -26,7 +27,7 @@ from iapo_mini.planner import (
     weight_bytes,
 )
 from iapo_mini.policy import load_policy
-from iapo_mini.rollouts import sample, token_logprobs
+from iapo_mini.rollouts import sample
 from iapo_mini.tasks import Problem
 from iapo_mini.trainer import PRESETS, TrainConfig, _update
 

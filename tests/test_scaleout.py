@@ -18,9 +18,10 @@ from trl import GRPOConfig, GRPOTrainer
 from iapo_mini import scaleout
 from iapo_mini.advantages import iapo
 from iapo_mini.information import answer_entropies, informativeness
+from iapo_mini.logprobs import token_logprobs
 from iapo_mini.objective import policy_loss
 from iapo_mini.policy import load_policy
-from iapo_mini.rollouts import Rollouts, token_logprobs
+from iapo_mini.rollouts import Rollouts
 from iapo_mini.scaleout import IAPOConfig, IAPOTrainer, answer_reward
 from iapo_mini.tasks import stories
 

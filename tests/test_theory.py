@@ -18,7 +18,8 @@ from iapo_mini.advantages import normalize
 from iapo_mini.cli import main
 from iapo_mini.exact import every_string, strings_of
 from iapo_mini.information import informativeness
-from iapo_mini.rollouts import sample, token_logprobs
+from iapo_mini.logprobs import token_logprobs
+from iapo_mini.rollouts import sample
 from iapo_mini.tasks import stories
 
 RESULTS = Path(__file__).parent.parent / "figures/results/theory.json"
