@@ -1,8 +1,9 @@
-"""What the notebooks share: exercises that check themselves, and the results that are committed."""
+"""What the notebooks share: exercises that check themselves, long lines, committed results."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -49,6 +50,11 @@ def check(attempt: Callable, *cases: tuple[tuple, object], tolerance: float = 1e
             print(f"{name}: not yet, off by up to {worst:.3g}")
             return
     print(f"{name}: right")
+
+
+def say(text: str) -> None:
+    """Print a text whose long lines are broken between words; notebooks break them anywhere."""
+    print("\n".join(textwrap.fill(line, 100) for line in text.split("\n")))
 
 
 def committed_result(name: str) -> dict:

@@ -181,15 +181,17 @@ def token_heatmap(
     roles: Sequence[str] | None = None,
     title: str = "",
     columns: int = 84,
+    unit: str = "informativeness s (nats): blue lowers the answer entropy, red raises it",
 ) -> Figure:
     """A completion as text, each token on a patch coloured by its value (paper, Fig. 14).
 
     Args:
         tokens: token texts, spaces included.
-        values: one value per token, nats.
+        values: one value per token.
         roles: one role per token, drawn as a coloured line below it; optional.
         title: figure title.
         columns: characters per line.
+        unit: what the values are, below the colour bar.
     """
     limit = max(0.1, float(np.quantile(np.abs(values), 0.99)) if len(values) else 0.1)
     norm, cmap = Normalize(-limit, limit), colormaps["RdBu"]
@@ -223,7 +225,7 @@ def token_heatmap(
     bar = fig.colorbar(
         ScalarMappable(norm, cmap), ax=ax, orientation="horizontal", fraction=0.06, aspect=50
     )
-    bar.set_label("informativeness s (nats): blue lowers the answer entropy, red raises it")
+    bar.set_label(unit)
     if roles is not None:
         seen = [r for r in COLORS if r in set(roles)]
         handles = [ax.plot([], [], color=COLORS[r], lw=3, label=r)[0] for r in seen]
