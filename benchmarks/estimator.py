@@ -272,14 +272,14 @@ def qwen_step(policy: Policy, rollouts: Rollouts, packed: float) -> tuple[float,
     return (total + packed) / total, {**grpo, "information": packed}
 
 
-def measure(setting: str, threads: int, repeats: int) -> dict:
+def measure(setting: str, threads: int) -> dict:
     """Ratios of one setting, and the seconds and megabytes behind them."""
     make, postfix = SETTINGS[setting]
     policy, rollouts = make()
     rivals = {
         name: (lambda run=run: run(policy, rollouts, postfix)) for name, run in RIVALS.items()
     }
-    seconds = medians(rivals, repeats, warm_up=int(setting == "tiny"))
+    seconds = medians(rivals, repeats=5)
     names = ("packed", "packed_alone", "cached")
     megabytes = {name: peak_megabytes(rivals[name]) for name in names}
     if setting == "tiny":
@@ -373,8 +373,7 @@ def main() -> None:
             elif part == "growth":
                 results["growth"] = growth()
             else:
-                repeats = 5 if part == "tiny" else 3
-                results[part] = measure(part, options.threads, repeats)
+                results[part] = measure(part, options.threads)
                 print(json.dumps(results[part], indent=1), flush=True)
             results["versions"] = versions()
             write_json(RESULTS, results)

@@ -300,7 +300,9 @@ def starts(results: Mapping) -> Figure:
                 means.append(mean)
                 bars.append((mean - low, high - mean) if len(values) > 1 else (0, 0))
             ax.bar(
-                x, means, width, color=COLORS[method], alpha=0.75, label=LABELS[method],
+                x, means, width, color=COLORS[method], alpha=0.75, edgecolor="white",
+                hatch="//" if method == "iapo_sentence" else "",
+                label="before training" if method == "start" else LABELS[method],
             )  # fmt: skip
             ax.errorbar(x, means, np.transpose(bars), fmt="none", color="black", capsize=2, lw=1)
         ax.set_xticks(range(len(rows)), list(rows))

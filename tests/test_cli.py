@@ -184,6 +184,8 @@ BAD = [
     (["sweeps", "--preset", "quick", "--parallel", "0"], "parallel"),
     (["departures", "--preset", "quick", "--figures", "file"], "figures"),
     (["departures", "--preset", "quick", "--parallel", "0"], "parallel"),
+    (["starts", "--preset", "tiny"], "preset"),
+    (["train", "--out", "run", "--estimator-stride", "word"], "estimator_stride"),
     (["train", "--out", "x", "--methods", "no_such_module"], "methods is 'no_such_module'"),
     (["compare", "--preset", "quick", "--parallel", "0"], "parallel"),
     (["compare", "--preset", "quick", "--figures", "file"], "figures"),

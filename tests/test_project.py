@@ -11,6 +11,7 @@ from iapo_mini.claims import _talk
 from iapo_mini.departures import departures_table
 from iapo_mini.evaluation import mean_interval, with_interval
 from iapo_mini.experiments import RECIPES, choose, table, tuning_table
+from iapo_mini.starts import starts_table
 from iapo_mini.studies import ESTIMATORS, POLICIES, speed_table, study_table
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +57,28 @@ def test_table1_in_the_texts_is_the_committed_result(table1_results):
         assert table(table1_results, metric) in page
     departed = json.loads((ROOT / "figures/results/departures.json").read_text())
     assert departures_table(departed) in page
+
+
+def test_what_a_better_start_brings_is_told_as_committed():
+    results = json.loads((ROOT / "figures/results/starts.json").read_text())
+    page = (ROOT / "docs/results.md").read_text()
+    assert starts_table(results) in page
+
+    def told(start, pair, metric, digits, sign=1, scale=1):
+        ends = sorted(sign * scale * x for x in results["difference"][start][pair][metric])
+        low, mean, high = (f"{x:.{digits}f}" for x in ends)
+        return mean, f"[{low}, {high}]"
+
+    for start in ("uncalibrated", "embedded", "calibrated"):
+        mean, interval = told(start, "iapo - grpo", "length", 0, sign=-1)
+        assert f"{mean} tokens {interval}" in page or f"{mean} {interval}" in page
+    for start, sign in (("embedded", -1), ("calibrated", -1), ("uncalibrated", 1)):
+        mean, interval = told(start, "iapo_sentence - iapo", "length", 1, sign)
+        assert f"{mean} {interval}" in page or f"{mean} tokens {interval}" in page
+    for start in ("embedded", "calibrated"):
+        assert " ".join(told(start, "iapo_sentence - iapo", "ratio@1", 1, scale=1000)) in page
+    lost = told("uncalibrated", "iapo_sentence - iapo", "pass@1", 3, -1)
+    assert "by " + " ".join(lost) in page
 
 
 def test_numbers_of_table1_in_the_prose_follow_from_it(table1_results):
