@@ -35,7 +35,7 @@ unless it is ``full``; compare has it always. (The committed ``compare_long.json
       means      method -> aggregation -> {"length", "pass@1", "pass@k", "entropy": [per seed],
                  "length_by_step": [one per seed: [one per step]]}, settings as tuned
 
-    figures/results/theory.json, departures.json    see theory.py, departures.py
+    figures/results/theory.json, departures.json, starts.json    see the modules of these names
 """
 
 from __future__ import annotations
