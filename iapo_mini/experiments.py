@@ -2,8 +2,7 @@
 
 Every experiment trains its rows from the same start policy on the same prompts (``runs.py``),
 judges each on the same stories and writes one results file. ``<preset>`` is in the name of a file
-unless it is ``full``; compare has it always. (The committed ``compare_long.json`` is older: its
-``roles`` are means over seeds, and it has no ``by_steps``.)
+unless it is ``full``; compare has it always.
 
     figures/results/compare_<preset>.json, table1.json
       seeds      [int, ...]
