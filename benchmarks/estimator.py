@@ -25,6 +25,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import DynamicCache, Qwen2ForCausalLM
 
@@ -34,6 +35,7 @@ from iapo_mini.planner import shape
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.rollouts import Rollouts, sample
 from iapo_mini.runs import versions, write_json
+from iapo_mini.studies import with_interval
 from iapo_mini.tasks import POSTFIX, stories
 from iapo_mini.trainer import TrainConfig, train
 
@@ -241,11 +243,8 @@ def step_ratios(threads: int, steps: int = 40) -> dict:
     measure, *others = ([sum(step.values()) for step in done] for done in found.values())
     ratios = {}
     for name, totals in zip(list(STEPS)[1:], others):
-        by_step = torch.tensor(totals) / torch.tensor(measure)
-        generator = torch.Generator().manual_seed(0)
-        draws = by_step[torch.randint(steps, (2000, steps), generator=generator)].median(1).values
-        limits = draws.quantile(torch.tensor([0.025, 0.975]))
-        ratios[name] = [statistics.median(by_step.tolist()), *limits.tolist()]
+        by_step = [(np.array([a / b]),) for a, b in zip(totals, measure, strict=True)]
+        ratios[name] = with_interval(lambda x: float(np.median(x)), by_step, draws=2000)
     return {"seconds": seconds, "ratio": ratios}
 
 

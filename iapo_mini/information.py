@@ -379,18 +379,17 @@ def next_token_informativeness(
     return (entropies - following) * completion_mask
 
 
-def way_of(stride: int | str) -> dict:
-    """``method`` and ``stride`` of the estimators that ask after every so many tokens."""
-    return {"method": "packed"} if stride == 1 else {"method": "strided", "stride": stride}
-
-
 def _of_entropies(policy: Policy, rollouts: Rollouts, memory_mb: float, stride: int | str):
-    entropies = answer_entropies(policy, rollouts, memory_mb=memory_mb, **way_of(stride))
+    entropies = answer_entropies(
+        policy, rollouts, method="strided", stride=stride, memory_mb=memory_mb
+    )
     return informativeness(entropies, rollouts.completion_mask)
 
 
 def _of_surprisals(policy: Policy, rollouts: Rollouts, memory_mb: float, stride: int | str):
-    surprisals = answer_surprisals(policy, rollouts, memory_mb=memory_mb, **way_of(stride))
+    surprisals = answer_surprisals(
+        policy, rollouts, method="strided", stride=stride, memory_mb=memory_mb
+    )
     return informativeness(surprisals, rollouts.completion_mask)
 
 

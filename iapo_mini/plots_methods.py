@@ -200,6 +200,12 @@ def sweeps(results: Mapping) -> Figure:
     return fig
 
 
+def _drawn(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95% interval as they are drawn: a single value has no interval."""
+    mean, low, high = mean_interval(values)
+    return (mean, mean, mean) if len(values) == 1 else (mean, low, high)
+
+
 def means(results: Mapping) -> Figure:
     """Two ways to average the loss: length by training step, and Pass@1 after it.
 
@@ -217,9 +223,7 @@ def means(results: Mapping) -> Figure:
             by_step = [mean_interval(x) for x in zip(*found["length_by_step"])]
             steps = range(1, len(by_step) + 1)
             band(left, steps, by_step, style, color, label, alpha=0.15, lw=1.8)
-            mean, low, high = mean_interval(found["pass@1"])
-            if len(found["pass@1"]) == 1:
-                low = high = mean
+            mean, low, high = _drawn(found["pass@1"])
             right.barh(y, mean, color=color, hatch=hatch, edgecolor="white", alpha=0.75, height=0.6)
             right.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color="black", capsize=3)
             names.append(label)
@@ -259,10 +263,7 @@ def departures(results: Mapping) -> Figure:
             found = results["iapo"] if name == "iapo" else results["rows"][name]
             if metric not in found:
                 continue
-            values = found[metric]
-            mean, low, high = mean_interval(values)
-            if len(values) == 1:
-                low = high = mean
+            mean, low, high = _drawn(found[metric])
             color = COLORS["iapo" if name == "iapo" else "grpo"]
             ax.barh(y, mean, color=color, alpha=0.75, height=0.6)
             ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color="black", capsize=3, lw=1)
@@ -295,10 +296,9 @@ def starts(results: Mapping) -> Figure:
             x = np.arange(len(rows)) + (i - (len(methods) - 1) / 2) * width
             means, bars = [], []
             for row in rows.values():
-                values = np.atleast_1d(row[method][metric]) * factor
-                mean, low, high = mean_interval(values.tolist())
+                mean, low, high = _drawn((np.atleast_1d(row[method][metric]) * factor).tolist())
                 means.append(mean)
-                bars.append((mean - low, high - mean) if len(values) > 1 else (0, 0))
+                bars.append((mean - low, high - mean))
             ax.bar(
                 x, means, width, color=COLORS[method], alpha=0.75, edgecolor="white",
                 hatch="//" if method == "iapo_sentence" else "",

@@ -30,7 +30,7 @@ from iapo_mini.information import INFORMATION
 from iapo_mini.policy import load_policy
 from iapo_mini.run_folder import replace_text
 from iapo_mini.tasks import ROLES, stories, token_roles
-from iapo_mini.trainer import TrainConfig, train
+from iapo_mini.trainer import TrainConfig, train, with_defaults
 
 START = "start"
 """Name of the row of the start policy, which no run trains."""
@@ -246,10 +246,9 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None) -> None:
 def _as_now(saved: dict, run: str) -> dict:
     """A job as written before, as :func:`make_jobs` would write it today.
 
-    Its folder may have been moved, or be named in another way; settings that there were not yet are
-    at their defaults.
+    Its folder may have been moved, or be named in another way.
     """
-    config = saved["config"] and dataclasses.asdict(TrainConfig()) | saved["config"]
+    config = saved["config"] and with_defaults(saved["config"])
     return saved | {"run": run, "config": config}
 
 

@@ -23,7 +23,6 @@ from iapo_mini.information import (
     check_stride,
     encode_postfix,
     informativeness,
-    way_of,
 )
 from iapo_mini.policy import Policy
 from iapo_mini.rewards import reward
@@ -140,7 +139,8 @@ class IAPOTrainer(GRPOTrainer):
             try:
                 entropies = answer_entropies(
                     self._policy, rollouts, self.args.iapo_postfix,
-                    memory_mb=self.args.iapo_memory_mb, **way_of(self.args.iapo_stride),
+                    method="strided", stride=self.args.iapo_stride,
+                    memory_mb=self.args.iapo_memory_mb,
                 )  # fmt: skip
             finally:
                 self.model.train()  # the estimator's eval() is not for the update

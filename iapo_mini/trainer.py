@@ -167,6 +167,11 @@ class TrainConfig:
             )
 
 
+def with_defaults(saved: dict) -> dict:
+    """Settings of a run as saved; fields that its version did not have are at their defaults."""
+    return dataclasses.asdict(TrainConfig()) | saved
+
+
 _REAL = {
     "prompts_per_step": 8,
     "num_generations": 8,
@@ -437,9 +442,8 @@ def _prepare(run: Path, config: TrainConfig, resume: bool) -> None:
     settings = dataclasses.asdict(config)
     saved = run / "config.json"
     if resume:
-        # Fields that the version that began the run did not have are at their defaults.
         try:
-            before = dataclasses.asdict(TrainConfig()) | json.loads(saved.read_text())
+            before = with_defaults(json.loads(saved.read_text()))
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"output_dir is '{run}', whose config.json is damaged ({error}); write the run's "
