@@ -29,15 +29,18 @@ import numpy as np
 import torch
 from transformers import DynamicCache, Qwen2ForCausalLM
 
+from iapo_mini.config import TrainConfig
 from iapo_mini.information import answer_entropies, encode_postfix, entropy
+from iapo_mini.intervals import bootstrap_interval
 from iapo_mini.logprobs import trunk_blocks
-from iapo_mini.planner import shape
 from iapo_mini.policy import Policy, load_policy
-from iapo_mini.rollouts import Rollouts, sample
-from iapo_mini.runs import versions, write_json
-from iapo_mini.studies import with_interval
-from iapo_mini.tasks import POSTFIX, stories
-from iapo_mini.trainer import TrainConfig, train
+from iapo_mini.problems.stories import stories
+from iapo_mini.rollouts import Rollouts
+from iapo_mini.run_folder import versions, write_json
+from iapo_mini.sampling import sample
+from iapo_mini.tasks import POSTFIX
+from iapo_mini.tools.planner import shape
+from iapo_mini.trainer import train
 
 RESULTS = Path(__file__).parent.parent / "figures" / "results" / "estimator.json"
 LIMITS = {
@@ -244,7 +247,7 @@ def step_ratios(threads: int, steps: int = 40) -> dict:
     ratios = {}
     for name, totals in zip(list(STEPS)[1:], others):
         by_step = [(np.array([a / b]),) for a, b in zip(totals, measure, strict=True)]
-        ratios[name] = with_interval(lambda x: float(np.median(x)), by_step, draws=2000)
+        ratios[name] = bootstrap_interval(lambda x: float(np.median(x)), by_step, draws=2000)
     return {"seconds": seconds, "ratio": ratios}
 
 

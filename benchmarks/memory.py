@@ -29,12 +29,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
 
-from iapo_mini.planner import GB, plan, shape
+from iapo_mini.config import CARDS, TrainConfig
 from iapo_mini.policy import Policy, load_policy
-from iapo_mini.rollouts import encode_prompts
-from iapo_mini.runs import versions, write_json
+from iapo_mini.run_folder import versions, write_json
+from iapo_mini.sampling import encode_prompts
 from iapo_mini.tasks import Problem
-from iapo_mini.trainer import PRESETS, TrainConfig, train
+from iapo_mini.tools.planner import GB, plan, shape
+from iapo_mini.trainer import train
 
 RESULTS = Path(__file__).parent.parent / "figures" / "results" / "memory.json"
 PRESET_OF = {"qwen2.5-0.5b": "t4", "qwen2.5-1.5b": "12gb", "qwen2.5-7b": "24gb"}
@@ -152,7 +153,7 @@ def main() -> None:
     out = args.out or (Path("runs") / "memory_tiny.json" if args.tiny else RESULTS)
     before = json.loads(out.read_text())["rows"] if out.exists() else []
     for name in ["tiny"] if args.tiny else args.shapes:
-        settings = TrainConfig(**{**PRESETS[PRESET_OF.get(name, "t4")], "max_steps": args.steps})
+        settings = TrainConfig(**{**CARDS[PRESET_OF.get(name, "t4")], "max_steps": args.steps})
         if args.tiny:
             settings = dataclasses.replace(
                 settings, max_completion_length=16, prompts_per_step=2, threads=1

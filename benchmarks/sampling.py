@@ -28,10 +28,10 @@ import torch
 from memory import TINY, problems_of, write_random_model
 from transformers import GenerationConfig
 
-from iapo_mini.planner import SHAPES, shape
 from iapo_mini.policy import Policy, load_policy
-from iapo_mini.rollouts import encode_prompts, sample
-from iapo_mini.runs import versions, write_json
+from iapo_mini.run_folder import versions, write_json
+from iapo_mini.sampling import encode_prompts, sample
+from iapo_mini.tools.planner import SHAPES, shape
 
 RESULTS = Path(__file__).parent.parent / "figures" / "results" / "sampling.json"
 GENERATIONS = 8

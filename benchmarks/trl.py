@@ -30,14 +30,15 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from iapo_mini.experiments import versions, write_json
+from iapo_mini.config import TrainConfig
+from iapo_mini.engines.trl import answer_reward, dataset
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.objective import policy_loss
 from iapo_mini.policy import load_policy
+from iapo_mini.problems.stories import stories
 from iapo_mini.rollouts import Rollouts
-from iapo_mini.scaleout import answer_reward, dataset
-from iapo_mini.tasks import stories
-from iapo_mini.trainer import TrainConfig, train
+from iapo_mini.run_folder import versions, write_json
+from iapo_mini.trainer import train
 
 RESULTS = Path(__file__).parent.parent / "figures" / "results" / "trl.json"
 LIMITS = {"our_step_over_trl_step": 0.5, "max_loss_difference": 1e-5}

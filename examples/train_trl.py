@@ -3,7 +3,7 @@
     accelerate launch --config_file examples/deepspeed_8gpu.yaml \\
         examples/train_trl.py --config examples/gsm8k_8gpu.yaml
 
-On a laptop (docs/scaleout.md): --model embedded --data stories --use_cpu true --bf16 false.
+On a laptop (docs/trl.md): --model embedded --data stories --use_cpu true --bf16 false.
 """
 
 import itertools
@@ -13,9 +13,9 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from iapo_mini import scaleout
-from iapo_mini.data import check_data, training_problems
+from iapo_mini.engines import trl
 from iapo_mini.policy import model_source
+from iapo_mini.problems.datasets import check_data, training_problems
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Source:
 
 
 if __name__ == "__main__":
-    parser = TrlParser((Source, scaleout.IAPOConfig))
+    parser = TrlParser((Source, trl.IAPOConfig))
     source, config = parser.parse_args_and_config()
     check_data(source.data, "train", source.data_file)
     model = model_source(source.model)
@@ -47,10 +47,10 @@ if __name__ == "__main__":
         task_type="CAUSAL_LM",
     ) if source.lora_rank else None  # fmt: skip
     problems = training_problems(source.data, config.seed, source.data_file, "train")
-    trainer = scaleout.IAPOTrainer(
-        model, scaleout.answer_reward,
+    trainer = trl.IAPOTrainer(
+        model, trl.answer_reward,
         args=config,
-        train_dataset=scaleout.dataset(itertools.islice(problems, source.problems)),
+        train_dataset=trl.dataset(itertools.islice(problems, source.problems)),
         processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
         peft_config=lora,
     )  # fmt: skip

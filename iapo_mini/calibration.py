@@ -17,27 +17,16 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
+from iapo_mini.attention import model_mask
+from iapo_mini.early_exit.prefixes import ask, branch_inputs
 from iapo_mini.information import encode_postfix, entropy
-from iapo_mini.logprobs import model_mask
+from iapo_mini.intervals import expected_calibration_error
 from iapo_mini.policy import Policy
-from iapo_mini.prefixes import ask, branch_inputs
+from iapo_mini.problems.stories import chain_of_thought
 from iapo_mini.rewards import parse_answer
-from iapo_mini.rollouts import Rollouts, from_texts, sample
-from iapo_mini.tasks import POSTFIX, Problem, chain_of_thought
-
-
-def expected_calibration_error(
-    confidence: torch.Tensor, correct: torch.Tensor, bins: int = 15
-) -> float:
-    """Expected calibration error: mean |accuracy - confidence| over equal-width confidence bins.
-
-    Args:
-        confidence: (N,) in 0..1; correct: (N,) bool or 0/1; bins: number of bins.
-    """
-    confidence, correct = confidence.double(), correct.double()
-    index = (confidence * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins, dtype=torch.double).index_add(0, index, correct - confidence)
-    return float(gap.abs().sum() / len(confidence))
+from iapo_mini.rollouts import Rollouts
+from iapo_mini.sampling import from_texts, sample
+from iapo_mini.tasks import POSTFIX, Problem
 
 
 def _answer_tokens(policy: Policy, answers: Sequence[str]) -> torch.Tensor:

@@ -47,7 +47,7 @@ def _number_or_word(text: str) -> int | str:
 
 def _add_train_options(parser: argparse.ArgumentParser) -> None:
     """One option for each field of TrainConfig; one that is not given leaves no trace."""
-    from iapo_mini.trainer import TrainConfig
+    from iapo_mini.config import TrainConfig
 
     sentences, types = _field_help(TrainConfig), typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
@@ -201,10 +201,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from iapo_mini.experiments import compare, table
+    from iapo_mini.lab.compare import compare
+    from iapo_mini.lab.results import comparison_table
 
     results = compare(args.preset, out=args.out, figures=args.figures, parallel=args.parallel)
-    print(table(results))
+    print(comparison_table(results))
     over = "seeds" if len(results["seeds"]) > 1 else "problems"
     problems = results["config"]["evaluation"]["problems"]
     print(f"\nMean and 95% interval over {over}; {problems} test stories, "
@@ -219,47 +220,50 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _experiment(args: argparse.Namespace) -> None:
     """Table 1, its tuning, Fig. 5 and 6, the departures, the claims: run what is missing, tell."""
-    from iapo_mini import experiments
+    from importlib import import_module
+
+    from iapo_mini.lab.results import comparison_table, results_path
 
     options = {name: getattr(args, name) for name in ("preset", "out", "figures", "parallel")}
     if args.command == "claims":
-        from iapo_mini.claims import claims
+        from iapo_mini.lab.claims import claims
 
         print(claims(**options))
         return
     if args.command == "departures":
-        from iapo_mini.departures import departures, departures_table
+        from iapo_mini.lab.departures import departures, departures_table
 
         results = departures(**options)
         print(departures_table(results) + "\n")
     elif args.command == "starts":
-        from iapo_mini.starts import starts, starts_table
+        from iapo_mini.lab.starts import starts, starts_table
 
         results = starts(**options)
         print(starts_table(results) + "\n")
     else:
-        results = getattr(experiments, args.command)(**options)
+        home = "tuning" if args.command == "tune" else args.command
+        results = getattr(import_module(f"iapo_mini.lab.{home}"), args.command)(**options)
     if args.command == "table1":
         for metric in ("pass", "length", "ratio"):
-            print(experiments.table(results, metric) + "\n")
+            print(comparison_table(results, metric) + "\n")
     name = "tuning" if args.command == "tune" else args.command
-    print(f"Every number: {experiments.results_path(Path(args.figures), name, args.preset)}")
+    print(f"Every number: {results_path(Path(args.figures), name, args.preset)}")
     print(f"Figures: {Path(args.figures)}")
 
 
 def _train_config(args: argparse.Namespace):
     """TrainConfig of the preset, if any, and the options that were given."""
-    from iapo_mini.trainer import PRESETS, TrainConfig
+    from iapo_mini.config import CARDS, TrainConfig
 
-    if args.preset not in (None, *PRESETS):
-        raise ValueError(f"preset is {args.preset!r}; allowed are {', '.join(PRESETS)}.")
+    if args.preset not in (None, *CARDS):
+        raise ValueError(f"preset is {args.preset!r}; allowed are {', '.join(CARDS)}.")
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
-    return TrainConfig(**{**PRESETS.get(args.preset, {}), **given})
+    return TrainConfig(**{**CARDS.get(args.preset, {}), **given})
 
 
 def _train(args: argparse.Namespace) -> None:
-    from iapo_mini.runs import use_methods
+    from iapo_mini.config import use_methods
     from iapo_mini.trainer import train
 
     if args.methods:
@@ -277,12 +281,12 @@ def _train(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     import torch
 
-    from iapo_mini.data import check_data, load_problems
-    from iapo_mini.evaluation import evaluate, with_interval
+    from iapo_mini.evaluation import evaluate
+    from iapo_mini.intervals import format_interval
     from iapo_mini.policy import load_policy
-    from iapo_mini.run_folder import writable_folder
-    from iapo_mini.runs import versions, write_json
-    from iapo_mini.tasks import stories
+    from iapo_mini.problems.datasets import check_data, load_problems
+    from iapo_mini.problems.stories import stories
+    from iapo_mini.run_folder import versions, writable_folder, write_json
 
     for name in ("problems", "max_completion_length", "batch_size", "threads"):
         if getattr(args, name) < 1:
@@ -316,7 +320,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         cells = []
         for name, digits, unit in (("pass", 3, 1), ("length", 1, 1), ("ratio", 2, 1000)):
             interval = (result[f"{name}@{k}"], *result["intervals"][f"{name}@{k}"])
-            cells.append(with_interval([unit * x for x in interval], digits))
+            cells.append(format_interval([unit * x for x in interval], digits))
         print(f"| {k} | " + " | ".join(cells) + " |")
     of = "" if args.data == "stories" else f" of {found}"
     print(f"\n{len(problems)}{of} problems of {args.data} ({args.split}); 95% intervals by "
@@ -332,10 +336,11 @@ def _digest(args: argparse.Namespace) -> str:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    from iapo_mini.explain import explain, terminal_text
     from iapo_mini.policy import load_policy
+    from iapo_mini.problems.stories import stories
     from iapo_mini.run_folder import writable_folder
-    from iapo_mini.tasks import Problem, stories
+    from iapo_mini.tasks import Problem
+    from iapo_mini.tools.explain import explain, terminal_text
 
     if not args.story.strip():
         raise ValueError("story is empty; give the question as text, or '-' for a test story.")
@@ -357,7 +362,7 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from iapo_mini.planner import GB, SHAPES, card_gb, lower, plan, shape, table
+    from iapo_mini.tools.planner import GB, SHAPES, card_gb, comparison_table, lower, plan, shape
 
     if args.completion is not None:
         args.max_completion_length = args.completion
@@ -366,7 +371,7 @@ def _plan(args: argparse.Namespace) -> None:
         raise ValueError(f"shape is {args.shape!r}; allowed are {', '.join(SHAPES)}.")
     config = shape(args.shape or settings.model)
     planned = plan(config, settings, args.prompt)
-    print(table({args.shape or settings.model: planned}))
+    print(comparison_table({args.shape or settings.model: planned}))
     if planned.total <= gb * GB:
         print(f"\nFits into {gb:g} GB; {gb - planned.total / GB:.1f} GB are left.")
         return
@@ -379,7 +384,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _diagnose(args: argparse.Namespace) -> None:
-    from iapo_mini.diagnose import diagnose, report
+    from iapo_mini.tools.diagnose import diagnose, report
 
     print(report(diagnose(args.run, args.last)))
 
@@ -409,8 +414,8 @@ def _export(args: argparse.Namespace) -> None:
 def _figures(args: argparse.Namespace) -> None:
     import torch
 
+    from iapo_mini.lab.estimators import estimator_study, study_table
     from iapo_mini.run_folder import writable_folder
-    from iapo_mini.studies import estimator_study, study_table
 
     if args.stories < 2:
         raise ValueError(f"stories is {args.stories}; allowed are 2 and above.")
@@ -426,8 +431,8 @@ def _figures(args: argparse.Namespace) -> None:
 def _theory(args: argparse.Namespace) -> None:
     import torch
 
-    from iapo_mini.experiments import results_path
-    from iapo_mini.theory import summary, theory
+    from iapo_mini.lab.results import results_path
+    from iapo_mini.lab.theory import summary, theory
 
     if args.threads < 1:
         raise ValueError(f"threads is {args.threads}; allowed are 1 and above.")

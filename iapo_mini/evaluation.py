@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,16 +14,9 @@ from tqdm.auto import tqdm
 
 from iapo_mini.policy import Policy
 from iapo_mini.rewards import score
-from iapo_mini.rollouts import sample
 from iapo_mini.run_folder import replace_text
+from iapo_mini.sampling import sample
 from iapo_mini.tasks import Problem, messages
-
-# Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
-_T95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
-    2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -36,28 +28,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not 1 <= k <= n:
         raise ValueError(f"k is {k}; allowed are 1 to n = {n}.")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and its 95% t-interval over seeds: ``(mean, low, high)``.
-
-    With a single value the interval is not known and both ends are NaN.
-    """
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    df = len(values) - 1
-    t = _T95[df - 1] if df <= len(_T95) else 1.960 + 2.5 / df
-    half = t * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
-
-
-def with_interval(interval: Sequence[float], digits: int = 3) -> str:
-    """``(mean, low, high)`` as text: ``0.500 [0.400, 0.600]``; NaN ends are those of one seed."""
-    mean, low, high = interval
-    if math.isnan(low):
-        return f"{mean:.{digits}f} (one seed)"
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def evaluate(

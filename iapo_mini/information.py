@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from iapo_mini import prefixes
+from iapo_mini.early_exit import prefixes
 from iapo_mini.policy import Policy
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.tasks import POSTFIX
@@ -177,8 +177,8 @@ def answer_entropies(
         stride: for ``"strided"``: ask after every so many tokens, or at ``"sentence"`` ends.
         memory_mb: memory beside the model that this may take, MiB; results do not depend on it.
         chunk_size: branches at a time instead of what ``memory_mb`` allows. Where packing serves
-            (:func:`iapo_mini.flat.walkable`) and the vocabulary head is a plain matrix there are no
-            chunks: :func:`head_entropy` needs 2 MiB at a time on a CPU, 64 on a card.
+            (:func:`iapo_mini.early_exit.flat.walkable`) and the vocabulary head is a plain matrix
+            there are no chunks: :func:`head_entropy` needs 2 MiB at a time on a CPU, 64 on a card.
 
     Returns:
         (B, L + 1) fp32 nats; column t is the entropy after t completion tokens, column 0 before

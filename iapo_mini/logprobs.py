@@ -2,7 +2,7 @@
 
 Rows of one prompt stand next to each other, so every pass here runs the prompt once per *group* and
 repeats its keys and values: with eight completions to a prompt that saves seven prompt passes. The
-estimator hangs its early answers behind the same pass (:mod:`iapo_mini.prefixes`).
+estimator hangs its early answers behind the same pass (:mod:`iapo_mini.early_exit.prefixes`).
 """
 
 from __future__ import annotations
@@ -17,40 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from iapo_mini.attention import check_window, model_mask, positions_of
+from iapo_mini.memory import LOGIT_BYTES, LOGITS_MB
+
 if TYPE_CHECKING:
     from iapo_mini.rollouts import Rollouts
-
-
-def model_mask(model, mask: torch.Tensor) -> torch.Tensor:
-    """A bool 4-D attention mask in the form this model's attention takes.
-
-    ``sdpa`` takes bool. ``eager`` adds the mask to the scores, where True would silently count 1.
-    """
-    if model.config._attn_implementation == "sdpa":
-        return mask
-    lowest = torch.finfo(model.dtype).min
-    return torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, lowest)
-
-
-def sliding_window(config) -> int | None:
-    """Tokens the narrowest attention layer looks back; None when all look back to the start."""
-    layers = DynamicCache(config=config).layers
-    return min((x.sliding_window for x in layers if hasattr(x, "sliding_window")), default=None)
-
-
-def check_window(model, length: int) -> None:
-    """Our 4-D masks look back to the start, so a shorter window would silently be ignored."""
-    window = sliding_window(model.config)
-    if window is not None and window < length:
-        raise ValueError(
-            f"the model's sliding window is {window} tokens, prompt and completion are up to "
-            f"{length}; allowed are sequences within the window."
-        )
-
-
-def positions_of(mask: torch.Tensor) -> torch.Tensor:
-    """Position ids that count real tokens only, (rows, width)."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 @dataclass
@@ -210,14 +181,6 @@ def _predictions(
             ids, keep=length + 1, attention_mask=mask, position_ids=positions_of(mask),
             use_cache=False,
         )[:, :-1]  # fmt: skip
-
-
-LOGIT_BYTES = 14
-"""Peak bytes that reading one logit takes, gradient included, as measured: the logit as the model
-makes it, in fp32, tempered, log-softmax."""
-
-LOGITS_MB = 512.0
-"""MiB that logits and what is made of them may take; above it the head runs in chunks."""
 
 
 def _read(logits: torch.Tensor, ids: torch.Tensor, temperature: float):

@@ -24,20 +24,8 @@ from peft.utils.integrations import dequantize_bnb_weight
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-EMBEDDED = "embedded"
-"""Name under which the shipped policy is loaded."""
+from iapo_mini.policies import EMBEDDED, SHIPPED
 
-EMBEDDED_UNCALIBRATED = "embedded-uncalibrated"
-"""A second shipped policy, trained on whole chains only: what goes wrong without calibration."""
-
-EMBEDDED_CALIBRATED = "embedded-calibrated"
-"""The embedded policy after ``calibration.calibrate``: the same chains, steadier early answers."""
-
-_SHIPPED = {
-    EMBEDDED: Path(__file__).parent / "embedded",
-    EMBEDDED_CALIBRATED: Path(__file__).parent / "embedded_calibrated",
-    EMBEDDED_UNCALIBRATED: Path(__file__).parent / "embedded_uncalibrated",
-}
 # Below this many parameters a second, merged copy of the weights is cheap and makes sampling and
 # the estimator about twice as fast as going through the adapter's extra layers.
 _MERGED_COPY_LIMIT = 50_000_000
@@ -277,8 +265,8 @@ def model_source(model: str, weights: bool = True) -> str:
         ValueError: for a folder without config.json or, unless ``weights`` is False, without
             safetensors, or one that asks for code of its own or for pickled weights.
     """
-    if model in _SHIPPED:
-        return str(_SHIPPED[model])
+    if model in SHIPPED:
+        return str(SHIPPED[model])
     path = Path(model)
     looks_local = path.exists() or path.is_absolute() or model.startswith((".", "~"))
     if not looks_local:

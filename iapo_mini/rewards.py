@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
+from iapo_mini.problems.verify import equal_answers
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.tasks import Problem
-from iapo_mini.verify import equal_answers
 
 _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")

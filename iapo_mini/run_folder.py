@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -21,6 +22,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import filelock
@@ -82,6 +84,18 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a number depends on."""
+    packages = ("torch", "transformers", "peft", "tokenizers", "iapo-mini")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON whole or not at all (temporary name, then rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:

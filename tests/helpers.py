@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from iapo_mini import flat, prefixes
+from iapo_mini.early_exit import flat, prefixes
 from iapo_mini.information import answer_entropies, encode_postfix
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policy import Policy

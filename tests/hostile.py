@@ -7,7 +7,7 @@ import time
 
 import psutil
 
-from iapo_mini import verify
+from iapo_mini.problems import verify
 from iapo_mini.rewards import parse_answer, reward
 
 PIECES = [

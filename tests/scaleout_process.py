@@ -8,7 +8,7 @@ import sys
 import torch
 from helpers import TRIVIAL
 
-from iapo_mini import scaleout
+from iapo_mini.engines import trl
 from iapo_mini.policy import load_policy
 
 folder, batch, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -31,9 +31,9 @@ def rollout(prompts, trainer):
     return {"prompt_ids": chats, "completion_ids": ids, "logprobs": [[0.0] * len(x) for x in ids]}
 
 
-trainer = scaleout.IAPOTrainer(
-    policy.model, scaleout.answer_reward,
-    args=scaleout.IAPOConfig(
+trainer = trl.IAPOTrainer(
+    policy.model, trl.answer_reward,
+    args=trl.IAPOConfig(
         out + ".run", use_cpu=True, bf16=False, report_to=[], save_strategy="no",
         gradient_checkpointing=False, dataloader_pin_memory=False, disable_tqdm=True,
         logging_steps=1, shuffle_dataset=False, per_device_train_batch_size=batch,
@@ -41,7 +41,7 @@ trainer = scaleout.IAPOTrainer(
         optim="sgd", lr_scheduler_type="constant", max_grad_norm=1e9, loss_type="dapo",
         iapo_alpha=0.5, iapo_beta=0.5,
     ),
-    train_dataset=scaleout.dataset([*TRIVIAL, TRIVIAL[0]]),
+    train_dataset=trl.dataset([*TRIVIAL, TRIVIAL[0]]),
     processing_class=policy.tokenizer,
     rollout_func=rollout,
 )  # fmt: skip

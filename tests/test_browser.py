@@ -23,7 +23,7 @@ import itertools
 import torch
 from iapo_mini.policy import load_policy
 from iapo_mini.tasks import stories
-from iapo_mini.widgets import explorer
+from iapo_mini.tools.widgets import explorer
 torch.set_num_threads(1)
 policy = load_policy("embedded", lora_rank=0)
 explorer(policy, list(itertools.islice(stories("test", seed=1), 2)), num_generations=2)

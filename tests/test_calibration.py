@@ -17,13 +17,14 @@ from iapo_mini.calibration import (
     calibration,
     exit_calibration,
     exit_loss,
-    expected_calibration_error,
     forecast_targets,
 )
 from iapo_mini.information import encode_postfix
+from iapo_mini.intervals import expected_calibration_error
 from iapo_mini.policy import load_policy
-from iapo_mini.rollouts import from_texts, sample
-from iapo_mini.tasks import Problem, chain_of_thought, stories
+from iapo_mini.problems.stories import chain_of_thought, stories
+from iapo_mini.sampling import from_texts, sample
+from iapo_mini.tasks import Problem
 
 # Calibration error
 

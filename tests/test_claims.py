@@ -4,10 +4,11 @@ import math
 
 import pytest
 
-from iapo_mini import claims
 from iapo_mini.advantages import ADVANTAGES
-from iapo_mini.experiments import PRESETS, RECIPES, choose, trials_of
-from iapo_mini.trainer import TrainConfig
+from iapo_mini.config import TrainConfig
+from iapo_mini.lab import claims
+from iapo_mini.lab.sizes import PRESETS
+from iapo_mini.lab.tuning import RECIPES, choose, trials_of
 
 
 @pytest.mark.parametrize(

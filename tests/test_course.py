@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from iapo_mini import course
-from iapo_mini.course import check, committed_result
+from iapo_mini.tools import course
+from iapo_mini.tools.course import check, committed_result
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

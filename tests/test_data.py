@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iapo_mini.data import (
+from iapo_mini.problems.datasets import (
     DAPO_PREFIX,
     DAPO_SUFFIX,
     DATA,
@@ -18,8 +18,9 @@ from iapo_mini.data import (
     load_problems,
     training_problems,
 )
-from iapo_mini.tasks import Problem, messages, stories
-from iapo_mini.verify import as_number, equal_answers
+from iapo_mini.problems.stories import stories
+from iapo_mini.problems.verify import as_number, equal_answers
+from iapo_mini.tasks import Problem, messages
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
@@ -284,7 +285,7 @@ def test_no_torch_and_no_datasets_are_needed_to_read_a_file(tmp_path):
 
     path = write(tmp_path / "a.jsonl", gsm8k(3))
     code = (
-        "import sys; from iapo_mini.data import load_problems;"
+        "import sys; from iapo_mini.problems.datasets import load_problems;"
         f"assert len(load_problems('gsm8k', 'all', {path!r})) == 3;"
         "assert not {'torch', 'datasets', 'sympy'} & set(sys.modules)"
     )

@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers import make_rollouts, unpadded
 
-from iapo_mini import departures
 from iapo_mini.information import answer_entropies, encode_postfix
+from iapo_mini.lab import departures
 from iapo_mini.policy import load_policy
 
 

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from iapo_mini.cli import main
-from iapo_mini.diagnose import CHECKS, diagnose, read_metrics, report
-from iapo_mini.trainer import TrainConfig, train
+from iapo_mini.config import TrainConfig
+from iapo_mini.tools.diagnose import CHECKS, diagnose, read_metrics, report
+from iapo_mini.trainer import train
 
 HEALTHY = {
     "loss": 0.0, "format": 1.0, "truncated": 0.0, "zero_variance_groups": 0.2, "grad_norm": 0.3,

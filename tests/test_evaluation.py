@@ -9,7 +9,8 @@ import pytest
 from helpers import TRIVIAL, perturb_lora
 
 from iapo_mini import evaluation
-from iapo_mini.evaluation import evaluate, mean_interval, pass_at_k, with_interval
+from iapo_mini.evaluation import evaluate, pass_at_k
+from iapo_mini.intervals import format_interval, mean_interval
 from iapo_mini.policy import load_policy
 from iapo_mini.rewards import reward
 from iapo_mini.tasks import Problem
@@ -71,8 +72,8 @@ def test_interval_of_equal_values_is_a_point():
 
 
 def test_interval_as_text():
-    assert with_interval((0.5, 0.4, 0.61), 1) == "0.5 [0.4, 0.6]"
-    assert with_interval(mean_interval([0.5])) == "0.500 (one seed)"
+    assert format_interval((0.5, 0.4, 0.61), 1) == "0.5 [0.4, 0.6]"
+    assert format_interval(mean_interval([0.5])) == "0.500 (one seed)"
 
 
 def test_metrics_follow_from_the_completions(policy):

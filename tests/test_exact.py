@@ -11,8 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iapo_mini import exact
-from iapo_mini.exact import (
+from iapo_mini.information import (
+    answer_entropies,
+    answer_surprisals,
+    belief_shift,
+    candidate_logprobs,
+    informativeness,
+)
+from iapo_mini.lab import exact
+from iapo_mini.lab.exact import (
     World,
     answer_posterior,
     conditional_mi,
@@ -23,16 +30,16 @@ from iapo_mini.exact import (
     random_world,
     true_drops,
 )
-from iapo_mini.information import (
-    answer_entropies,
-    answer_surprisals,
-    belief_shift,
-    candidate_logprobs,
-    informativeness,
-)
 from iapo_mini.policy import Policy
+from iapo_mini.problems.stories import (
+    MAX_VALUE,
+    Segment,
+    apply,
+    chain_of_thought,
+    operands,
+    stories,
+)
 from iapo_mini.rollouts import Rollouts
-from iapo_mini.tasks import MAX_VALUE, Segment, apply, chain_of_thought, operands, stories
 
 WORLDS = st.builds(
     random_world,

@@ -24,13 +24,14 @@ from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM
 
 from iapo_mini import policy as policy_module
+from iapo_mini.config import CARDS, TrainConfig
 from iapo_mini.information import answer_entropies
+from iapo_mini.lab.pretrain import build_model
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policy import compute_dtype, load_policy
-from iapo_mini.pretrain import build_model
-from iapo_mini.rollouts import sample
+from iapo_mini.sampling import sample
 from iapo_mini.tasks import Problem
-from iapo_mini.trainer import PRESETS, TrainConfig, train
+from iapo_mini.trainer import train
 
 IDS = torch.tensor([[5, 17, 300, 42, 8, 99], [3, 1, 4, 1, 5, 9]])
 SIZES = dict(prompts=[5, 9], completions=[4, 1, 6, 3], group=2)
@@ -369,9 +370,9 @@ def test_switches_take_true_or_false(name, value):
         TrainConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", CARDS)
 def test_presets_are_valid_and_train_an_adapter_on_4_bit(name):
-    config = TrainConfig(**PRESETS[name])
+    config = TrainConfig(**CARDS[name])
     assert config.four_bit and config.gradient_checkpointing and config.lora_rank > 0
     assert config.num_generations == 8 and config.kl_coef == 0.001
     assert 1e-6 <= config.learning_rate <= 1e-4
@@ -394,8 +395,8 @@ def test_options_take_precedence_over_the_preset(tmp_path, schooled_folder):
         model=schooled_folder, max_steps=1, prompts_per_step=1, max_completion_length=4, threads=1,
         gradient_checkpointing=False,
     )  # fmt: skip
-    assert config == asdict(TrainConfig(**{**PRESETS["t4"], **given}))
-    assert config["four_bit"] and config["learning_rate"] == PRESETS["t4"]["learning_rate"]
+    assert config == asdict(TrainConfig(**{**CARDS["t4"], **given}))
+    assert config["four_bit"] and config["learning_rate"] == CARDS["t4"]["learning_rate"]
 
 
 def test_rows_that_bitsandbytes_reads_back_wrongly_are_refused(tokenizer, tmp_path):

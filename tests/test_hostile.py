@@ -7,11 +7,11 @@ import pytest
 from helpers import TRIVIAL
 from hostile import completions, judge_all
 
-from iapo_mini import verify
-from iapo_mini.data import load_problems
 from iapo_mini.policy import load_policy, model_source
+from iapo_mini.problems import verify
+from iapo_mini.problems.datasets import load_problems
 from iapo_mini.rewards import parse_answer, reward
-from iapo_mini.rollouts import encode_prompts
+from iapo_mini.sampling import encode_prompts
 
 
 @pytest.mark.parametrize("reference", ["72", "Evelyn"])

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from iapo_mini.early_exit.prefixes import METHODS
 from iapo_mini.information import (
     INFORMATION,
     answer_entropies,
@@ -26,9 +27,9 @@ from iapo_mini.information import (
     sentence_ends,
 )
 from iapo_mini.logprobs import token_logprobs
-from iapo_mini.prefixes import METHODS
-from iapo_mini.rollouts import from_texts, sample
-from iapo_mini.tasks import POSTFIX, chain_of_thought, stories
+from iapo_mini.problems.stories import chain_of_thought, stories
+from iapo_mini.sampling import from_texts, sample
+from iapo_mini.tasks import POSTFIX
 
 BATCH = dict(prompts=[4, 9, 2], completions=[5, 1, 3, 6, 0, 9], group=2)
 

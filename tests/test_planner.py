@@ -12,9 +12,13 @@ from bitsandbytes.nn import Linear4bit
 from helpers import make_rollouts, saved_bytes
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from iapo_mini.config import CARDS, TrainConfig
 from iapo_mini.logprobs import token_logprobs
-from iapo_mini.planner import (
-    CARDS,
+from iapo_mini.policy import load_policy
+from iapo_mini.sampling import sample
+from iapo_mini.tasks import Problem
+from iapo_mini.tools.planner import (
+    CARD_GB,
     GB,
     SHAPES,
     cache_bytes,
@@ -26,10 +30,7 @@ from iapo_mini.planner import (
     table,
     weight_bytes,
 )
-from iapo_mini.policy import load_policy
-from iapo_mini.rollouts import sample
-from iapo_mini.tasks import Problem
-from iapo_mini.trainer import PRESETS, TrainConfig, _update
+from iapo_mini.trainer import _update
 
 PARAMETERS = {  # as the models' cards and safetensors indices say
     "qwen2.5-0.5b": 494_032_768,
@@ -137,7 +138,7 @@ def test_activations_are_those_that_autograd_keeps(folder, dtype, checkpointing)
 
 
 def test_the_largest_phase_counts():
-    planned = plan(shape("qwen2.5-0.5b"), TrainConfig(**PRESETS["t4"]), 200)
+    planned = plan(shape("qwen2.5-0.5b"), TrainConfig(**CARDS["t4"]), 200)
     sums = {name: sum(parts.values()) for name, parts in planned.phases.items()}
     assert planned.tensors == sum(planned.always.values()) + sums[planned.peak]
     assert sums[planned.peak] == max(sums.values())
@@ -161,7 +162,7 @@ def test_the_largest_phase_counts():
     ],
 )
 def test_more_of_anything_takes_more_memory(change, part):
-    settings = TrainConfig(**PRESETS["12gb"])
+    settings = TrainConfig(**CARDS["12gb"])
     config = shape(settings.model)
 
     def size(settings):
@@ -173,9 +174,9 @@ def test_more_of_anything_takes_more_memory(change, part):
     assert size(replace(settings, **change)) > size(settings)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", CARDS)
 def test_presets_fit_their_cards(name):
-    settings = TrainConfig(**PRESETS[name])
+    settings = TrainConfig(**CARDS[name])
     planned = plan(shape(settings.model), settings, 300)
     assert planned.total < card_gb(name) * GB
     limit = {"0.5B": 6, "1.5B": 10, "7B": 16}[settings.model.split("-")[1]]
@@ -203,7 +204,7 @@ def test_nothing_left_to_lower_ends():
 
 
 def test_cards():
-    assert card_gb("12gb") == 12 and card_gb("16 GB") == 16 and card_gb("T4") == CARDS["t4"]
+    assert card_gb("12gb") == 12 and card_gb("16 GB") == 16 and card_gb("T4") == CARD_GB["t4"]
     for wrong in ("12", "rtx", "0gb", "-8gb", ""):
         with pytest.raises(ValueError, match="gpu is"):
             card_gb(wrong)
@@ -238,7 +239,7 @@ def test_command_line():
 
 
 def test_the_documented_table_is_the_planners():
-    settings = {name: TrainConfig(**fields) for name, fields in PRESETS.items()}
+    settings = {name: TrainConfig(**fields) for name, fields in CARDS.items()}
     planned = {f"`{n}`": plan(shape(s.model), s, 200) for n, s in settings.items()}
     docs = (Path(__file__).parent.parent / "docs" / "real_models.md").read_text()
     assert table(planned) in docs

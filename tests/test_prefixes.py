@@ -22,13 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, MistralForCausalLM
 
-from iapo_mini import flat, prefixes
 from iapo_mini import policy as policy_module
+from iapo_mini.early_exit import flat, prefixes
+from iapo_mini.early_exit.prefixes import ask, branch_inputs
 from iapo_mini.information import answer_entropies, candidate_logprobs, encode_postfix, entropy
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policy import Policy, load_policy
-from iapo_mini.prefixes import ask, branch_inputs
-from iapo_mini.rollouts import _GrowingLayer, sample
+from iapo_mini.sampling import _GrowingLayer, sample
 from iapo_mini.tasks import POSTFIX
 
 # Each number with its space is one token: postfixes of 1 to 8 tokens.

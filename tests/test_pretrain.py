@@ -8,8 +8,7 @@ import time
 import torch
 from safetensors.torch import load_file
 
-from iapo_mini.policy import load_policy
-from iapo_mini.pretrain import (
+from iapo_mini.lab.pretrain import (
     build_model,
     build_tokenizer,
     calibrated,
@@ -17,6 +16,7 @@ from iapo_mini.pretrain import (
     pretrain,
     sample_batches,
 )
+from iapo_mini.policy import load_policy
 from iapo_mini.tasks import POSTFIX
 
 SMALL = {"steps": 12, "batch_size": 4, "exits": 2, "hidden": 32, "layers": 1, "threads": 1}

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from iapo_mini.claims import _talk
-from iapo_mini.departures import departures_table
-from iapo_mini.evaluation import mean_interval, with_interval
-from iapo_mini.experiments import RECIPES, choose, table, tuning_table
-from iapo_mini.starts import starts_table
-from iapo_mini.studies import ESTIMATORS, POLICIES, speed_table, study_table
+from iapo_mini.intervals import format_interval, mean_interval
+from iapo_mini.lab.claims import _talk
+from iapo_mini.lab.departures import departures_table
+from iapo_mini.lab.estimators import ESTIMATORS, POLICIES, speed_table, study_table
+from iapo_mini.lab.results import comparison_table
+from iapo_mini.lab.starts import starts_table
+from iapo_mini.lab.tuning import RECIPES, choose, tuning_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,7 +24,7 @@ def full():
 
 
 def test_readme_table_is_the_committed_result(full):
-    assert table(full) in (ROOT / "README.md").read_text()
+    assert comparison_table(full) in (ROOT / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,9 @@ def table1_results():
 
 def test_table1_in_the_texts_is_the_committed_result(table1_results):
     readme, page = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
-    assert table(table1_results) in readme
+    assert comparison_table(table1_results) in readme
     for metric in ("pass", "length", "ratio"):
-        assert table(table1_results, metric) in page
+        assert comparison_table(table1_results, metric) in page
     departed = json.loads((ROOT / "figures/results/departures.json").read_text())
     assert departures_table(departed) in page
 
@@ -105,7 +106,7 @@ def test_numbers_of_table1_in_the_prose_follow_from_it(table1_results):
     for method in (iapo, grpo):
         assert f"{mean_interval(method['pass@1'])[0]:.3f}" in readme
     gap = [a - b for a, b in zip(iapo["pass@1"], grpo["pass@1"])]
-    assert f"a Pass@1 that is {with_interval(mean_interval(gap))} higher" in page
+    assert f"a Pass@1 that is {format_interval(mean_interval(gap))} higher" in page
 
 
 def test_table1_has_every_method_and_five_seeds(table1_results):
@@ -128,7 +129,7 @@ def test_table_of_the_verifier_is_the_committed_result():
     assert f"agree on {results['agreement']:.3f}" in docs
     for judge in ("ours", "strings"):
         assert f"{results['accuracy'][judge]:.3f}" in docs
-    # What the table counts follows from the judges as they are now.
+    # What the comparison_table counts follows from the judges as they are now.
     assert benchmark.by_strings("\\dfrac12", "\\frac{1}{2}") and benchmark.by_strings("50\\%", "50")
     assert not benchmark.by_strings("72.0", "72")
 
@@ -177,7 +178,7 @@ def test_readme_files_exist():
 
 
 def test_committed_log_ends_where_the_policy_report_says():
-    folder = ROOT / "iapo_mini/embedded"
+    folder = ROOT / "iapo_mini/policies/embedded"
     last = json.loads((folder / "pretrain_log.jsonl").read_text().splitlines()[-1])
     policy = json.loads((ROOT / "figures/results/policy.json").read_text())
     assert policy["train_minutes"] == last["minutes"] <= 60
@@ -185,7 +186,7 @@ def test_committed_log_ends_where_the_policy_report_says():
 
 @pytest.mark.parametrize("name", ["embedded", "embedded_calibrated", "embedded_uncalibrated"])
 def test_shipped_policies_are_small_and_hold_no_pickle(name):
-    files = list((ROOT / "iapo_mini" / name).iterdir())
+    files = list((ROOT / "iapo_mini/policies" / name).iterdir())
     assert sum(f.stat().st_size for f in files) < 12e6
     assert not [f for f in files if f.suffix in {".bin", ".pt", ".pth", ".pkl"}]
 

@@ -6,9 +6,9 @@ from helpers import make_rollouts
 from hypothesis import given
 from hypothesis import strategies as st
 
+from iapo_mini.problems.verify import equal_answers
 from iapo_mini.rewards import parse_answer, reward, score
 from iapo_mini.tasks import Problem
-from iapo_mini.verify import equal_answers
 
 RIGHT, WRONG, ILL_FORMED = (1.5, True), (-0.5, False), (-1.5, False)
 PIECES = ["<think>", "</think>", "<answer>", "</answer>", " 72", "72.0", "$", ",", ".", "-", "\n"]

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from iapo_mini.information import answer_entropies
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policy import load_policy
-from iapo_mini.rollouts import encode_prompts, from_texts, sample
-from iapo_mini.tasks import Problem, render_prompt, stories
+from iapo_mini.problems.stories import stories
+from iapo_mini.sampling import encode_prompts, from_texts, sample
+from iapo_mini.tasks import Problem, render_prompt
 
 # Prompts of different lengths, so that left-padding is at work everywhere.
 PROBLEMS = [*TRIVIAL, *itertools.islice(stories("test"), 2)]

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from iapo_mini import advantages, experiments, information, plots_methods, runs
+from iapo_mini import advantages, information
+from iapo_mini.config import use_methods
+from iapo_mini.lab import runs, table1
+from iapo_mini.lab.figures import methods
+from iapo_mini.lab.runs import START, collect, make_jobs, run_all
+from iapo_mini.lab.sizes import Size
 from iapo_mini.policy import load_policy
-from iapo_mini.runs import START, Size, collect, make_jobs, run_all, use_methods
 
 TINY = Size(seeds=(0, 1), max_steps=1, problems=2, prompts_per_step=1, num_generations=2, ks=(1, 2))
 
@@ -158,13 +162,13 @@ def test_a_method_of_ones_own_trains_in_a_process(own_methods, tmp_path, monkeyp
 
 
 def test_wall_clock_times_every_row_and_seed(finished):
-    found = experiments.wall_clock(finished, (START, "gtpo"), problems=1)
+    found = table1.wall_clock(finished, (START, "gtpo"), problems=1)
     assert all(len(v) == 2 and min(v) > 0 for v in found.values())
     assert torch.get_num_threads() >= 1
 
 
 def test_one_story_is_answered_right_by_every_policy_shown(finished):
-    question, texts = experiments.answers_to_one_story(finished)
+    question, texts = table1.answers_to_one_story(finished)
     right = {}
     for job in finished[:2]:
         lines = (Path(job["run"]) / "completions.jsonl").read_text().splitlines()
@@ -174,9 +178,9 @@ def test_one_story_is_answered_right_by_every_policy_shown(finished):
     assert texts.keys() == (right.keys() if common else set())
     for name, text in texts.items():
         assert text in [r["text"] for r in right[name] if r["problem"] in common]
-    figure = plots_methods.case_study(question, texts, load_policy(lora_rank=0).tokenizer)
+    figure = methods.case_study(question, texts, load_policy(lora_rank=0).tokenizer)
     shown = [t.get_text() for t in figure.axes[0].texts]
     assert sum(": " in t and t.endswith("tokens") for t in shown) == len(texts)
-    informed = experiments._informed(finished, question, texts)
-    figure = plots_methods.heat_maps(question, informed)
+    informed = table1._informed(finished, question, texts)
+    figure = methods.heat_maps(question, informed)
     assert sum("nats in all" in t.get_text() for t in figure.axes[0].texts) == len(texts)

@@ -15,15 +15,15 @@ pytest.importorskip("trl", reason="the extra [trl] is not installed")
 from helpers import TRIVIAL, explicit_entropies, perturb_lora
 from trl import GRPOConfig, GRPOTrainer
 
-from iapo_mini import scaleout
 from iapo_mini.advantages import iapo
+from iapo_mini.engines import trl
+from iapo_mini.engines.trl import IAPOConfig, IAPOTrainer, answer_reward
 from iapo_mini.information import answer_entropies, informativeness
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.objective import policy_loss
 from iapo_mini.policy import load_policy
+from iapo_mini.problems.stories import stories
 from iapo_mini.rollouts import Rollouts
-from iapo_mini.scaleout import IAPOConfig, IAPOTrainer, answer_reward
-from iapo_mini.tasks import stories
 
 CPU = dict(
     use_cpu=True, bf16=False, report_to=[], save_strategy="no", gradient_checkpointing=False,
@@ -43,7 +43,7 @@ def trainer(schooled_folder, tmp_path):
         return kind(
             policy.model, answer_reward,
             args=config(str(tmp_path / "trl"), **{**CPU, **settings}),
-            train_dataset=scaleout.dataset(problems),
+            train_dataset=trl.dataset(problems),
             processing_class=policy.tokenizer,
         )  # fmt: skip
 
@@ -150,7 +150,7 @@ def test_early_answers_at_a_stride(trainer, monkeypatch, stride):
         asked.append(how)
         return answer_entropies(policy, rollouts, postfix, **how)
 
-    monkeypatch.setattr(scaleout, "answer_entropies", spy)
+    monkeypatch.setattr(trl, "answer_entropies", spy)
     batch_of(ours)
     (how,) = asked
     assert how["method"] == "strided"
@@ -288,11 +288,11 @@ def test_the_reward_is_the_librarys():
 
 def test_the_dataset_holds_chats_and_answers():
     problems = list(itertools.islice(stories("train"), 3))
-    data = scaleout.dataset(problems)
+    data = trl.dataset(problems)
     assert data["answer"] == [p.answer for p in problems]
     assert data[0]["prompt"][-1] == {"role": "user", "content": problems[0].question}
     with pytest.raises(ValueError, match="problems is empty"):
-        scaleout.dataset([])
+        trl.dataset([])
 
 
 @pytest.mark.parametrize(
@@ -315,12 +315,12 @@ def test_an_empty_postfix_is_refused(trainer):
 
 
 def test_nothing_else_imports_it():
-    code = "import sys, iapo_mini.cli, iapo_mini.experiments, iapo_mini.trainer; "
+    code = "import sys, iapo_mini.cli, iapo_mini.lab.table1, iapo_mini.trainer; "
     code += "sys.exit('trl' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    library = Path(scaleout.__file__).parent
+    library = Path(trl.__file__).parent
     for file in library.glob("*.py"):
-        assert "scaleout import" not in file.read_text(), file
+        assert "trl import" not in file.read_text(), file
 
 
 def test_configs_for_eight_gpus_can_be_read(tmp_path):

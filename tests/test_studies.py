@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iapo_mini import plots, studies
-from iapo_mini.exact import true_drops
+from iapo_mini import plots
+from iapo_mini.lab import estimators
+from iapo_mini.lab.exact import true_drops
 from iapo_mini.policy import load_policy
-from iapo_mini.tasks import chain_of_thought, stories, token_roles
+from iapo_mini.problems.stories import chain_of_thought, stories, token_roles
 
 RESULTS = Path(__file__).parent.parent / "figures/results/estimator.json"
 
@@ -37,22 +38,22 @@ def test_auc_counts_pairs(pairs):
     wins = [
         (a > b) + 0.5 * (a == b) for a, b in itertools.product(scores[positive], scores[~positive])
     ]
-    assert studies.auc(scores, positive) == pytest.approx(np.mean(wins))
+    assert estimators.auc(scores, positive) == pytest.approx(np.mean(wins))
 
 
 def test_spearman_of_ranks():
     a = np.array([1.0, 2.0, 3.0, 10.0])
-    assert studies.spearman(a, a**3) == pytest.approx(1.0)
-    assert studies.spearman(a, -a) == pytest.approx(-1.0)
+    assert estimators.spearman(a, a**3) == pytest.approx(1.0)
+    assert estimators.spearman(a, -a) == pytest.approx(-1.0)
     # Ties share the mean rank: ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4.
     tied = np.array([0.0, 5.0, 5.0, 9.0])
     expected = np.corrcoef([1, 2.5, 2.5, 4], [1, 2, 3, 4])[0, 1]
-    assert studies.spearman(tied, a) == pytest.approx(expected)
+    assert estimators.spearman(tied, a) == pytest.approx(expected)
 
 
 def test_interval_holds_the_value_and_resamples_whole_groups():
     groups = [(np.array([1.0, 1.0]),), (np.array([3.0]),)]
-    value, low, high = studies.with_interval(lambda x: float(x.mean()), groups)
+    value, low, high = estimators.with_interval(lambda x: float(x.mean()), groups)
     assert value == pytest.approx(5 / 3)
     assert low == 1.0 and high == 3.0  # draws of one group only
 
@@ -61,28 +62,28 @@ def test_segments_of_tokens_have_the_roles_of_tokens(told):
     policy = load_policy(lora_rank=0)
     for chain in told[1]:
         ids = [*policy.tokenizer.encode("".join(s.text for s in chain)), int(policy.eos_ids[0])]
-        index = studies.token_segments(policy.tokenizer, chain, ids)
+        index = estimators.token_segments(policy.tokenizer, chain, ids)
         assert index == sorted(index) and index[-1] == len(chain) - 1
         assert [chain[i].role for i in index] == token_roles(policy.tokenizer, ids)
 
 
 def test_judging_the_embedded_policy(told):
     problems, chains = told
-    found = studies.judge(load_policy(lora_rank=0), problems, chains)
+    found = estimators.judge(load_policy(lora_rank=0), problems, chains)
     assert set(found) == {"auc", "auc_token", "auc_by_steps", "spearman"}
     for section in ("auc", "auc_token", "spearman"):
-        for name in studies.ESTIMATORS:
+        for name in estimators.ESTIMATORS:
             value, low, high = found[section][name]
             assert low <= value <= high
     # The order of the estimators is large enough to show on six stories.
-    auc = {name: found["auc"][name][0] for name in studies.ESTIMATORS}
+    auc = {name: found["auc"][name][0] for name in estimators.ESTIMATORS}
     assert auc["belief_shift"] > auc["entropy"] > 0.6 > auc["next_token"]
 
 
 def test_scores_telescope(told):
     problems, chains = told
-    rollouts, scores = studies.token_scores(load_policy(lora_rank=0), problems, chains)
-    assert set(scores) == set(studies.ESTIMATORS)
+    rollouts, scores = estimators.token_scores(load_policy(lora_rank=0), problems, chains)
+    assert set(scores) == set(estimators.ESTIMATORS)
     assert all(not v[~rollouts.completion_mask.numpy()].any() for v in scores.values())
     assert (scores["belief_shift"] >= -1e-6).all()
     assert scores["entropy"].sum(1).mean() > 1  # the answer is open before and settled after
@@ -90,7 +91,7 @@ def test_scores_telescope(told):
 
 def test_ceiling_is_the_auc_of_the_true_drops(told):
     problems, chains = told
-    found = studies.ceiling(problems, chains)
+    found = estimators.ceiling(problems, chains)
     drops = [d for p, c in zip(problems, chains) for d in true_drops(p, c)]
     assert 0.5 < found["auc"][0] <= 1.0 and min(drops) < max(drops)
     assert set(found["by_steps"]) == {str(len(p.steps)) for p in problems}
@@ -98,7 +99,7 @@ def test_ceiling_is_the_auc_of_the_true_drops(told):
 
 def test_figures_are_drawn_from_the_committed_results(tmp_path):
     results = json.loads(RESULTS.read_text())
-    studies.draw(results, tmp_path)
+    estimators.draw(results, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {f"estimator_{x}.png" for x in ("auc", "steps", "growth", "speed")}
     labels = [t.get_text() for t in plots.estimator_auc(results).axes[0].get_xticklabels()]
@@ -116,6 +117,6 @@ def test_the_uncalibrated_twin_is_sure_where_the_embedded_policy_is_not(told):
     problems, chains = told
     entropies = {}
     for name in ("embedded", "embedded-uncalibrated"):
-        _, scores = studies.token_scores(load_policy(name, lora_rank=0), problems, chains)
+        _, scores = estimators.token_scores(load_policy(name, lora_rank=0), problems, chains)
         entropies[name] = torch.tensor(scores["entropy"].sum(1)).mean()
     assert entropies["embedded"] > 2 * entropies["embedded-uncalibrated"]

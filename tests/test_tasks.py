@@ -10,19 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iapo_mini.rewards import parse_answer
-from iapo_mini.tasks import (
+from iapo_mini.problems.stories import (
     MAX_VALUE,
     ROLES,
     SPLITS,
-    Problem,
     chain_of_thought,
     label_roles,
-    messages,
-    render_prompt,
     stories,
     token_roles,
 )
+from iapo_mini.rewards import parse_answer
+from iapo_mini.tasks import Problem, messages, render_prompt
 
 ARITHMETIC = {
     "+": operator.add,

@@ -13,14 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iapo_mini import exact, theory, theory_stories
 from iapo_mini.advantages import normalize
 from iapo_mini.cli import main
-from iapo_mini.exact import every_string, strings_of
 from iapo_mini.information import informativeness
+from iapo_mini.lab import exact, theory, theory_stories
+from iapo_mini.lab.exact import every_string, strings_of
 from iapo_mini.logprobs import token_logprobs
-from iapo_mini.rollouts import sample
-from iapo_mini.tasks import stories
+from iapo_mini.problems.stories import stories
+from iapo_mini.sampling import sample
 
 RESULTS = Path(__file__).parent.parent / "figures/results/theory.json"
 COMPLETIONS = st.lists(

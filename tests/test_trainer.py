@@ -16,9 +16,9 @@ import torch
 from helpers import TRIVIAL, metrics, perturb_lora, run, weights
 
 import iapo_mini
+from iapo_mini.config import TrainConfig
 from iapo_mini.policy import load_policy
-from iapo_mini.tasks import ROLES, stories
-from iapo_mini.trainer import TrainConfig
+from iapo_mini.problems.stories import ROLES, stories
 
 # Argument 1: the settings as JSON; 2: the run folder. The pause after each step leaves the test
 # time to see that the step is logged and to kill the process before the run is over.

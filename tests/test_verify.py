@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iapo_mini import verify
-from iapo_mini.verify import as_number, equal_answers
+from iapo_mini.problems import verify
+from iapo_mini.problems.verify import as_number, equal_answers
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 SLOW = "(k+1)^{9999}"
@@ -266,7 +266,7 @@ def test_without_math_verify_numbers_work_and_latex_says_what_to_install(tmp_pat
 
 def test_nothing_heavy_is_imported_and_no_process_started_before_it_is_needed():
     code = (
-        "import sys, iapo_mini.verify as v; from iapo_mini.rewards import reward;"
+        "import sys, iapo_mini.problems.verify as v; from iapo_mini.rewards import reward;"
         "reward('<think>a</think><answer>3/4</answer>', '72');"
         "assert v._process is None;"
         "assert not {'math_verify', 'latex2sympy2_extended', 'datasets'} & set(sys.modules)"
@@ -277,9 +277,8 @@ def test_nothing_heavy_is_imported_and_no_process_started_before_it_is_needed():
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signal 0 to ask for a process with")
 def test_the_process_ends_with_its_parent():
-    code = (
-        "import iapo_mini.verify as v; assert v.equal_answers('k*2', '2k'); print(v._process.pid)"
-    )
+    code = "import iapo_mini.problems.verify as v; assert v.equal_answers('k*2', '2k'); "
+    code += "print(v._process.pid)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     with pytest.raises(OSError):
         os.kill(int(done.stdout), 0)

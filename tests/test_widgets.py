@@ -7,10 +7,11 @@ import torch
 
 from iapo_mini.advantages import grpo, iapo
 from iapo_mini.information import answer_entropies, encode_postfix
+from iapo_mini.problems.stories import stories
 from iapo_mini.rewards import score
-from iapo_mini.rollouts import sample
-from iapo_mini.tasks import Problem, stories
-from iapo_mini.widgets import answers_html, bars_svg, explorer, forced_answers, tokens_html
+from iapo_mini.sampling import sample
+from iapo_mini.tasks import Problem
+from iapo_mini.tools.widgets import answers_html, bars_svg, explorer, forced_answers, tokens_html
 
 pytest.importorskip("ipywidgets")
 
@@ -23,7 +24,7 @@ def problems():
 @pytest.fixture
 def short(monkeypatch):
     """Completions of the random policy never end by themselves: cut them early."""
-    from iapo_mini import widgets
+    from iapo_mini.tools import widgets
 
     def cut(*args, **options):
         return sample(*args, max_completion_length=12, **options)

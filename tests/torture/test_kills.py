@@ -18,8 +18,9 @@ import pytest
 import torch
 from helpers import content
 
+from iapo_mini.config import TrainConfig
 from iapo_mini.run_folder import checkpoints
-from iapo_mini.trainer import TrainConfig, train
+from iapo_mini.trainer import train
 
 if not hasattr(os, "fork"):
     pytest.skip("needs fork and SIGKILL", allow_module_level=True)

@@ -15,9 +15,9 @@ from matplotlib.colors import Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from iapo_mini.evaluation import mean_interval
+from iapo_mini.intervals import mean_interval
 from iapo_mini.plots import COLORS, LABELS, MARKERS, STYLES, band, interval_of
-from iapo_mini.tasks import ROLES, token_roles
+from iapo_mini.problems.stories import ROLES, token_roles
 
 
 def tradeoff(methods: Mapping[str, Mapping], ks: Sequence[int]) -> Figure:
@@ -179,7 +179,7 @@ def sweeps(results: Mapping) -> Figure:
     """Length, Pass@k and entropy against each weight (Fig. 6), 95% intervals over seeds.
 
     Args:
-        results: as written by ``experiments.sweeps``.
+        results: as written by ``sweeps.sweeps``.
     """
     k = results["k"]
     panels = {
@@ -210,7 +210,7 @@ def means(results: Mapping) -> Figure:
     """Two ways to average the loss: length by training step, and Pass@1 after it.
 
     Args:
-        results: as written by ``experiments.sweeps``.
+        results: as written by ``sweeps.sweeps``.
     """
     fig = Figure(figsize=(10, 3.4), layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=(3, 2))

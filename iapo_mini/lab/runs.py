@@ -7,92 +7,29 @@ is there already is not made again; one that was interrupted goes on, in trainin
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from iapo_mini.advantages import ADVANTAGES
+from iapo_mini.config import TrainConfig, use_methods, with_defaults
 from iapo_mini.evaluation import evaluate
-from iapo_mini.information import INFORMATION
+from iapo_mini.lab.sizes import Size
 from iapo_mini.policy import load_policy
-from iapo_mini.run_folder import replace_text
-from iapo_mini.tasks import ROLES, stories, token_roles
-from iapo_mini.trainer import TrainConfig, train, with_defaults
+from iapo_mini.problems.stories import ROLES, stories, token_roles
+from iapo_mini.run_folder import versions, write_json
+from iapo_mini.trainer import train
 
 START = "start"
 """Name of the row of the start policy, which no run trains."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """Size of an experiment.
-
-    Attributes:
-        seeds: one training run per recipe and seed.
-        max_steps: training steps.
-        prompts_per_step: prompts per training step, eight completions each.
-        problems: stories of the evaluation, the same for every run.
-        num_generations: completions per story of the evaluation.
-        ks: values of k.
-    """
-
-    seeds: tuple[int, ...]
-    max_steps: int
-    problems: int
-    prompts_per_step: int = 12
-    num_generations: int = 8
-    ks: tuple[int, ...] = (1, 2, 4, 8)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a number depends on."""
-    packages = ("torch", "transformers", "peft", "tokenizers", "iapo-mini")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON whole or not at all (temporary name, then rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def use_methods(module: str) -> None:
-    """Add the methods of a module to the library's: its ``ADVANTAGES`` and ``INFORMATION``.
-
-    Args:
-        module: name of an importable module (docs/methods.md shows one).
-
-    Raises:
-        ValueError: when there is no such module, it has no ``ADVANTAGES``, or a name is taken.
-    """
-    try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(
-            f"methods is '{module}', which can't be imported ({error}); allowed is the name of a "
-            "Python module in this folder or on the path."
-        ) from error
-    if not isinstance(getattr(found, "ADVANTAGES", None), dict):
-        raise ValueError(f"methods is '{module}', which has no dictionary ADVANTAGES.")
-    for ours, theirs in (
-        (ADVANTAGES, found.ADVANTAGES), (INFORMATION, getattr(found, "INFORMATION", {})),
-    ):  # fmt: skip
-        for name, function in theirs.items():
-            if ours.setdefault(name, function) is not function:
-                raise ValueError(f"methods is '{module}', whose name '{name}' is taken already.")
 
 
 def make_jobs(
@@ -221,7 +158,7 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None) -> None:
             while waiting and len(running) < parallel:
                 run = Path(waiting.pop(0)["run"])
                 with (run / "log.txt").open("a") as log:
-                    command = [sys.executable, "-m", "iapo_mini.runs", str(run / "job.json")]
+                    command = [sys.executable, "-m", "iapo_mini.lab.runs", str(run / "job.json")]
                     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
                 running[process] = run
             time.sleep(0.5)
@@ -253,7 +190,7 @@ def _as_now(saved: dict, run: str) -> dict:
 
 
 def collect(jobs: Sequence[dict], size: Size) -> dict:
-    """Gather finished jobs into the common part of a results file (see ``experiments``)."""
+    """Gather finished jobs into the common part of a results file (:mod:`iapo_mini.lab.results`)."""
     methods: dict[str, dict] = {}
     curves: dict[str, list] = {}
     configs: dict[str, dict] = {}

@@ -23,12 +23,18 @@ import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
-from iapo_mini import plots, plots_methods
-from iapo_mini.evaluation import evaluate, mean_interval, with_interval
-from iapo_mini.experiments import check_options, preset_of, results_path, tuned
-from iapo_mini.policy import EMBEDDED, EMBEDDED_CALIBRATED, EMBEDDED_UNCALIBRATED, load_policy
-from iapo_mini.runs import START, Size, collect, make_jobs, run_all, versions, write_json
-from iapo_mini.tasks import stories
+from iapo_mini import plots
+from iapo_mini.evaluation import evaluate
+from iapo_mini.intervals import format_interval, mean_interval
+from iapo_mini.lab.figures import methods
+from iapo_mini.lab.results import check_options, results_path
+from iapo_mini.lab.runs import START, collect, make_jobs, run_all
+from iapo_mini.lab.sizes import Size, preset_of
+from iapo_mini.lab.tuning import tuned
+from iapo_mini.policies import EMBEDDED, EMBEDDED_CALIBRATED, EMBEDDED_UNCALIBRATED
+from iapo_mini.policy import load_policy
+from iapo_mini.problems.stories import stories
+from iapo_mini.run_folder import versions, write_json
 
 STARTS = {
     "uncalibrated": EMBEDDED_UNCALIBRATED,
@@ -59,7 +65,7 @@ def starts(
 ) -> dict:
     """Train :data:`TRAINED` from each of :data:`STARTS`; results file and figure.
 
-    Arguments and errors as for :func:`iapo_mini.experiments.table1`, which tunes the settings.
+    Arguments and errors as for :func:`iapo_mini.lab.table1.table1`, which tunes the settings.
     """
     preset_of(preset)  # refuses an unknown one
     size, out, figures = SIZES[preset], Path(out), Path(figures)
@@ -97,7 +103,7 @@ def starts(
     }  # fmt: skip
     path = results_path(figures, "starts", preset)
     write_json(path, results)
-    plots_methods.starts(results).savefig(figures / f"{path.stem}.png", dpi=150)
+    methods.starts(results).savefig(figures / f"{path.stem}.png", dpi=150)
     return results
 
 
@@ -122,9 +128,9 @@ def starts_table(results: Mapping) -> str:
         for method in TRAINED:
             per_thousand = [1000 * ratio for ratio in row[method]["ratio@1"]]
             cells = (
-                with_interval(mean_interval(row[method]["length"]), 1),
-                with_interval(mean_interval(row[method]["pass@1"])),
-                with_interval(mean_interval(per_thousand), 1),
+                format_interval(mean_interval(row[method]["length"]), 1),
+                format_interval(mean_interval(row[method]["pass@1"])),
+                format_interval(mean_interval(per_thousand), 1),
             )
             lines.append(f"| {name} | {plots.LABELS[method]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Corollary 4.2's premise and Theorem 4.1 on the embedded policy and the story world.
 
-The part of :mod:`iapo_mini.theory` that samples; the rest of it counts.
+The part of :mod:`iapo_mini.lab.theory` that samples; the rest of it counts.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import torch
 from tqdm.auto import tqdm
 
 from iapo_mini.advantages import normalize
-from iapo_mini.evaluation import mean_interval
 from iapo_mini.information import answer_entropies, informativeness
+from iapo_mini.intervals import mean_interval
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policy import Policy, load_policy
-from iapo_mini.rollouts import Rollouts, sample
-from iapo_mini.tasks import Problem, stories
+from iapo_mini.problems.stories import stories
+from iapo_mini.rollouts import Rollouts
+from iapo_mini.sampling import sample
+from iapo_mini.tasks import Problem
 
 
 def within(values: torch.Tensor, group: int) -> torch.Tensor:
@@ -46,7 +48,7 @@ def story_statistics(
 
     Returns:
         ``correlation``, ``covariance``, ``slope``, ``total``, ``spread``, ``by_steps`` and
-        ``by_length`` as at the head of :mod:`iapo_mini.theory`, as plain numbers.
+        ``by_length`` as at the head of :mod:`iapo_mini.lab.theory`, as plain numbers.
     """
     lengths, information = lengths.double(), information.double()
     per_token = information / lengths

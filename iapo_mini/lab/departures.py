@@ -24,18 +24,22 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
-from iapo_mini import plots_methods
 from iapo_mini.advantages import exploration, grpo, iapo, normalize
-from iapo_mini.evaluation import mean_interval, with_interval
-from iapo_mini.experiments import check_options, preset_of, results_path, tuned
 from iapo_mini.information import INFORMATION as OURS
 from iapo_mini.information import answer_entropies, encode_postfix, entropy, informativeness
+from iapo_mini.intervals import format_interval, mean_interval
+from iapo_mini.lab.figures import methods
+from iapo_mini.lab.results import check_options, results_path
+from iapo_mini.lab.runs import collect, make_jobs, run_all
+from iapo_mini.lab.sizes import preset_of
+from iapo_mini.lab.tuning import tuned
 from iapo_mini.logprobs import trunk_blocks
 from iapo_mini.policy import Policy, load_policy
+from iapo_mini.problems.stories import stories
 from iapo_mini.rewards import score
-from iapo_mini.rollouts import Rollouts, sample
-from iapo_mini.runs import collect, make_jobs, run_all, versions, write_json
-from iapo_mini.tasks import stories
+from iapo_mini.rollouts import Rollouts
+from iapo_mini.run_folder import versions, write_json
+from iapo_mini.sampling import sample
 
 EPS = 1e-4
 CHUNK = 16
@@ -201,7 +205,7 @@ def departures(
 ) -> dict:
     """Train IAPO with each departure switched on; results file and figure.
 
-    Arguments and errors as for :func:`iapo_mini.experiments.table1`, which tunes IAPO's settings.
+    Arguments and errors as for :func:`iapo_mini.lab.table1.table1`, which tunes IAPO's settings.
     """
     size, out, figures = preset_of(preset).sweeps, Path(out), Path(figures)
     check_options(out, figures, parallel)
@@ -227,7 +231,7 @@ def departures(
     }  # fmt: skip
     path = results_path(figures, "departures", preset)
     write_json(path, results)
-    plots_methods.departures(results).savefig(figures / f"{path.stem}.png", dpi=150)
+    methods.departures(results).savefig(figures / f"{path.stem}.png", dpi=150)
     return results
 
 
@@ -243,6 +247,8 @@ def departures_table(results: dict) -> str:
     for row in ({"what": "none: the paper's rule"} | results["iapo"], *results["rows"].values()):
         cells = [row["what"]]
         for metric, (_, digits) in columns.items():
-            cells.append(with_interval(mean_interval(row[metric]), digits) if metric in row else "")
+            cells.append(
+                format_interval(mean_interval(row[metric]), digits) if metric in row else ""
+            )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

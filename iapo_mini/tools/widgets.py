@@ -17,14 +17,16 @@ import torch
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from iapo_mini import prefixes
 from iapo_mini.advantages import grpo, iapo
+from iapo_mini.early_exit import prefixes
 from iapo_mini.information import encode_postfix, entropy, informativeness
 from iapo_mini.plots import COLORS
 from iapo_mini.policy import Policy
+from iapo_mini.problems.stories import token_roles
 from iapo_mini.rewards import score
-from iapo_mini.rollouts import Rollouts, sample
-from iapo_mini.tasks import Problem, token_roles
+from iapo_mini.rollouts import Rollouts
+from iapo_mini.sampling import sample
+from iapo_mini.tasks import Problem
 
 _PAGE = "font-family:monospace;background:white;color:black;padding:6px;line-height:1.9"
 

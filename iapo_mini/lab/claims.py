@@ -13,11 +13,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from iapo_mini.departures import departures
-from iapo_mini.evaluation import mean_interval, with_interval
-from iapo_mini.experiments import ablation, preset_of, results_path, sweeps
+from iapo_mini.intervals import format_interval, mean_interval
+from iapo_mini.lab.ablation import ablation
+from iapo_mini.lab.departures import departures
+from iapo_mini.lab.results import results_path
+from iapo_mini.lab.sizes import preset_of
+from iapo_mini.lab.sweeps import sweeps
+from iapo_mini.lab.theory import theory
 from iapo_mini.plots import LABELS
-from iapo_mini.theory import theory
 
 Row = tuple[str, str, str, str]
 """Claim, the paper's number, ours, verdict."""
@@ -61,7 +64,7 @@ def _of_table1(results: Mapping) -> list[Row]:
             f"IAPO writes fewer tokens than {LABELS[name]} (Length@{k}, share saved)",
             {"gfpo": "0.37 (7B, GSM8K)", "dapo": "0.18 (1.5B, MATH-500), 0.55 (7B, DAPO-Math)",
              "gtpo": "0.32 (7B, GSM8K, k = 16)", "sgrpo": "0.37 (7B, GSM8K)"}.get(name, "-"),
-            with_interval(saved), verdict(saved, low=0.0),
+            format_interval(saved), verdict(saved, low=0.0),
         ))  # fmt: skip
     for name in BASELINES:
         lost = _paired(iapo[passed], methods[name][passed], lambda a, b: a - b)
@@ -69,19 +72,19 @@ def _of_table1(results: Mapping) -> list[Row]:
             f"at equal accuracy (Pass@{k} minus that of {LABELS[name]}, at least "
             f"-{ACCURACY_MARGIN})",
             {"gfpo": "+0.022", "gtpo": "0.000", "dapo": "0.000 (1.5B), -0.044 (7B)"}.get(name, "-"),
-            with_interval(lost), verdict(lost, low=-ACCURACY_MARGIN),
+            format_interval(lost), verdict(lost, low=-ACCURACY_MARGIN),
         ))  # fmt: skip
     for name in BASELINES:
         gained = _paired(iapo[ratio], methods[name][ratio], lambda a, b: a / b)
         rows.append((
             f"and so has the higher Ratio@{k} (factor over {LABELS[name]})",
             {"gfpo": "1.47 (7B, GSM8K)", "dapo": "1.22 (1.5B), 2.08 (7B)"}.get(name, "-"),
-            with_interval(gained), verdict(gained, low=1.0),
+            format_interval(gained), verdict(gained, low=1.0),
         ))  # fmt: skip
     first = _paired(iapo["pass@1"], grpo["pass@1"], lambda a, b: a - b)
     rows.append((
         f"a single answer is as often right (Pass@1 minus that of GRPO, at least "
-        f"-{ACCURACY_MARGIN})", "-", with_interval(first), verdict(first, low=-ACCURACY_MARGIN),
+        f"-{ACCURACY_MARGIN})", "-", format_interval(first), verdict(first, low=-ACCURACY_MARGIN),
     ))  # fmt: skip
     clock = results["wall_clock"]
     for name in ("start", "grpo"):
@@ -89,18 +92,18 @@ def _of_table1(results: Mapping) -> list[Row]:
         rows.append((
             f"inference takes less wall-clock time than with the {LABELS[name]}"
             f"{'' if name == 'start' else ' policy'} (share saved)",
-            "0.11 to 0.177", with_interval(faster), verdict(faster, low=0.0),
+            "0.11 to 0.177", format_interval(faster), verdict(faster, low=0.0),
         ))  # fmt: skip
     dropped = _paired(_talk(iapo), _talk(start), _less)
     rows.append((
         "filler goes (share of talking tokens dropped since the start policy)", "-",
-        with_interval(dropped), verdict(dropped, low=0.0),
+        format_interval(dropped), verdict(dropped, low=0.0),
     ))  # fmt: skip
     computing = iapo["roles"]["compute"], start["roles"]["compute"]
     share = [a / (a + t) - b / (b + u) for a, b, t, u in zip(*computing, _talk(iapo), _talk(start))]
     rows.append((
         "and computing stays (share of computing tokens dropped; verdict: they are a larger part "
-        "of what is written than before)", "-", with_interval(_paired(*computing, _less)),
+        "of what is written than before)", "-", format_interval(_paired(*computing, _less)),
         verdict(mean_interval(share), low=0.0),
     ))  # fmt: skip
     return rows
@@ -117,7 +120,7 @@ def _of_ablation(results: Mapping) -> list[Row]:
         (
             f"Ratio@{results['k']} of {LABELS[a]} is above that of {LABELS[b]} (per 1,000 tokens)",
             "yes (Fig. 5)" if a != "iapo_pmi" else "- (ours)",
-            with_interval([1000 * x for x in results["gap"][f"{a} - {b}"]], 2),
+            format_interval([1000 * x for x in results["gap"][f"{a} - {b}"]], 2),
             verdict(results["gap"][f"{a} - {b}"], low=0.0),
         )
         for a, b in (("iapo", "iapo_ne"), ("iapo_ne", "iapo_ni"), ("iapo_pmi", "iapo"))
@@ -148,16 +151,16 @@ def _of_sweeps(results: Mapping) -> list[Row]:
     )  # fmt: skip
     rows = [
         ("length falls with alpha (tokens per decade of alpha)", "falls monotonically (Fig. 6)",
-         with_interval(length, 1) + ("" if falls else "; the means do not fall at every step"),
+         format_interval(length, 1) + ("" if falls else "; the means do not fall at every step"),
          verdict(length, high=0.0)),
         (f"Pass@{k} falls much more slowly (share lost from the least to the largest alpha; that "
-         "of the length)", "yes (Fig. 6)", f"{with_interval(lost)}; {with_interval(share)}",
+         "of the length)", "yes (Fig. 6)", f"{format_interval(lost)}; {format_interval(share)}",
          verdict(slower, low=0.0)),
     ]  # fmt: skip
     for metric, label, unit in ((f"pass@{k}", f"Pass@{k}", 3), ("length", "length", 1)):
         slope = _slope(beta, metric)
         rows.append((f"{label} rises with beta (per decade of beta)", "rises (Fig. 6)",
-                     with_interval(slope, unit), verdict(slope, low=0.0)))  # fmt: skip
+                     format_interval(slope, unit), verdict(slope, low=0.0)))  # fmt: skip
     return rows
 
 
@@ -167,27 +170,27 @@ def _of_theory(results: Mapping) -> list[Row]:
     rows = [
         ("a small step changes the expected length by the covariance (slope of measured on "
          "predicted at the smallest step, tabular worlds)", "1 (Theorem 4.1)",
-         with_interval(theorem["slope"][0], 4), verdict(theorem["slope"][0], 0.98, 1.02)),
+         format_interval(theorem["slope"][0], 4), verdict(theorem["slope"][0], 0.98, 1.02)),
         ("the error shrinks in proportion to the step (order)", "1 (first order)",
-         with_interval(theorem["order"]), verdict(theorem["order"], 0.9, 1.1)),
+         format_interval(theorem["order"]), verdict(theorem["order"], 0.9, 1.1)),
         ("informativeness per token falls as completions grow (correlation within a story, start "
-         "policy)", "assumed (Corollary 4.2)", with_interval(told["correlation"]),
+         "policy)", "assumed (Corollary 4.2)", format_interval(told["correlation"]),
          verdict(told["correlation"], high=0.0)),
         ("where it falls, the step shortens (share of worlds of talk and an answer)",
-         "1 (Corollary 4.2)", with_interval(tables["filler"]["shorter"]),
+         "1 (Corollary 4.2)", format_interval(tables["filler"]["shorter"]),
          verdict(tables["filler"]["shorter"], low=0.95)),
         ("where it grows, the step lengthens (share of worlds of clues that it shortens)",
-         "0 (Corollary 4.2)", with_interval(tables["clue"]["shorter"]),
+         "0 (Corollary 4.2)", format_interval(tables["clue"]["shorter"]),
          verdict(tables["clue"]["shorter"], high=0.05)),
     ]  # fmt: skip
     for name, sign, moves in (("plus", "+", "falls"), ("minus", "-", "rises")):
         found = exploration[name]
         rows += [
             (f"with A = {sign}pi the entropy changes by -eta Cov(log pi, A) (slope at the smallest "
-             "step)", "1 (exploration)", with_interval(found["slope"][0], 4),
+             "step)", "1 (exploration)", format_interval(found["slope"][0], 4),
              verdict(found["slope"][0], 0.98, 1.02)),
             (f"and so it {moves} (share of random policies)", "1 (exploration)",
-             with_interval(found["right_sign"]), verdict(found["right_sign"], low=0.95)),
+             format_interval(found["right_sign"]), verdict(found["right_sign"], low=0.95)),
         ]  # fmt: skip
     return rows
 
@@ -201,8 +204,8 @@ def _of_departures(results: Mapping) -> list[Row]:
         rows.append((
             f"the released code's departure \"{row['what']}\" makes no difference (length over "
             "that of the paper's rule within 5%; Pass@1 minus)", "not told",
-            f"{with_interval(change)}; {with_interval(right)}; correlation of the advantages "
-            f"{with_interval(mean_interval(row['correlation']), 2)}", same,
+            f"{format_interval(change)}; {format_interval(right)}; correlation of the advantages "
+            f"{format_interval(mean_interval(row['correlation']), 2)}", same,
         ))  # fmt: skip
     return rows
 
@@ -223,7 +226,7 @@ def claims(
     """Write ``claims.md``: every claim, the paper's number, ours with its interval, the verdict.
 
     What is missing of Table 1, ablation, sweeps, departures and theory is run first. Arguments and
-    errors as for :func:`iapo_mini.experiments.table1`.
+    errors as for :func:`iapo_mini.lab.table1.table1`.
 
     Returns:
         The text of the file.

@@ -18,12 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from iapo_mini.advantages import exploration, normalize
-from iapo_mini.information import (
-    answer_entropies,
-    check_stride,
-    encode_postfix,
-    informativeness,
-)
+from iapo_mini.information import answer_entropies, check_stride, encode_postfix, informativeness
 from iapo_mini.policy import Policy
 from iapo_mini.rewards import reward
 from iapo_mini.rollouts import Rollouts

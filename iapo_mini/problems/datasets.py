@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from iapo_mini.tasks import SPLITS, SYSTEM_PROMPT, SYSTEM_PROMPT_INTEGER, Problem, stories
-from iapo_mini.verify import as_number
+from iapo_mini.problems.stories import SPLITS, stories
+from iapo_mini.problems.verify import as_number
+from iapo_mini.tasks import SYSTEM_PROMPT, SYSTEM_PROMPT_INTEGER, Problem
 
 ALL = "all"
 """Split that is a whole local file."""

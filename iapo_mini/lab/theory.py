@@ -39,10 +39,9 @@ from pathlib import Path
 
 import torch
 
-from iapo_mini import plots_theory
 from iapo_mini.advantages import normalize
-from iapo_mini.evaluation import mean_interval, with_interval
-from iapo_mini.exact import (
+from iapo_mini.intervals import format_interval, mean_interval
+from iapo_mini.lab.exact import (
     Strings,
     added_score,
     covariance,
@@ -54,10 +53,10 @@ from iapo_mini.exact import (
     string_logprobs,
     strings_of,
 )
-from iapo_mini.experiments import results_path
-from iapo_mini.run_folder import writable_folder
-from iapo_mini.runs import versions, write_json
-from iapo_mini.theory_stories import story_experiments
+from iapo_mini.lab.figures import theory as drawn
+from iapo_mini.lab.results import results_path
+from iapo_mini.lab.theory_stories import story_experiments
+from iapo_mini.run_folder import versions, writable_folder, write_json
 
 ETAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Step sizes; the order of the error is fitted on those up to 0.3."""
@@ -415,7 +414,7 @@ def draw(results: dict, figures: Path) -> None:
     """Every figure, from the content of ``results/theory.json``."""
     ending = "" if results["preset"]["name"] == "full" else f"_{results['preset']['name']}"
     for name in ("theorem", "corollary", "exploration"):
-        figure = getattr(plots_theory, f"theory_{name}")(results[name])
+        figure = getattr(drawn, f"theory_{name}")(results[name])
         figure.savefig(figures / f"theory_{name}{ending}.png", dpi=150)
 
 
@@ -426,32 +425,34 @@ def summary(results: dict) -> str:
     policy = results["policy"]
     rows = [
         ("Theorem 4.1, slope of measured on predicted at the smallest step", "1",
-         with_interval(theorem["informativeness"]["slope"][0], 5)),
-        ("the same for a random direction", "1", with_interval(theorem["control"]["slope"][0], 5)),
+         format_interval(theorem["informativeness"]["slope"][0], 5)),
+        ("the same for a random direction", "1",
+         format_interval(theorem["control"]["slope"][0], 5)),
         ("order of the relative error in the step", "1",
-         with_interval(theorem["informativeness"]["order"])),
+         format_interval(theorem["informativeness"]["order"])),
         ("embedded policy, a step's change of length (tokens)",
-         with_interval(policy["predicted"], 1), with_interval(policy["measured"], 1)),
+         format_interval(policy["predicted"], 1), format_interval(policy["measured"], 1)),
         ("Corollary 4.2, stories: correlation of informativeness per token with length", "negative",
-         with_interval(told["correlation"])),
+         format_interval(told["correlation"])),
     ]  # fmt: skip
     for name, says in (("random", "1"), ("filler", "1"), ("clue", "0")):
         rows += [
             (f"{name} worlds: share in which informativeness per token falls with length", says,
-             with_interval(tables[name]["premise"])),
+             format_interval(tables[name]["premise"])),
             (f"{name} worlds: share in which the step shortens", says,
-             with_interval(tables[name]["shorter"])),
-            ("the same, s not normalised", says, with_interval(tables[name]["shorter_raw"])),
+             format_interval(tables[name]["shorter"])),
+            ("the same, s not normalised", says, format_interval(tables[name]["shorter_raw"])),
         ]  # fmt: skip
     for name, says in (("plus", "falls"), ("minus", "rises")):
         rows += [
             (f"exploration, A = {'+' if name == 'plus' else '-'}pi: slope", "1",
-             with_interval(exploration[name]["slope"][0], 5)),
+             format_interval(exploration[name]["slope"][0], 5)),
             (f"share of policies whose entropy {says}, natural gradient", "1",
-             with_interval(exploration[name]["right_sign"])),
-            ("the same, plain gradient", "", with_interval(exploration[name]["right_sign_plain"])),
+             format_interval(exploration[name]["right_sign"])),
+            ("the same, plain gradient", "",
+             format_interval(exploration[name]["right_sign_plain"])),
             ("the same, completions, term normalised within each", "",
-             with_interval(exploration["strings"][name])),
+             format_interval(exploration["strings"][name])),
         ]  # fmt: skip
     lines = ["| claim | theory | found (95% interval over seeds) |", "|---|---|---|"]
     return "\n".join(lines + [f"| {a} | {b} | {c} |" for a, b, c in rows])

@@ -12,7 +12,7 @@ queries of the kept positions are needed, and when sampling has kept its keys an
 (``rollouts.cache``) the trunk is not run at all.
 
 The walk spells out the decoder layer of the Llama family (pre-norm, rotary positions, gated MLP).
-Other causal LMs are served by ``iapo_mini.prefixes``.
+Other causal LMs are served by ``iapo_mini.early_exit.prefixes``.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ from dataclasses import dataclass
 
 import torch
 
+from iapo_mini.memory import CARD_BLOCK
 from iapo_mini.rollouts import Rollouts
 
 FAMILIES = ("qwen2", "qwen3", "llama", "gemma")
 """Values of ``config.model_type`` whose decoder layers the walk spells out."""
-
-CARD_BLOCK = 2**25
-"""Numbers inside the MLP at a time on a card; they take about ten bytes each."""
 
 _QUERIES = 128  # per attention call: later keys, which none of them sees, are left out
 

@@ -1,7 +1,7 @@
 """Worlds small enough to enumerate: conditional mutual information in closed form.
 
 Three kinds, all without a neural net, that the estimators of :mod:`iapo_mini.information` and the
-paper's theory (:mod:`iapo_mini.theory`) are held against:
+paper's theory (:mod:`iapo_mini.lab.theory`) are held against:
 
 * :class:`World`: a tabular policy over strings of T symbols with an answer for each string. Every
   quantity of the paper's Section 4 is a sum over a tensor.
@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
-from iapo_mini.tasks import MAX_VALUE, Problem, Segment, apply, operands
+from iapo_mini.problems.stories import MAX_VALUE, Segment, apply, operands
+from iapo_mini.tasks import Problem
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 The world writes its chains of thought itself, so two truths are at hand that no benchmark of real
 text has: which tokens compute, and how far the posterior of the answer really falls at each step
-(:mod:`iapo_mini.exact`). :func:`estimator_study` holds every estimator against both, for the
+(:mod:`iapo_mini.lab.exact`). :func:`estimator_study` holds every estimator against both, for the
 embedded policy, whose early exits were trained beside its chains, for the same after a calibration
 fine-tune, for one trained on whole chains only, and for that one after a short fine-tune.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from iapo_mini import plots
-from iapo_mini.calibration import (
-    calibrate,
-    calibration,
-    exit_calibration,
-    expected_calibration_error,
-)
-from iapo_mini.exact import true_drops
+from iapo_mini.calibration import calibrate, calibration, exit_calibration
 from iapo_mini.information import (
     answer_entropies,
     answer_surprisals,
@@ -36,17 +29,15 @@ from iapo_mini.information import (
     informativeness,
     next_token_informativeness,
 )
+from iapo_mini.intervals import auc, bootstrap_interval, expected_calibration_error, spearman
+from iapo_mini.lab.exact import true_drops
 from iapo_mini.logprobs import token_logprobs
-from iapo_mini.policy import (
-    EMBEDDED,
-    EMBEDDED_CALIBRATED,
-    EMBEDDED_UNCALIBRATED,
-    Policy,
-    load_policy,
-)
-from iapo_mini.rollouts import from_texts
-from iapo_mini.runs import versions, write_json
-from iapo_mini.tasks import MAX_VALUE, Problem, Segment, chain_of_thought, stories
+from iapo_mini.policies import EMBEDDED, EMBEDDED_CALIBRATED, EMBEDDED_UNCALIBRATED
+from iapo_mini.policy import Policy, load_policy
+from iapo_mini.problems.stories import MAX_VALUE, Segment, chain_of_thought, stories
+from iapo_mini.run_folder import versions, write_json
+from iapo_mini.sampling import from_texts
+from iapo_mini.tasks import Problem
 
 POLICIES = ("calibrated", "embedded", "uncalibrated", "recalibrated")
 """The embedded policy after ``calibrate`` (shipped) and as it was; its twin, which has seen whole
@@ -57,38 +48,6 @@ _MODELS = {
 }  # fmt: skip
 
 ESTIMATORS = ("entropy", "pmi", "candidates", "belief_shift", "next_token")
-
-
-def auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """ROC AUC: chance that a random positive scores above a random negative, ties half."""
-    order = np.unique(scores, return_inverse=True)[1]
-    up = np.bincount(order, weights=positive)
-    down = np.bincount(order, weights=~positive)
-    below = np.cumsum(down) - down
-    return float((up * (below + down / 2)).sum() / (up.sum() * down.sum()))
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation; equal values share the mean of their ranks."""
-
-    def ranks(x: np.ndarray) -> np.ndarray:
-        _, index, counts = np.unique(x, return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[index]
-
-    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
-
-
-def with_interval(
-    statistic: Callable[..., float], groups: list[tuple[np.ndarray, ...]], draws: int = 300
-) -> list[float]:
-    """``[value, low, high]``: a statistic and its 95% bootstrap interval over groups (stories)."""
-    rng = np.random.default_rng(0)
-
-    def of(chosen) -> float:
-        return statistic(*(np.concatenate(x) for x in zip(*(groups[i] for i in chosen))))
-
-    values = [of(rng.integers(len(groups), size=len(groups))) for _ in range(draws)]
-    return [of(range(len(groups))), *np.quantile(values, [0.025, 0.975]).tolist()]
 
 
 def token_segments(tokenizer, segments: list[Segment], ids: list[int]) -> list[int]:
@@ -157,8 +116,8 @@ def judge(policy: Policy, problems: list[Problem], chains: list[list[Segment]]) 
     pairs = {name: list(zip(whole[name], whole["role"])) for name in whole}
     steps = sorted(set(whole["steps"]))
     return {
-        "auc": {n: with_interval(auc, pairs[f"{n}/sentence"]) for n in scores},
-        "auc_token": {n: with_interval(auc, pairs[n]) for n in scores},
+        "auc": {n: bootstrap_interval(auc, pairs[f"{n}/sentence"]) for n in scores},
+        "auc_token": {n: bootstrap_interval(auc, pairs[n]) for n in scores},
         "auc_by_steps": {
             str(k): {
                 n: auc(*(np.concatenate(x) for x in zip(*itertools.compress(
@@ -168,7 +127,7 @@ def judge(policy: Policy, problems: list[Problem], chains: list[list[Segment]]) 
             for k in steps
         },
         "spearman": {
-            n: with_interval(spearman, list(zip(segment_sums[n], segment_sums["true"])))
+            n: bootstrap_interval(spearman, list(zip(segment_sums[n], segment_sums["true"])))
             for n in scores
         },
     }  # fmt: skip
@@ -190,7 +149,7 @@ def ceiling(problems: list[Problem], chains: list[list[Segment]]) -> dict:
             groups, [s == k for s in steps]))))
         for k in sorted(set(steps))
     }  # fmt: skip
-    return {"auc": with_interval(auc, groups), "by_steps": by_steps}
+    return {"auc": bootstrap_interval(auc, groups), "by_steps": by_steps}
 
 
 def estimator_study(figures: str | Path = "figures", n_stories: int = 300) -> dict:

@@ -8,9 +8,9 @@ they do not compute twice (paper, Section 4, "Estimating s"):
 * ``cached``: KV-cache preloading with chunk-wise forwarding, as the paper describes. The trunk is
   run once; its cache is copied once per prefix, C prefixes to a chunk.
 * ``packed``: the trunk is run once and no cache is copied: all branches hang behind the same keys
-  and values, each seeing its own prefix only. :mod:`iapo_mini.flat` does it without padding for
-  the Llama family; other models with a KV cache get C branches at a time as one sequence under a
-  4-D mask.
+  and values, each seeing its own prefix only. :mod:`iapo_mini.early_exit.flat` does it without
+  padding for the Llama family; other models with a KV cache get C branches at a time as one
+  sequence under a 4-D mask.
 
 All give the same numbers up to rounding.
 """
@@ -26,8 +26,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from iapo_mini import flat
-from iapo_mini.logprobs import model_mask, plain_model, sliding_window, trunk_blocks
+from iapo_mini.attention import model_mask, sliding_window
+from iapo_mini.early_exit import flat
+from iapo_mini.logprobs import plain_model, trunk_blocks
 from iapo_mini.rollouts import Rollouts
 
 METHODS = ("packed", "cached", "naive")

@@ -17,12 +17,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
 
-from iapo_mini.flat import CARD_BLOCK
+from iapo_mini.config import TrainConfig
 from iapo_mini.information import INFORMATION
-from iapo_mini.logprobs import LOGIT_BYTES, LOGITS_MB
+from iapo_mini.memory import CACHE_BLOCK, CARD_BLOCK, LOGIT_BYTES, LOGITS_MB
 from iapo_mini.policy import model_source, quiet_libraries
-from iapo_mini.rollouts import CACHE_BLOCK
-from iapo_mini.trainer import TrainConfig
 
 GB = 2**30
 
@@ -46,7 +44,7 @@ SHAPES = {
 }  # fmt: skip
 """Shapes that need no network: arguments of ``Qwen2Config``, from the models' config.json."""
 
-CARDS = {"t4": 14.7}
+CARD_GB = {"t4": 14.7}
 """GB of cards known by name; others are given by size, such as ``12gb``."""
 
 CONTEXT_GB = 0.6
@@ -118,10 +116,12 @@ def card_gb(gpu: str) -> float:
         ValueError: for a card that is neither known nor given by its size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*gb", gpu.lower())
-    if gpu.lower() in CARDS:
-        return CARDS[gpu.lower()]
+    if gpu.lower() in CARD_GB:
+        return CARD_GB[gpu.lower()]
     if not found or float(found[1]) <= 0:
-        raise ValueError(f"gpu is '{gpu}'; allowed are {', '.join(CARDS)} or a size, such as 12gb.")
+        raise ValueError(
+            f"gpu is '{gpu}'; allowed are {', '.join(CARD_GB)} or a size, such as 12gb."
+        )
     return float(found[1])
 
 

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from iapo_mini.information import answer_entropies, informativeness
 from iapo_mini.plots import token_heatmap
 from iapo_mini.policy import Policy
-from iapo_mini.rollouts import sample
-from iapo_mini.tasks import Problem, token_roles
+from iapo_mini.problems.stories import token_roles
+from iapo_mini.sampling import sample
+from iapo_mini.tasks import Problem
 
 
 @dataclass(frozen=True)

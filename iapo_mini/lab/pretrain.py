@@ -1,4 +1,4 @@
-"""How the embedded policy was made: ``python -m iapo_mini.pretrain`` remakes it from nothing.
+"""How the embedded policy was made: ``python -m iapo_mini.lab.pretrain`` remakes it from nothing.
 
 A Qwen2-architecture model learns to continue stories of the train stream with the world's own
 chains of thought. Two losses, one trunk pass:
@@ -11,7 +11,7 @@ chains of thought. Two losses, one trunk pass:
 Without the second loss a policy that is forced to answer early copies the last number it saw, its
 answer entropy is near zero everywhere, and the estimator of the paper measures noise.
 
-``python -m iapo_mini.pretrain --calibrate`` makes ``embedded-calibrated`` from the result.
+``python -m iapo_mini.lab.pretrain --calibrate`` makes ``embedded-calibrated`` from the result.
 """
 
 from __future__ import annotations
@@ -31,24 +31,15 @@ from tokenizers import AddedToken
 from tqdm.auto import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from iapo_mini.calibration import (
-    calibrate,
-    exit_calibration,
-    exit_loss,
-    expected_calibration_error,
-)
+from iapo_mini.calibration import calibrate, exit_calibration, exit_loss
+from iapo_mini.intervals import expected_calibration_error
 from iapo_mini.plots import reliability
-from iapo_mini.policy import EMBEDDED, load_policy
+from iapo_mini.policies import EMBEDDED
+from iapo_mini.policy import load_policy
+from iapo_mini.problems.stories import MAX_VALUE, chain_of_thought, stories, token_roles
 from iapo_mini.rewards import parse_answer, score
-from iapo_mini.rollouts import from_texts, sample
-from iapo_mini.tasks import (
-    MAX_VALUE,
-    POSTFIX,
-    chain_of_thought,
-    render_prompt,
-    stories,
-    token_roles,
-)
+from iapo_mini.sampling import from_texts, sample
+from iapo_mini.tasks import POSTFIX, render_prompt
 
 # ChatML without a system turn: the embedded policy needs no instructions.
 CHAT_TEMPLATE = (
@@ -370,7 +361,7 @@ def report(folder: str | Path, figures: str | Path = "figures", n_stories: int =
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of ``python -m iapo_mini.pretrain``."""
+    """Command line of ``python -m iapo_mini.lab.pretrain``."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

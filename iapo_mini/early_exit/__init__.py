@@ -1,0 +1,1 @@
+"""How a policy is asked for its answer after every prefix of every completion."""

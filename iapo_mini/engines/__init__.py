@@ -1,0 +1,1 @@
+"""Other people's engines: vLLM samples, TRL trains."""

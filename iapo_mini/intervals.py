@@ -1,0 +1,85 @@
+"""Numbers with intervals: means over seeds, bootstrap, ROC AUC, rank correlation, calibration."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+# Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
+_T95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+    2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and its 95% t-interval over seeds: ``(mean, low, high)``.
+
+    With a single value the interval is not known and both ends are NaN.
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    df = len(values) - 1
+    t = _T95[df - 1] if df <= len(_T95) else 1.960 + 2.5 / df
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def format_interval(interval: Sequence[float], digits: int = 3) -> str:
+    """``(mean, low, high)`` as text: ``0.500 [0.400, 0.600]``; NaN ends are those of one seed."""
+    mean, low, high = interval
+    if math.isnan(low):
+        return f"{mean:.{digits}f} (one seed)"
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """ROC AUC: chance that a random positive scores above a random negative, ties half."""
+    order = np.unique(scores, return_inverse=True)[1]
+    up = np.bincount(order, weights=positive)
+    down = np.bincount(order, weights=~positive)
+    below = np.cumsum(down) - down
+    return float((up * (below + down / 2)).sum() / (up.sum() * down.sum()))
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation; equal values share the mean of their ranks."""
+
+    def ranks(x: np.ndarray) -> np.ndarray:
+        _, index, counts = np.unique(x, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[index]
+
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def bootstrap_interval(
+    statistic: Callable[..., float], groups: list[tuple[np.ndarray, ...]], draws: int = 300
+) -> list[float]:
+    """``[value, low, high]``: a statistic and its 95% bootstrap interval over groups (stories)."""
+    rng = np.random.default_rng(0)
+
+    def of(chosen) -> float:
+        return statistic(*(np.concatenate(x) for x in zip(*(groups[i] for i in chosen))))
+
+    values = [of(rng.integers(len(groups), size=len(groups))) for _ in range(draws)]
+    return [of(range(len(groups))), *np.quantile(values, [0.025, 0.975]).tolist()]
+
+
+def expected_calibration_error(
+    confidence: torch.Tensor, correct: torch.Tensor, bins: int = 15
+) -> float:
+    """Expected calibration error: mean |accuracy - confidence| over equal-width confidence bins.
+
+    Args:
+        confidence: (N,) in 0..1; correct: (N,) bool or 0/1; bins: number of bins.
+    """
+    confidence, correct = confidence.double(), correct.double()
+    index = (confidence * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.double).index_add(0, index, correct - confidence)
+    return float(gap.abs().sum() / len(confidence))

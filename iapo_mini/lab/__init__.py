@@ -1,0 +1,1 @@
+"""What produces the committed results: experiments, studies and their figures."""

@@ -1,0 +1,44 @@
+"""The paper's Fig. 5: what each part of the advantage is worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from iapo_mini import plots
+from iapo_mini.intervals import mean_interval
+from iapo_mini.lab.results import file_stem, results_path
+from iapo_mini.lab.table1 import table1
+from iapo_mini.run_folder import write_json
+
+ABLATED = ("grpo", "iapo_ni", "iapo_ne", "iapo", "iapo_pmi")
+
+
+def ablation(
+    preset: str = "full",
+    *,
+    out: str | Path = "runs/science",
+    figures: str | Path = "figures",
+    parallel: int | None = None,
+) -> dict:
+    """The paper's Fig. 5, from the runs of Table 1: what each part of the advantage is worth."""
+    results = table1(preset, out=out, figures=figures, parallel=parallel)
+    figures, k = Path(figures), max(results["config"]["evaluation"]["ks"])
+    rows = {name: results["methods"][name] for name in ABLATED}
+    gaps = {}
+    for one, other in (
+        ("iapo", "iapo_ne"), ("iapo_ne", "iapo_ni"), ("iapo", "iapo_ni"), ("iapo_pmi", "iapo"),
+    ):  # fmt: skip
+        pairs = zip(rows[one][f"ratio@{k}"], rows[other][f"ratio@{k}"])
+        gaps[f"{one} - {other}"] = list(mean_interval([a - b for a, b in pairs]))
+    found = {
+        "k": k,
+        **{metric: {m: r[f"{metric}@{k}"] for m, r in rows.items()}
+           for metric in ("ratio", "length", "pass")},
+        "gap": gaps,
+        "config": {m: results["config"][m] for m in ABLATED}
+        | {"evaluation": results["config"]["evaluation"]},
+        "versions": results["versions"],
+    }  # fmt: skip
+    write_json(results_path(figures, "ablation", preset), found)
+    plots.comparison(rows, k).savefig(figures / f"{file_stem('ablation', preset)}.png", dpi=150)
+    return found

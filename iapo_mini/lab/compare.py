@@ -1,0 +1,50 @@
+"""GRPO and IAPO from one start policy: the comparison that a newcomer runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from iapo_mini.lab.results import check_options, draw_comparison
+from iapo_mini.lab.runs import START, collect, make_jobs, run_all
+from iapo_mini.lab.sizes import COMPARE, COMPARE_ALPHA
+from iapo_mini.run_folder import write_json
+
+
+def compare(
+    preset: str = "demo",
+    *,
+    out: str | Path = "runs/compare",
+    figures: str | Path = "figures",
+    parallel: int | None = None,
+    split: str = "test",
+    recipes: dict[str, dict] | None = None,
+) -> dict:
+    """Train and judge GRPO and IAPO; write the results file and the figures.
+
+    Args:
+        preset: a key of ``COMPARE``.
+        out: folder of the runs.
+        figures: results go to ``figures/results``, figures beside.
+        parallel: processes at a time, default one per core.
+        split: stream of the evaluation; ``"tune"`` when looking for a recipe.
+        recipes: rows to run, name -> TrainConfig fields; default GRPO and IAPO.
+
+    Returns:
+        The content of the results file, as described at the head of :mod:`iapo_mini.lab.results`.
+
+    Raises:
+        ValueError: for an unknown preset, or runs in ``out`` made with other settings.
+        RuntimeError: when a run fails; the message holds its last line.
+    """
+    if preset not in COMPARE:
+        raise ValueError(f"preset is {preset!r}; allowed are {', '.join(COMPARE)}.")
+    size, out, figures = COMPARE[preset], Path(out), Path(figures)
+    check_options(out, figures, parallel)
+    alpha = COMPARE_ALPHA.get(preset, 0.4)
+    recipes = recipes or {"grpo": {"method": "grpo"}, "iapo": {"method": "iapo", "alpha": alpha}}
+    jobs = make_jobs(size, out / preset, {START: None, **recipes}, split)
+    run_all(jobs, parallel)
+    results = collect(jobs, size)
+    write_json(figures / "results" / f"compare_{preset}.json", results)
+    draw_comparison(results, figures, f"compare_{preset}")
+    return results

@@ -1,0 +1,87 @@
+"""How large an experiment is: seeds, steps, problems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of an experiment.
+
+    Attributes:
+        seeds: one training run per recipe and seed.
+        max_steps: training steps.
+        prompts_per_step: prompts per training step, eight completions each.
+        problems: stories of the evaluation, the same for every run.
+        num_generations: completions per story of the evaluation.
+        ks: values of k.
+    """
+
+    seeds: tuple[int, ...]
+    max_steps: int
+    problems: int
+    prompts_per_step: int = 12
+    num_generations: int = 8
+    ks: tuple[int, ...] = (1, 2, 4, 8)
+
+
+COMPARE: dict[str, Size] = {
+    "quick": Size(seeds=(0,), max_steps=2, problems=4, prompts_per_step=2),
+    "demo": Size(seeds=(0, 1, 2), max_steps=22, problems=200),
+    "full": Size(seeds=(0, 1, 2, 3, 4), max_steps=22, problems=300),
+    "long": Size(seeds=(0, 1, 2), max_steps=60, problems=300),
+}
+"""Sizes of ``compare``."""
+COMPARE_ALPHA = {"long": 0.2}
+"""Weight of IAPO's informativeness term in ``compare`` where it is not 0.4: longer runs are stable
+only at a smaller one (figures/recipe_search.md)."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of the experiments behind the paper's tables and figures.
+
+    Attributes:
+        trials: how many of each method's three trials are made.
+        tuning: one run for each trial, on the tune stream.
+        table1: Table 1 and the ablation.
+        sweeps: one run for each weight; departures are of this size too.
+        timed: stories of the wall-clock measurement, eight completions each.
+    """
+
+    trials: int
+    tuning: Size
+    table1: Size
+    sweeps: Size
+    timed: int
+
+
+_KS = (1, 2, 4, 8, 16, 32)
+PRESETS = {
+    "quick": Preset(
+        trials=1,
+        tuning=Size(seeds=(100,), max_steps=1, problems=2, prompts_per_step=1),
+        table1=Size((0,), 2, 4, 2, 4, (1, 4)),
+        sweeps=Size((0,), 1, 2, 1, 4, (1, 4)),
+        timed=2,
+    ),
+    "full": Preset(
+        trials=3,
+        tuning=Size(seeds=(100,), max_steps=22, problems=100),
+        table1=Size((0, 1, 2, 3, 4), 22, 500, 12, 32, _KS),
+        sweeps=Size((0, 1, 2), 22, 100, 12, 32, _KS),
+        timed=100,
+    ),
+}
+
+
+def preset_of(name: str) -> Preset:
+    """The preset of this name.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}; allowed are {', '.join(PRESETS)}.")
+    return PRESETS[name]
