@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo full long test torture lint policy notebooks course clean
+.PHONY: demo full long test check torture policy notebooks course clean
 
 demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy, compare them, three seeds (about six minutes)
 	$(RUN) iapo_mini compare --preset demo
@@ -11,8 +11,14 @@ demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy, compare them
 full: $(VENV)/ready  ## the same with five seeds (what the README reports)
 	$(RUN) iapo_mini compare --preset full
 
-test: $(VENV)/ready  ## every test, the notebooks included
+check: $(VENV)/ready  ## style, types and the fast tests: under ninety seconds on two cores
 	$(RUN) ruff check .
+	$(RUN) mypy
+	$(RUN) pytest -n auto --dist loadfile -m "not slow" $(FAST)
+
+test: $(VENV)/ready  ## style, types and every test, the notebooks included
+	$(RUN) ruff check .
+	$(RUN) mypy
 	$(RUN) pytest -n auto --dist loadfile
 	$(RUN) pytest -n auto --dist loadfile --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval.cfg notebooks
 
@@ -23,7 +29,7 @@ long: $(VENV)/ready  ## three seeds, 60 steps
 	$(RUN) iapo_mini compare --preset long
 
 policy: $(VENV)/ready  ## remake the embedded policy and its report into runs/
-	$(RUN) iapo_mini.pretrain --out runs/pretrain
+	$(RUN) iapo_mini.lab.pretrain --out runs/pretrain
 
 notebooks: $(VENV)/ready  ## run the notebooks and keep their outputs
 	$(RUN) jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb notebooks/solutions/*.ipynb

@@ -30,7 +30,9 @@ import torch
 from transformers import DynamicCache, Qwen2ForCausalLM
 
 from iapo_mini.config import TrainConfig
-from iapo_mini.information import answer_entropies, encode_postfix, entropy
+from iapo_mini.early_exit.question import EarlyExit
+from iapo_mini.early_exit.reading import logits_entropy
+from iapo_mini.information import answer_entropies, encode_postfix
 from iapo_mini.intervals import bootstrap_interval
 from iapo_mini.logprobs import trunk_blocks
 from iapo_mini.policy import Policy, load_policy
@@ -39,7 +41,7 @@ from iapo_mini.rollouts import Rollouts
 from iapo_mini.run_folder import versions, write_json
 from iapo_mini.sampling import sample
 from iapo_mini.tasks import POSTFIX
-from iapo_mini.tools.planner import shape
+from iapo_mini.tools.planner import config_of
 from iapo_mini.trainer import train
 
 RESULTS = Path(__file__).parent.parent / "figures" / "results" / "estimator.json"
@@ -94,7 +96,7 @@ def authors_way(policy: Policy, rollouts: Rollouts, postfix: str, chunk: int = 1
             position_ids=start[:, None] + torch.arange(k),
             past_key_values=cache,
         ).logits  # fmt: skip
-        out[:, t] = entropy(logits[:, -1]).view(rows, len(t))
+        out[:, t] = logits_entropy(logits[:, -1]).view(rows, len(t))
     return out * (torch.arange(length + 1) <= rollouts.lengths[:, None])
 
 
@@ -112,7 +114,7 @@ def padded_forward(policy: Policy, rollouts: Rollouts, postfix: str, rows: int =
         hidden = model.model(block, use_cache=False).last_hidden_state
         wanted = hidden[:, width + length + k - 1 :: k].flatten(0, 1)
         for part in wanted.split(max(64, 2**19 // model.config.vocab_size)):
-            entropy(model.lm_head(part))
+            logits_entropy(model.lm_head(part))
 
 
 def embedded_rollouts(completions: int = 64) -> tuple[Policy, Rollouts]:
@@ -128,7 +130,7 @@ def qwen_shape(rows: int = 2, prompt: int = 100, completion: int = 256) -> tuple
     The keys of the rows are kept in the form in which ``sample`` leaves them.
     """
     torch.manual_seed(0)
-    config = shape("qwen2.5-0.5b")
+    config = config_of("qwen2.5-0.5b")
     model = Qwen2ForCausalLM(config).to(torch.bfloat16).eval()
     policy = Policy(model, load_policy(lora_rank=0).tokenizer)
     policy.model.generation_config.eos_token_id = policy.tokenizer.eos_token_id
@@ -142,17 +144,19 @@ def qwen_shape(rows: int = 2, prompt: int = 100, completion: int = 256) -> tuple
     )  # fmt: skip
     with torch.no_grad():
         (trunk,) = trunk_blocks(model, rollouts, rows, need_logits=False)
-    rollouts.cache = [
+    cache = [
         [tuple(x[i].transpose(0, 1) for x in (y.keys, y.values)) for y in trunk.cache.layers]
         for i in trunk.rows.argsort().tolist()
     ]
-    return policy, rollouts
+    return policy, replace(rollouts, cache=cache)
 
 
 SETTINGS = {"tiny": (embedded_rollouts, POSTFIX), "qwen05b": (qwen_shape, FIVE_TOKENS)}
 RIVALS = {
-    "packed": answer_entropies,
-    "packed_alone": lambda p, r, postfix: answer_entropies(p, replace(r, cache=None), postfix),
+    "packed": lambda p, r, postfix: answer_entropies(p, r, EarlyExit(postfix)),
+    "packed_alone": lambda p, r, postfix: answer_entropies(
+        p, replace(r, cache=None), EarlyExit(postfix)
+    ),
     "cached": authors_way,
     "forward": padded_forward,
 }
@@ -255,9 +259,11 @@ def qwen_step(policy: Policy, rollouts: Rollouts, packed: float) -> tuple[float,
     """IAPO's step over GRPO's for the Qwen shape, phase by phase, one step of two completions."""
     from peft import LoraConfig, get_peft_model
 
-    from iapo_mini.trainer import _update
+    from iapo_mini.trainer import update
 
-    config = TrainConfig(num_generations=2, micro_batch_size=2, max_completion_length=256)
+    config = TrainConfig(
+        num_generations=2, micro_batch_size=2, max_completion_length=256, learning_rate=1e-12
+    )
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     tuned = Policy(get_peft_model(policy.model, lora), policy.tokenizer)
     tuned.model.generation_config.eos_token_id = 0  # never drawn: full length
@@ -265,10 +271,9 @@ def qwen_step(policy: Policy, rollouts: Rollouts, packed: float) -> tuple[float,
     problem = next(stories("tune"))
     drawn = sample(tuned, [problem], num_generations=2, max_completion_length=256)
     sampled = time.perf_counter()
-    parameters = list(tuned.trainable().values())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-12)
+    optimizer = torch.optim.AdamW(tuned.trainable().values())
     advantages = torch.randn(drawn.completion_ids.shape)
-    _update(tuned, optimizer, parameters, drawn, advantages, config)
+    update(tuned, optimizer, drawn, advantages, config, step=0)
     grpo = {"sampling": sampled - start, "update": time.perf_counter() - sampled}
     total = sum(grpo.values())
     return (total + packed) / total, {**grpo, "information": packed}
@@ -309,13 +314,11 @@ def exactness() -> float:
     policy = load_policy(lora_rank=0)
     problems = list(itertools.islice(stories("tune", seed=9), 2))
     kept = sample(policy, problems, num_generations=4, seed=0, keep_cache=True)
-    naive = answer_entropies(policy, kept, method="naive")
+    naive = answer_entropies(policy, kept, EarlyExit(way="naive"))
     worst = 0.0
-    for method, cache in itertools.product(("packed", "cached"), (True, False)):
-        kept.cache = kept.cache if cache else None
-        found = answer_entropies(policy, kept, method=method)
+    for way, cache in itertools.product(("packed", "cached"), (kept.cache, None)):
+        found = answer_entropies(policy, replace(kept, cache=cache), EarlyExit(way=way))
         worst = max(worst, float((found - naive).abs().max()))
-        kept = sample(policy, problems, num_generations=4, seed=0, keep_cache=True)
     return max(worst, float((authors_way(policy, kept, POSTFIX) - naive).abs().max()))
 
 
@@ -330,9 +333,10 @@ def growth(lengths=(16, 32, 64, 128, 256, 448)) -> dict:
             ids[:, :60], ones[:, :60], ids[:, 60:], ones[:, 60:], torch.zeros(1, length), 1,
             torch.ones(1, dtype=torch.bool),
         )  # fmt: skip
-        for method, values in seconds.items():
-            run = {method: lambda m=method, r=rollouts: answer_entropies(policy, r, method=m)}
-            values.append(medians(run, 1 if method == "naive" else 5, 0)[method])
+        for way, values in seconds.items():
+            how = EarlyExit(way=way)
+            run = {way: lambda h=how, r=rollouts: answer_entropies(policy, r, h)}
+            values.append(medians(run, 1 if way == "naive" else 5, 0)[way])
     x = torch.tensor(lengths[-3:]).double().log()
     slopes = {}
     for method, values in seconds.items():

@@ -34,11 +34,11 @@ from iapo_mini.policy import Policy, load_policy
 from iapo_mini.run_folder import versions, write_json
 from iapo_mini.sampling import encode_prompts
 from iapo_mini.tasks import Problem
-from iapo_mini.tools.planner import GB, plan, shape
+from iapo_mini.tools.planner import GB, config_of, plan, shape_of
 from iapo_mini.trainer import train
 
 RESULTS = Path(__file__).parent.parent / "figures" / "results" / "memory.json"
-PRESET_OF = {"qwen2.5-0.5b": "t4", "qwen2.5-1.5b": "12gb", "qwen2.5-7b": "24gb"}
+CARD_OF = {"qwen2.5-0.5b": "t4", "qwen2.5-1.5b": "12gb", "qwen2.5-7b": "24gb"}
 TINY = Qwen2Config(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, vocab_size=2000, tie_word_embeddings=True,
@@ -113,7 +113,7 @@ def measure(name: str, config: PreTrainedConfig, settings: TrainConfig, prompt: 
                 "peak_gb": (torch.cuda.max_memory_reserved() + context) / GB,
                 "peak_tensors_gb": torch.cuda.max_memory_allocated() / GB,
             }
-    planned = plan(config, settings, prompt, width=policy.dtype.itemsize)
+    planned = plan(shape_of(config), settings, prompt, width=policy.dtype.itemsize)
     steps = {method: sum(parts.values()) for method, parts in seconds.items()}
     return {
         "shape": name,
@@ -135,7 +135,7 @@ def measure(name: str, config: PreTrainedConfig, settings: TrainConfig, prompt: 
 def main() -> None:
     """Measure the shapes asked for; rows of other shapes in the file stay."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shapes", nargs="*", default=list(PRESET_OF), help=", ".join(PRESET_OF))
+    parser.add_argument("shapes", nargs="*", default=list(CARD_OF), help=", ".join(CARD_OF))
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape instead, short texts")
     parser.add_argument("--steps", type=int, default=4, help="per method, one of them warm-up (4)")
@@ -153,12 +153,12 @@ def main() -> None:
     out = args.out or (Path("runs") / "memory_tiny.json" if args.tiny else RESULTS)
     before = json.loads(out.read_text())["rows"] if out.exists() else []
     for name in ["tiny"] if args.tiny else args.shapes:
-        settings = TrainConfig(**{**CARDS[PRESET_OF.get(name, "t4")], "max_steps": args.steps})
+        settings = TrainConfig(**{**CARDS[CARD_OF.get(name, "t4")], "max_steps": args.steps})
         if args.tiny:
             settings = dataclasses.replace(
                 settings, max_completion_length=16, prompts_per_step=2, threads=1
             )
-        row = measure(name, TINY if args.tiny else shape(name), settings, 200, args.device)
+        row = measure(name, TINY if args.tiny else config_of(name), settings, 200, args.device)
         before = [x for x in before if x["shape"] != name] + [row]
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, {"rows": before, "versions": versions()})

@@ -153,7 +153,7 @@ def measure(references: list[str]) -> dict:
     }
 
 
-def table(results: dict) -> str:
+def verdict_table(results: dict) -> str:
     """The results as a Markdown table: how many pairs of a variant are judged as they should be."""
     lines = ["| variant | pairs | ours | strings | agree |", "|---|---|---|---|---|"]
     for truth, title in ((True, "right"), (False, "wrong")):
@@ -172,7 +172,7 @@ def main() -> None:
     packages = {name: version(name) for name in ("math-verify", "latex2sympy2_extended", "sympy")}
     results = measure([problem.answer for problem in problems])
     write_json(RESULTS, {**results, "versions": versions() | packages})
-    print(table(results))
+    print(verdict_table(results))
     print(f"\nAgreement {results['agreement']:.3f} on {results['pairs']} pairs. Judged rightly: "
           f"ours {results['accuracy']['ours']:.3f}, strings "
           f"{results['accuracy']['strings']:.3f}.\nEvery number: {RESULTS}")  # fmt: skip

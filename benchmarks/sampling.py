@@ -31,7 +31,7 @@ from transformers import GenerationConfig
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.run_folder import versions, write_json
 from iapo_mini.sampling import encode_prompts, sample
-from iapo_mini.tools.planner import SHAPES, shape
+from iapo_mini.tools.planner import SHAPES, config_of
 
 RESULTS = Path(__file__).parent.parent / "figures" / "results" / "sampling.json"
 GENERATIONS = 8
@@ -105,7 +105,7 @@ def main() -> None:
               file=sys.stderr)  # fmt: skip
         raise SystemExit(2)
     name, length, prompts = ("tiny", 12, 2) if args.tiny else (args.shape, 512, 8)
-    config = TINY if args.tiny else shape(args.shape)
+    config = TINY if args.tiny else config_of(args.shape)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         write_random_model(config, Path(folder), args.device)

@@ -10,16 +10,19 @@ is on the true answer only, so the policy does not learn to stop early.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from iapo_mini.attention import model_mask
+from iapo_mini.attention import model_mask, positions_of
 from iapo_mini.early_exit.prefixes import ask, branch_inputs
-from iapo_mini.information import encode_postfix, entropy
+from iapo_mini.early_exit.question import Question
+from iapo_mini.early_exit.reading import logits_entropy
+from iapo_mini.information import encode_postfix
 from iapo_mini.intervals import expected_calibration_error
 from iapo_mini.policy import Policy
 from iapo_mini.problems.stories import chain_of_thought
@@ -27,6 +30,9 @@ from iapo_mini.rewards import parse_answer
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.sampling import from_texts, sample
 from iapo_mini.tasks import POSTFIX, Problem
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def _answer_tokens(policy: Policy, answers: Sequence[str]) -> torch.Tensor:
@@ -70,11 +76,10 @@ def exit_calibration(
 
     def read(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         p, guess = torch.softmax(logits[:, 0].float(), dim=-1).max(-1)
-        return torch.stack([p, (guess == truth[rows]).float(), entropy(logits)[:, 0]], dim=1)
+        return torch.stack([p, (guess == truth[rows]).float(), logits_entropy(logits)[:, 0]], dim=1)
 
-    found = ask(
-        policy.for_inference(), rollouts, encode_postfix(policy), read, asked=asked, by_row=True
-    )
+    question = Question(encode_postfix(policy), read, by_row=True)
+    found = ask(policy.for_inference(), rollouts, question, asked=asked)
     found = found.gather(1, at[..., None].expand(-1, -1, 3)).cpu()
     return {
         "confidence": found[..., 0], "correct": found[..., 1] > 0.5, "entropy": found[..., 2],
@@ -100,7 +105,7 @@ class Calibration:
     entropy_by_part: list[float]
     advice: str
 
-    def figure(self):
+    def figure(self) -> Figure:
         """Reliability diagram, error and answer entropy along the chain."""
         from iapo_mini.plots import reliability
 
@@ -147,9 +152,7 @@ def calibration(
     exits = {name: values[whole] for name, values in exits.items()}
     confidence, correct = exits["confidence"], exits["correct"]
     ece = expected_calibration_error(confidence.flatten(), correct.flatten())
-    by_part = [
-        expected_calibration_error(confidence[:, t], correct[:, t]) for t in range(parts + 1)
-    ]
+    by_part = [expected_calibration_error(p, right) for p, right in zip(confidence.T, correct.T)]
     gap = float((confidence - correct.float()).mean())
     advice = "The forced answers can be trusted: informativeness in nats means what it says."
     if ece > 0.1 and gap > 0:
@@ -192,14 +195,28 @@ def forecast_targets(logits: torch.Tensor, answers: torch.Tensor, td_lambda: flo
     return targets
 
 
+@dataclass(frozen=True)
+class Trunk:
+    """Sequences that a model has read, and what it keeps of them, for branches to follow.
+
+    Attributes:
+        cache: keys and values of T positions in each of B rows.
+        mask: (B, T) bool, real tokens.
+        position_ids: (B, T) long.
+    """
+
+    cache: DynamicCache
+    mask: torch.Tensor
+    position_ids: torch.Tensor
+
+
 def exit_loss(
-    model,
-    cache: DynamicCache,
-    mask: torch.Tensor,
-    position_ids: torch.Tensor,
+    model: Any,
+    trunk: Trunk,
     ends: torch.Tensor,
     postfix: torch.Tensor,
     answers: torch.Tensor,
+    *,
     td_lambda: float = 1.0,
     into_trunk: bool = False,
 ) -> torch.Tensor:
@@ -211,8 +228,7 @@ def exit_loss(
 
     Args:
         model: causal LM.
-        cache: keys and values of the trunk, (B, T) positions.
-        mask: (B, T) bool; position_ids: (B, T) long.
+        trunk: B rows that the model has read.
         ends: (B, C) long, index of the last trunk token each exit follows, in rising order.
         postfix: (K,) long.
         answers: (B,) long, first token of each row's answer.
@@ -222,16 +238,16 @@ def exit_loss(
     Returns:
         Scalar, nats per exit, fp32.
     """
-    branch = branch_inputs(mask, position_ids, ends, postfix)
+    branch = branch_inputs(trunk.mask, trunk.position_ids, ends, postfix)
     branch["attention_mask"] = model_mask(model, branch["attention_mask"])
     k, exits = len(postfix), ends.shape[1]
-    layers = [(x.keys, x.values) for x in cache.layers]
+    kept: Any = trunk.cache.layers  # typed for layers without keys and values, too
+    layers = [(x.keys, x.values) for x in kept]
     if not into_trunk:
         layers = [(keys.detach(), values.detach()) for keys, values in layers]
     last = torch.arange(k - 1, exits * k, k, device=ends.device)
-    logits = model(
-        past_key_values=DynamicCache(layers), logits_to_keep=last, **branch
-    ).logits.float()
+    out = model(past_key_values=DynamicCache(layers), logits_to_keep=last, **branch)
+    logits = out.logits.float()
     if td_lambda == 1:
         targets = answers[:, None].expand(ends.shape).flatten()
     else:
@@ -239,10 +255,70 @@ def exit_loss(
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
 
 
-def _kl(before: torch.Tensor, now: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the masked (B, L) of KL(before || now), from logits (B, L, V); nats, fp32."""
-    p, q = (torch.log_softmax(logits.float(), dim=-1) for logits in (before, now))
-    return ((p.exp() * (p - q)).sum(-1) * mask).sum() / mask.sum()
+def _optimizer(
+    parameters: list[torch.nn.Parameter], learning_rate: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW, with a warm-up over a tenth of the steps and a linear decay over the second half."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    warmup = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warmup, 2 * (1 - step / steps))
+    )
+    return optimizer, schedule
+
+
+def _batches(
+    problems: Iterable[Problem],
+    texts: Iterable[str] | None,
+    steps: int,
+    batch_size: int,
+    rng: random.Random,
+) -> Iterator[tuple[list[Problem], list[str]]]:
+    """For every step, problems and a chain for each: its text, or one of the story's own."""
+    stream, given = iter(problems), iter(texts) if texts is not None else None
+    for step in range(steps):
+        batch = [p for _, p in zip(range(batch_size), stream)]
+        chains = [c for _, c in zip(batch, given)] if given else []
+        if len(batch) < batch_size or (given and len(chains) < batch_size):
+            raise ValueError(
+                f"problems ran out at step {step} of {steps}; allowed are steps * batch_size "
+                f"({steps * batch_size}) or more, each with its text if texts are given."
+            )
+        if not given:
+            if not all(p.steps for p in batch):
+                raise ValueError("problems are no stories and texts is None; give their chains.")
+            chains = ["".join(s.text for s in chain_of_thought(p, rng)) for p in batch]
+        yield batch, chains
+
+
+def _read(
+    model: Any, before: dict[str, torch.Tensor], rollouts: Rollouts
+) -> tuple[torch.Tensor, Trunk]:
+    """KL(before || now) of the completions' tokens (scalar, nats per token), and their trunk."""
+    mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
+    causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device)
+    inputs = {
+        "input_ids": torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1),
+        "attention_mask": model_mask(model, (mask[:, None] & causal.tril())[:, None]),
+        "position_ids": positions_of(mask),
+    }
+    now = model(**inputs, use_cache=True)
+    with torch.no_grad():
+        was = torch.func.functional_call(model, before, kwargs=inputs | {"use_cache": False})
+    written = slice(rollouts.prompt_ids.shape[1] - 1, -1)
+    p, q = (torch.log_softmax(x.logits[:, written].float(), dim=-1) for x in (was, now))
+    kl = ((p.exp() * (p - q)).sum(-1) * rollouts.completion_mask).sum()
+    trunk = Trunk(now.past_key_values, mask, inputs["position_ids"])
+    return kl / rollouts.completion_mask.sum(), trunk
+
+
+def _draw_exits(rollouts: Rollouts, exits: int, rng: random.Random) -> torch.Tensor:
+    """(B, exits) long: trunk tokens to force an answer after, from the prompt's last to the end."""
+    last = rollouts.prompt_ids.shape[1] - 1
+    return torch.tensor(
+        [sorted(last + rng.randint(0, int(n)) for _ in range(exits)) for n in rollouts.lengths],
+        device=rollouts.prompt_ids.device,
+    )
 
 
 def calibrate(
@@ -299,57 +375,19 @@ def calibrate(
     ids = encode_postfix(policy, postfix)
     parameters = list(policy.trainable().values())
     before = {name: p.detach().clone() for name, p in policy.trainable().items()}
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    warmup = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warmup, 2 * (1 - step / steps))
-    )
-    stream, given = iter(problems), iter(texts) if texts is not None else None
+    optimizer, schedule = _optimizer(parameters, learning_rate, steps)
     history = []
     model.train()
     bar = tqdm(range(steps), desc="calibrate", unit="step", disable=not progress)
-    for step in bar:
-        batch = [p for _, p in zip(range(batch_size), stream)]
-        chains = [c for _, c in zip(batch, given)] if given else []
-        if len(batch) < batch_size or (given and len(chains) < batch_size):
-            raise ValueError(
-                f"problems ran out at step {step} of {steps}; allowed are steps * batch_size "
-                f"({steps * batch_size}) or more, each with its text if texts are given."
-            )
-        if not given:
-            if not all(p.steps for p in batch):
-                raise ValueError("problems are no stories and texts is None; give their chains.")
-            chains = ["".join(s.text for s in chain_of_thought(p, rng)) for p in batch]
+    for step, (batch, chains) in zip(bar, _batches(problems, texts, steps, batch_size, rng)):
         rollouts = from_texts(policy, batch, chains)
-        tokens = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)
-        mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
-        position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)
-        width = rollouts.prompt_ids.shape[1]
-        causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device)
-        inputs = {
-            "input_ids": tokens,
-            "attention_mask": model_mask(model, (mask[:, None] & causal.tril())[:, None]),
-            "position_ids": position_ids,
-        }
-        trunk = model(**inputs, use_cache=True)
-        with torch.no_grad():
-            inputs["use_cache"] = False
-            was = torch.func.functional_call(model, before, kwargs=inputs).logits
-        kl = _kl(was[:, width - 1 : -1], trunk.logits[:, width - 1 : -1], rollouts.completion_mask)
-        ends = torch.tensor(
-            [
-                sorted(width - 1 + rng.randint(0, int(n)) for _ in range(exits))
-                for n in rollouts.lengths
-            ],
-            device=mask.device,
-        )
+        kl, trunk = _read(model, before, rollouts)
+        ends = _draw_exits(rollouts, exits, rng)
         answers = _answer_tokens(policy, [p.answer for p in batch])
         # First from the truth: forecasts that know nothing have nothing to teach each other.
         weight = max(td_lambda, 1 - 4 * step / steps)
-        early = exit_loss(
-            model, trunk.past_key_values, mask, position_ids, ends, ids, answers, weight,
-            into_trunk=True,  # what the policy writes is held by the anchor
-        )  # fmt: skip
+        # What the policy writes is held by the anchor, so gradients may go into the trunk.
+        early = exit_loss(model, trunk, ends, ids, answers, td_lambda=weight, into_trunk=True)
         (anchor * kl + early).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -1,4 +1,9 @@
-"""The settings of a training run."""
+"""The settings of a training run, and what each method brings of its own.
+
+A method is more than its advantages: DAPO without its token mean and its clip range is not DAPO.
+So everything that belongs to a method stands in one table, :data:`RECIPES`, and a field of
+:class:`TrainConfig` that is left at None is taken from it. Nothing heavy is imported here.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,106 @@ import dataclasses
 import importlib
 import math
 import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from iapo_mini.advantages import ADVANTAGES
-from iapo_mini.engines.vllm import ENGINES
-from iapo_mini.information import INFORMATION, check_stride
-from iapo_mini.objective import AGGREGATIONS
+from iapo_mini.early_exit.question import EarlyExit, check_stride
 from iapo_mini.policies import EMBEDDED
 from iapo_mini.problems.datasets import check_data
+
+AGGREGATIONS = ("sequence", "token")
+"""Means of the loss (:func:`iapo_mini.objective.aggregate`)."""
+
+ENGINES = ("native", "vllm")
+"""Who samples (:mod:`iapo_mini.sampling`, :mod:`iapo_mini.engines.vllm`)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes a method the method it is.
+
+    Attributes:
+        rule: how rollouts become advantages: a key of ``advantages.ADVANTAGES``, or a function of
+            yours, ``(rollouts, alpha, beta) -> (B, L)``.
+        information: what the rule reads as informativeness s: a key of
+            ``information.INFORMATION``, a function of yours like those in it, or None, and then
+            nothing is paid for an estimate.
+        label: name in tables.
+        what: the advantage of token t of completion i in one line.
+        source: where the method comes from.
+        alpha, beta: weights of its token terms; what they weigh is told in ``what``.
+        aggregation: mean of the loss, ``"sequence"`` or ``"token"``.
+        epsilon, epsilon_high: clip range of the importance ratio below and above 1.
+        kl_coef: weight of KL(pi || pi_ref).
+        absent: what its source does beside and this library does not.
+    """
+
+    rule: str | Callable
+    information: str | Callable | None = None
+    label: str = ""
+    what: str = ""
+    source: str = ""
+    alpha: float = 0.2
+    beta: float = 0.05
+    aggregation: str = "sequence"
+    epsilon: float = 0.2
+    epsilon_high: float = 0.2
+    kl_coef: float = 0.001
+    absent: str = ""
+
+
+FROM_RECIPE = ("alpha", "beta", "aggregation", "epsilon", "epsilon_high", "kl_coef")
+"""Fields of :class:`TrainConfig` that come from the method's recipe unless they are given."""
+
+_IAPO = "IAPO, arXiv 2602.19049"
+
+RECIPES: dict[str, Recipe] = {
+    "grpo": Recipe(
+        "grpo", label="GRPO", what="A_i = norm(r_i) over the group",
+        source="DeepSeekMath, arXiv 2402.03300", alpha=0.0, beta=0.0,
+    ),
+    "dapo": Recipe(
+        "dapo", label="DAPO", what="A_i, 0 for completions cut at the length limit",
+        source="DAPO, arXiv 2503.14476", alpha=0.0, beta=0.0,
+        aggregation="token", epsilon_high=0.28,
+        absent="dynamic sampling and the soft over-long punishment are not built",
+    ),
+    "gfpo": Recipe(
+        "gfpo", label="GFPO", what="A_i among the 6 shortest of 8, 0 for the others",
+        source="GFPO, arXiv 2508.09726", alpha=0.0, beta=0.0,
+    ),
+    "gtpo": Recipe(
+        "gtpo", label="GTPO",
+        what="A_i, plus alpha times the share of entropy at t if right, minus alpha times that of "
+        "its inverse if wrong",
+        source="GTPO, arXiv 2508.04349", alpha=0.1, beta=0.0,
+    ),
+    "sgrpo": Recipe(
+        "sgrpo", label="S-GRPO",
+        what="A_i at the first 150 tokens, at half of those up to 341 if the completion is shorter "
+        "than that, 0 after; alpha scales both thresholds",
+        source="S-GRPO of Lee and Tong, arXiv 2504.20834", alpha=1.0, beta=0.0,
+    ),
+    "iapo": Recipe(
+        "iapo", "answer_entropy", label="IAPO",
+        what="A_i + alpha norm(s_it) + beta norm(c_it), s the drop of the answer entropy",
+        source=_IAPO,
+    ),
+    "iapo_ni": Recipe(
+        "iapo_ni", label="IAPO-NI", what="the same without s", source=f"{_IAPO}, Fig. 5", alpha=0.0,
+    ),
+    "iapo_ne": Recipe(
+        "iapo", "next_token_entropy", label="IAPO-NE",
+        what="the same with s the drop of the next token's entropy", source=f"{_IAPO}, Fig. 5",
+    ),
+    "iapo_pmi": Recipe(
+        "iapo", "answer_surprisal", label="IAPO-PMI",
+        what="the same with s the pointwise information on the completion's own answer",
+        source="a variant of this library",
+    ),
+}  # fmt: skip
+"""Method -> what it is. Those of a module of yours are added by :func:`use_methods`."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +118,8 @@ class TrainConfig:
     """Settings of one run; names as in TRL where TRL has the same thing.
 
     Attributes:
-        method: advantage rule, a key of ``advantages.ADVANTAGES``: grpo, dapo, gfpo, gtpo, sgrpo,
-            iapo, iapo_ni, iapo_ne or iapo_pmi.
+        method: what to train with, a key of ``config.RECIPES``: grpo, dapo, gfpo, gtpo, sgrpo,
+            iapo, iapo_ni, iapo_ne or iapo_pmi; `iapo-mini methods` lists them.
         model: ``"embedded"``, a model folder or a hub id.
         data: ``"stories"`` or a data set: gsm8k, math500, dapo_math, commonsense_qa.
         data_file: local file with the problems (.jsonl, .json or .parquet); empty asks the hub.
@@ -39,9 +136,10 @@ class TrainConfig:
         max_completion_length: tokens at which a completion is cut.
         temperature: sampling temperature.
         epsilon: clip range of the importance ratio below 1.
-        epsilon_high: clip range above 1; None means the same as below.
+        epsilon_high: clip range above 1; where the method clips alike on both sides, ``epsilon``.
         kl_coef: weight of KL(pi || pi_ref), nats per token (the paper's beta_KL).
-        aggregation: ``"sequence"`` (GRPO) or ``"token"`` (DAPO) mean of the loss.
+        aggregation: mean of the loss over each completion first (``"sequence"``) or over all tokens
+            of the batch at once (``"token"``).
         lora_rank: rank of the adapter; 0 trains all weights.
         micro_batch_size: completions per forward and backward pass (rounded up to whole groups,
             whose prompt is run once; not so with gradient checkpointing).
@@ -55,7 +153,10 @@ class TrainConfig:
         threads: CPU threads; two runs are identical only with the same number.
         four_bit: keep the weights under the adapter in 4 bits (NF4); needs bitsandbytes.
         gradient_checkpointing: compute activations twice instead of keeping them.
-        engine: who samples: ``"native"`` (``iapo_mini.rollouts``) or, where installed, ``"vllm"``.
+        engine: who samples: ``"native"`` (``iapo_mini.sampling``) or, where installed, ``"vllm"``.
+
+    Raises:
+        ValueError: for a value out of range, naming it and what is allowed.
     """
 
     method: str = "iapo"
@@ -63,8 +164,8 @@ class TrainConfig:
     data: str = "stories"
     data_file: str = ""
     split: str = "train"
-    alpha: float = 0.2
-    beta: float = 0.05
+    alpha: float | None = None
+    beta: float | None = None
     learning_rate: float = 7e-4
     warmup_steps: int = 5
     max_steps: int = 60
@@ -73,10 +174,10 @@ class TrainConfig:
     num_iterations: int = 1
     max_completion_length: int = 224
     temperature: float = 1.0
-    epsilon: float = 0.2
+    epsilon: float | None = None
     epsilon_high: float | None = None
-    kl_coef: float = 0.001
-    aggregation: str = "sequence"
+    kl_coef: float | None = None
+    aggregation: str | None = None
     lora_rank: int = 16
     micro_batch_size: int = 32
     max_grad_norm: float = 1.0
@@ -90,20 +191,13 @@ class TrainConfig:
     engine: str = "native"
 
     def __post_init__(self) -> None:
-        for field, kind in typing.get_type_hints(TrainConfig).items():
-            value, kinds = getattr(self, field), typing.get_args(kind) or (kind,)
-            wanted = (int, float) if float in kinds else kinds
-            optional = value is None and field == "epsilon_high"
-            wrong_bool = isinstance(value, bool) and bool not in kinds
-            if not optional and (not isinstance(value, wanted) or wrong_bool):
-                names = " or ".join(t.__name__ for t in wanted)
-                raise ValueError(f"{field} is {value!r}; allowed are values of type {names}.")
-        choices = {
-            "method": tuple(ADVANTAGES), "aggregation": AGGREGATIONS, "engine": ENGINES,
+        self._check_types()
+        choices: dict[str, tuple[str, ...]] = {
+            "method": tuple(RECIPES), "aggregation": AGGREGATIONS, "engine": ENGINES,
         }  # fmt: skip
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                value = getattr(self, name)
+            value = getattr(self, name)
+            if value not in allowed and not (value is None and name in FROM_RECIPE):
                 raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
         check_data(self.data, self.split, self.data_file)
         least = {
@@ -113,14 +207,12 @@ class TrainConfig:
         }  # fmt: skip
         for name, bound in least.items():
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= bound):
+            if value is not None and not (math.isfinite(value) and value >= bound):
                 raise ValueError(f"{name} is {value}; allowed are {bound} and above.")
         positive = "learning_rate temperature max_grad_norm epsilon epsilon_high"
         for name in (*positive.split(), "estimator_memory_mb"):
             value = getattr(self, name)
-            if value is None and name == "epsilon_high":
-                continue
-            if not (math.isfinite(value) and value > 0):
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; allowed are numbers above 0.")
         check_stride(self.estimator_stride, "estimator_stride")
         if self.four_bit and self.lora_rank == 0:
@@ -129,13 +221,51 @@ class TrainConfig:
                 "are 1 and above."
             )
 
+    def _check_types(self) -> None:
+        for field, kind in typing.get_type_hints(TrainConfig).items():
+            value, kinds = getattr(self, field), typing.get_args(kind) or (kind,)
+            kinds = (*kinds, int) if float in kinds else kinds
+            wrong_bool = isinstance(value, bool) and bool not in kinds
+            if not isinstance(value, kinds) or wrong_bool:
+                wanted = {int, float} & set(kinds) if float in kinds else set(kinds)
+                names = " or ".join(sorted(t.__name__ for t in wanted - {type(None)}))
+                raise ValueError(f"{field} is {value!r}; allowed are values of type {names}.")
 
-def with_defaults(saved: dict) -> dict:
-    """Settings of a run as saved; fields that its version did not have are at their defaults."""
-    return dataclasses.asdict(TrainConfig()) | saved
+    def recipe(self) -> Recipe:
+        """The method's recipe with the fields that were given in place of its own."""
+        own = RECIPES[self.method]
+        given = {name: getattr(self, name) for name in FROM_RECIPE}
+        given = {name: value for name, value in given.items() if value is not None}
+        if own.epsilon == own.epsilon_high and "epsilon" in given:
+            given.setdefault("epsilon_high", given["epsilon"])
+        return dataclasses.replace(own, **given)
+
+    def settings(self) -> dict[str, Any]:
+        """Every field by name, those of the recipe filled in: what a run's config.json holds."""
+        recipe = self.recipe()
+        return dataclasses.asdict(self) | {name: getattr(recipe, name) for name in FROM_RECIPE}
+
+    def from_recipe(self) -> list[str]:
+        """Names of the fields that were not given and came from the recipe."""
+        return [name for name in FROM_RECIPE if getattr(self, name) is None]
+
+    def early_exit(self) -> EarlyExit:
+        """How the estimator asks."""
+        return EarlyExit(stride=self.estimator_stride, memory_mb=self.estimator_memory_mb)
 
 
-_REAL = {
+def with_defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run as saved; fields that its version did not have are at their defaults.
+
+    What else config.json tells (which fields came from the recipe) is left out.
+    """
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    kept = {k: v for k, v in saved.items() if k in names and v is not None}
+    method = {"method": kept["method"]} if kept.get("method") in RECIPES else {}
+    return TrainConfig(**method).settings() | kept
+
+
+_REAL: dict[str, Any] = {
     "prompts_per_step": 8,
     "num_generations": 8,
     "max_completion_length": 512,
@@ -151,7 +281,7 @@ _REAL = {
     "gradient_checkpointing": True,
     "estimator_memory_mb": 512.0,
 }
-CARDS: dict[str, dict] = {
+CARDS: dict[str, dict[str, Any]] = {
     "t4": {**_REAL, "model": "Qwen/Qwen2.5-0.5B-Instruct", "micro_batch_size": 8},
     "12gb": {**_REAL, "model": "Qwen/Qwen2.5-1.5B-Instruct", "micro_batch_size": 8},
     "24gb": {**_REAL, "model": "Qwen/Qwen2.5-7B-Instruct", "micro_batch_size": 4},
@@ -161,13 +291,13 @@ card that has room for each. Memory of each by part: docs/real_models.md."""
 
 
 def use_methods(module: str) -> None:
-    """Add the methods of a module to the library's: its ``ADVANTAGES`` and ``INFORMATION``.
+    """Add the methods of a module of yours, its dictionary ``RECIPES``, to the library's.
 
     Args:
         module: name of an importable module (docs/methods.md shows one).
 
     Raises:
-        ValueError: when there is no such module, it has no ``ADVANTAGES``, or a name is taken.
+        ValueError: when there is no such module, it has no ``RECIPES``, or a name is taken.
     """
     try:
         found = importlib.import_module(module)
@@ -176,11 +306,11 @@ def use_methods(module: str) -> None:
             f"methods is '{module}', which can't be imported ({error}); allowed is the name of a "
             "Python module in this folder or on the path."
         ) from error
-    if not isinstance(getattr(found, "ADVANTAGES", None), dict):
-        raise ValueError(f"methods is '{module}', which has no dictionary ADVANTAGES.")
-    for ours, theirs in (
-        (ADVANTAGES, found.ADVANTAGES), (INFORMATION, getattr(found, "INFORMATION", {})),
-    ):  # fmt: skip
-        for name, function in theirs.items():
-            if ours.setdefault(name, function) is not function:
-                raise ValueError(f"methods is '{module}', whose name '{name}' is taken already.")
+    theirs = getattr(found, "RECIPES", None)
+    if not isinstance(theirs, dict) or not all(isinstance(x, Recipe) for x in theirs.values()):
+        raise ValueError(
+            f"methods is '{module}', which has no dictionary RECIPES of config.Recipe."
+        )
+    for name, recipe in theirs.items():
+        if RECIPES.setdefault(name, recipe) is not recipe:
+            raise ValueError(f"methods is '{module}', whose name '{name}' is taken already.")

@@ -7,11 +7,14 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from iapo_mini.intervals import format_interval
 from iapo_mini.policy import Policy
 from iapo_mini.rewards import score
 from iapo_mini.run_folder import replace_text
@@ -24,10 +27,34 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
     Args:
         n: completions sampled; c: how many of them are correct; k: at most n.
+
+    Returns:
+        The chance that k of the n, drawn without replacement, hold a correct one; 0 to 1.
+
+    Raises:
+        ValueError: for a k that is not 1 to n.
     """
     if not 1 <= k <= n:
         raise ValueError(f"k is {k}; allowed are 1 to n = {n}.")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def ratio_at_k(pass_at_k: float, length_at_k: float) -> float:
+    """Right answers per token: Ratio@k = Pass@k / Length@k (paper, Section 5).
+
+    Args:
+        pass_at_k: share of problems solved by at least one of k completions, 0 to 1.
+        length_at_k: mean length of the k completions, tokens.
+
+    Returns:
+        Right answers per token. Tables and figures show 1,000 times as much.
+
+    Raises:
+        ValueError: for a length that is not above 0.
+    """
+    if not length_at_k > 0:
+        raise ValueError(f"length_at_k is {length_at_k}; allowed are numbers above 0, in tokens.")
+    return pass_at_k / length_at_k
 
 
 def evaluate(
@@ -42,7 +69,7 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
     save_to: str | Path | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Sample completions for every problem and report the paper's three metrics.
 
     Args:
@@ -75,86 +102,152 @@ def evaluate(
     for k in ks:
         if not 1 <= k <= num_generations:
             raise ValueError(f"k is {k}; allowed are 1 to num_generations = {num_generations}.")
-    size = max(1, batch_size // num_generations)
-    completions: list[dict] = []
-    if save_to is not None:
-        settings = {
-            "num_generations": num_generations,
-            "max_completion_length": max_completion_length,
-            "temperature": temperature,
-            "batch_size": batch_size,
-            "seed": seed,
-            "number of problems": len(problems),
-            "fingerprint of the problems": _fingerprint_of_problems(problems),
-            "fingerprint of the policy": _fingerprint_of_policy(policy),
-        }
-        whole = [min(start, len(problems)) for start in range(0, len(problems) + size, size)]
-        completions = _restore(Path(save_to), settings, [n * num_generations for n in whole])
-    done = len(completions) // num_generations
+    how = _Sampling(num_generations, max_completion_length, temperature, batch_size, seed)
+    path = None if save_to is None else Path(save_to)
+    completions = _sample_all(policy, problems, how, path, progress)
+    right = torch.tensor([c["correct"] for c in completions]).view(len(problems), -1).sum(1)
+    tokens = torch.tensor([c["tokens"] for c in completions], dtype=torch.float64)
+    metrics = summary(right.tolist(), tokens.view(len(problems), -1), ks)
+    return {**metrics, "completions": completions}
+
+
+def summary(right: Sequence[int], tokens: torch.Tensor, ks: Sequence[int]) -> dict[str, Any]:
+    """The three metrics with 95% intervals, from counts alone.
+
+    Args:
+        right: N numbers of right completions, one for each problem.
+        tokens: (N, G) fp64, lengths of the G completions of each problem, as they were drawn.
+        ks: values of k, each 1 to G.
+
+    Returns:
+        What :func:`evaluate` does, the completions left out.
+
+    Raises:
+        ValueError: for a k out of range, or a mean length that is not above 0.
+    """
+    problems, group = tokens.shape
+    # One bootstrap of the problems serves all metrics, so their intervals belong together.
+    generator = torch.Generator().manual_seed(0)
+    resample = torch.randint(problems, (1000, problems), generator=generator)
+    result: dict[str, Any] = {"problems": problems, "intervals": {}}
+
+    def add(name: str, value: float, draws: torch.Tensor) -> None:
+        result[name] = value
+        quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
+        result["intervals"][name] = torch.quantile(draws, quantiles).tolist()
+
+    whole = tokens.mean(1)
+    add("length", float(whole.mean()), whole[resample].mean(1))
+    for k in ks:
+        passed = torch.tensor([pass_at_k(group, c, k) for c in right], dtype=torch.float64)
+        length = tokens[:, :k].mean(1)
+        p, n = float(passed.mean()), float(length.mean())
+        p_draws, n_draws = passed[resample].mean(1), length[resample].mean(1)
+        add(f"pass@{k}", p, p_draws)
+        add(f"length@{k}", n, n_draws)
+        add(f"ratio@{k}", ratio_at_k(p, n), p_draws / n_draws)
+    return result
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """How completions are sampled; those in a file are gone on with in the same way only."""
+
+    num_generations: int
+    max_completion_length: int
+    temperature: float
+    batch_size: int
+    seed: int
+
+    @property
+    def problems_at_once(self) -> int:
+        return max(1, self.batch_size // self.num_generations)
+
+
+def evaluation_table(result: dict[str, Any], ks: Sequence[int]) -> str:
+    """Pass@k, Length@k and Ratio@k of :func:`evaluate` with their intervals, in Markdown."""
+    lines = ["| k | Pass@k | Length@k (tokens) | Ratio@k (1/1000 tokens) |", "|---|---|---|---|"]
+    for k in ks:
+        cells = []
+        for name, digits, unit in (("pass", 3, 1), ("length", 1, 1), ("ratio", 2, 1000)):
+            interval = (result[f"{name}@{k}"], *result["intervals"][f"{name}@{k}"])
+            cells.append(format_interval([unit * x for x in interval], digits))
+        lines.append(f"| {k} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _sample_all(
+    policy: Policy,
+    problems: Sequence[Problem],
+    how: _Sampling,
+    save_to: Path | None,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """Completions of every problem, G for each; ``save_to`` is gone on with and written."""
+    completions = [] if save_to is None else _saved(save_to, policy, problems, how)
+    size, done = how.problems_at_once, len(completions) // how.num_generations
     bar = tqdm(
         total=len(problems), initial=done, desc="evaluate", unit="problem", disable=not progress
     )
     with bar, open(save_to, "a") if save_to is not None else contextlib.nullcontext() as log:
         for start in range(done, len(problems), size):
             part = list(problems[start : start + size])
-            rollouts = sample(
-                policy, part,
-                num_generations=num_generations,
-                max_completion_length=max_completion_length,
-                temperature=temperature,
-                seed=seed * 1_000_003 + start,
-            )  # fmt: skip
-            rollouts = score(rollouts, policy.tokenizer, part)
-            texts, lengths = rollouts.texts(policy.tokenizer), rollouts.lengths.tolist()
-            batch = [
-                {
-                    "problem": start + i // num_generations,
-                    "text": text,
-                    "correct": bool(rollouts.correct[i]),
-                    "tokens": lengths[i],
-                }
-                for i, text in enumerate(texts)
-            ]
+            batch = _sample_batch(policy, part, start, how)
             completions += batch
             if log is not None:
                 log.write("".join(json.dumps(completion) + "\n" for completion in batch))
                 log.flush()
             bar.update(len(part))
-    right = torch.tensor([c["correct"] for c in completions]).view(len(problems), -1)
-    tokens = torch.tensor([c["tokens"] for c in completions], dtype=torch.float64)
-    tokens = tokens.view(len(problems), -1)
-    # One bootstrap of the problems serves all metrics, so their intervals belong together.
-    generator = torch.Generator().manual_seed(0)
-    resample = torch.randint(len(problems), (1000, len(problems)), generator=generator)
-    result: dict = {"problems": len(problems), "intervals": {}}
-
-    def report(name: str, top: torch.Tensor, bottom: torch.Tensor | None = None) -> None:
-        bottom = torch.ones_like(top) if bottom is None else bottom
-        result[name] = float(top.mean() / bottom.mean())
-        draws = top[resample].mean(1) / bottom[resample].mean(1)
-        quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
-        result["intervals"][name] = torch.quantile(draws, quantiles).tolist()
-
-    report("length", tokens.mean(1))
-    for k in ks:
-        passed = torch.tensor(
-            [pass_at_k(num_generations, int(c), k) for c in right.sum(1)], dtype=torch.float64
-        )
-        length = tokens[:, :k].mean(1)
-        report(f"pass@{k}", passed)
-        report(f"length@{k}", length)
-        report(f"ratio@{k}", passed, length)
-    result["completions"] = completions
-    return result
+    return completions
 
 
-def _restore(path: Path, settings: dict, sizes: Sequence[int]) -> list[dict]:
+def _sample_batch(
+    policy: Policy, part: list[Problem], start: int, how: _Sampling
+) -> list[dict[str, Any]]:
+    """Completions of the problems that begin at ``start``, judged; each batch has its own seed."""
+    rollouts = sample(
+        policy,
+        part,
+        num_generations=how.num_generations,
+        max_completion_length=how.max_completion_length,
+        temperature=how.temperature,
+        seed=how.seed * 1_000_003 + start,
+    )
+    rollouts = score(rollouts, policy.tokenizer, part)
+    texts, lengths = rollouts.texts(policy.tokenizer), rollouts.lengths.tolist()
+    return [
+        {
+            "problem": start + i // how.num_generations,
+            "text": text,
+            "correct": bool(rollouts.correct[i]),
+            "tokens": lengths[i],
+        }
+        for i, text in enumerate(texts)
+    ]
+
+
+def _saved(
+    path: Path, policy: Policy, problems: Sequence[Problem], how: _Sampling
+) -> list[dict[str, Any]]:
+    """Completions in a file that were made in the same way, whole batches of them."""
+    settings = {
+        **asdict(how),
+        "number of problems": len(problems),
+        "fingerprint of the problems": _fingerprint_of_problems(problems),
+        "fingerprint of the policy": _fingerprint_of_policy(policy),
+    }
+    size = how.problems_at_once
+    whole = [min(start, len(problems)) for start in range(0, len(problems) + size, size)]
+    return _restore(path, settings, [n * how.num_generations for n in whole])
+
+
+def _restore(path: Path, settings: dict[str, Any], sizes: Sequence[int]) -> list[dict[str, Any]]:
     """Completions of the whole batches in a file; a batch that a kill cut short is dropped.
 
     ``sizes``: how many completions there are after 0, 1, 2, ... batches.
     """
     saved = path.with_suffix(".settings.json")
-    found: list[dict] = []
+    found: list[dict[str, Any]] = []
     if path.is_file() and path.stat().st_size:
         before = json.loads(saved.read_text()) if saved.is_file() else {}
         for name, value in settings.items():

@@ -28,55 +28,17 @@ estimates mean something only if the policy is calibrated when it is forced to a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from iapo_mini.early_exit import prefixes
+from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit, Question
+from iapo_mini.early_exit.reading import head_entropy, logits_entropy
+from iapo_mini.early_exit.strides import prefixes_asked, spread
 from iapo_mini.policy import Policy
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.tasks import POSTFIX
-
-METHODS = (*prefixes.METHODS, "strided")
-
-
-@torch.no_grad()
-def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Shannon entropy in nats of softmax(logits) over the last dimension, fp32, no gradient."""
-    log_p = torch.log_softmax(logits.float(), dim=-1)
-    p = log_p.exp()
-    return -p.mul_(log_p).sum(-1)  # in place: with a large vocabulary these are what fills memory
-
-
-@torch.no_grad()
-def head_entropy(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-    """``entropy(head(hidden))`` from blocks of the vocabulary; no logits of the whole ever exist.
-
-    By the chain rule of entropy: that of the block a token falls into, plus the mean of those
-    within the blocks. A block that stays in the processor's cache makes this more than twice as
-    fast as whole logits of a vocabulary of 151,936, and the head's weights are read once instead
-    of once for every few rows.
-
-    Args:
-        head: vocabulary head, d -> V.
-        hidden: (..., d), ready for the head.
-
-    Returns:
-        (...) fp32 nats.
-    """
-    numbers = 2**19 if hidden.device.type == "cpu" else 2**24
-    weights = head.weight.split(1024)
-    biases = [None] * len(weights) if head.bias is None else head.bias.split(1024)
-    out = []
-    for x in hidden.flatten(0, -2).split(max(1, numbers // min(1024, head.out_features))):
-        block, within = [], []
-        for weight, bias in zip(weights, biases):
-            logits = torch.nn.functional.linear(x, weight, bias).float()
-            log_p = torch.log_softmax(logits, dim=-1)
-            block.append(logits[:, 0] - log_p[:, 0])  # log-sum-exp
-            within.append(-log_p.exp().mul_(log_p).sum(-1))
-        log_p, within = torch.log_softmax(torch.stack(block, 1), 1), torch.stack(within, 1)
-        out.append((log_p.exp() * (within - log_p)).sum(1))
-    return torch.cat(out).view(hidden.shape[:-1])
 
 
 def encode_postfix(policy: Policy, postfix: str = POSTFIX) -> torch.Tensor:
@@ -87,115 +49,41 @@ def encode_postfix(policy: Policy, postfix: str = POSTFIX) -> torch.Tensor:
     return torch.tensor(ids, device=policy.device)
 
 
-def sentence_ends(policy: Policy, rollouts: Rollouts) -> torch.Tensor:
-    """(B, L + 1) bool: prefixes that end with a sentence, a line or a tag, and the first and last.
-
-    A token ends a sentence when its text ends with one of ``. ! ? >`` or a line break.
-    """
-    vocabulary = torch.unique(rollouts.completion_ids)
-    texts = policy.tokenizer.batch_decode(vocabulary[:, None], skip_special_tokens=False)
-    last = [text.rstrip(" ")[-1:] for text in texts]
-    ends = vocabulary[[c in set(".!?>\n") and c != "" for c in last]]
-    out = torch.isin(rollouts.completion_ids, ends) & rollouts.completion_mask
-    out = torch.nn.functional.pad(out, (1, 0), value=True)
-    return out.scatter_(1, rollouts.lengths[:, None], True)
-
-
-def check_stride(stride: int | str, name: str = "stride") -> None:
-    """Refuse a stride that is neither a number of tokens nor ``"sentence"``.
-
-    Raises:
-        ValueError: with the argument's ``name``, its value and what is allowed.
-    """
-    whole = isinstance(stride, int) and not isinstance(stride, bool) and stride >= 1
-    if not whole and stride != "sentence":
-        raise ValueError(f"{name} is {stride!r}; allowed are 1 and above, or 'sentence'.")
-
-
-def _prefixes_asked(policy: Policy, rollouts: Rollouts, stride: int | str) -> torch.Tensor:
-    """(B, L + 1) bool: every ``stride``-th prefix, or the sentence ends, and each row's last."""
-    check_stride(stride)
-    if stride == "sentence":
-        return sentence_ends(policy, rollouts)
-    t = torch.arange(rollouts.completion_ids.shape[1] + 1, device=rollouts.lengths.device)
-    return (t % stride == 0) | (t == rollouts.lengths[:, None])
-
-
-def _spread(values: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-    """Fill the prefixes between two asked ones on the straight line between their values.
-
-    So a segment's drop is exact and every token of the segment gets an equal share of it.
-    """
-    t = torch.arange(values.shape[1], device=values.device).expand_as(values)
-    before = torch.where(asked, t, -1).cummax(1).values.clamp(min=0)
-    after = torch.where(asked, t, values.shape[1]).flip(1).cummin(1).values.flip(1)
-    after = torch.where(after < values.shape[1], after, before)
-    share = (t - before) / (after - before).clamp(min=1)
-    left, right = values.gather(1, before), values.gather(1, after)
-    return torch.where(asked, values, left + (right - left) * share)
-
-
 def _potential(
-    policy, rollouts, suffix, read, keep, method, stride, memory_mb, chunk_size, **how
+    policy: Policy, rollouts: Rollouts, question: Question, how: EarlyExit
 ) -> torch.Tensor:
     """One number (nats) for every prefix, (B, L + 1); padding 0."""
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; allowed are {', '.join(METHODS)}.")
-    asked = None
-    if method == "strided":
-        method, asked = "packed", _prefixes_asked(policy, rollouts, stride)
-    found = prefixes.ask(
-        policy.for_inference(), rollouts, suffix, read, keep=keep, asked=asked, method=method,
-        memory_mb=memory_mb, chunk_size=chunk_size, **how,
-    )[..., 0]  # fmt: skip
+    asked = None if how.stride == 1 else prefixes_asked(policy, rollouts, how.stride)
+    found = prefixes.ask(policy.for_inference(), rollouts, question, how, asked)[..., 0]
     t = torch.arange(found.shape[1], device=found.device)
-    found = found if asked is None else _spread(found, asked & (t <= rollouts.lengths[:, None]))
-    return found * (t <= rollouts.lengths[:, None])
+    within = t <= rollouts.lengths[:, None]
+    found = found if asked is None else spread(found, asked & within)
+    return found * within
 
 
 def answer_entropies(
-    policy: Policy,
-    rollouts: Rollouts,
-    postfix: str = POSTFIX,
-    *,
-    method: str = "packed",
-    stride: int | str = 4,
-    memory_mb: float = 256.0,
-    chunk_size: int | None = None,
+    policy: Policy, rollouts: Rollouts, how: EarlyExit = EVERY_PREFIX
 ) -> torch.Tensor:
     """H(y | q, o_<=t) for every prefix of every completion (paper, Section 4, "Early exit").
 
     Args:
         policy: the policy that is forced to answer.
         rollouts: B completions in whole groups.
-        postfix: text that forces an answer.
-        method: ``"packed"`` (one trunk pass, all branches behind its keys and values),
-            ``"cached"`` (a copy of the cache for each prefix, as the paper describes), ``"naive"``
-            (the definition, re-running each prefix), or ``"strided"`` (packed, but only some
-            prefixes are asked; the drop between two of them is exact and spread evenly over the
-            tokens between).
-        stride: for ``"strided"``: ask after every so many tokens, or at ``"sentence"`` ends.
-        memory_mb: memory beside the model that this may take, MiB; results do not depend on it.
-        chunk_size: branches at a time instead of what ``memory_mb`` allows. Where packing serves
-            (:func:`iapo_mini.early_exit.flat.walkable`) and the vocabulary head is a plain matrix
-            there are no chunks: :func:`head_entropy` needs 2 MiB at a time on a CPU, 64 on a card.
+        how: postfix, stride, way and memory; by default as the paper asks.
 
     Returns:
         (B, L + 1) fp32 nats; column t is the entropy after t completion tokens, column 0 before
         any. Columns past a row's length are 0.
 
     Raises:
-        ValueError: for an unknown method, an empty postfix, a stride or size out of range.
+        ValueError: for a postfix without tokens.
     """
-    suffix = encode_postfix(policy, postfix)
 
     def read(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        return entropy(logits)
+        return logits_entropy(logits)
 
-    return _potential(
-        policy, rollouts, suffix, read, 1, method, stride, memory_mb, chunk_size,
-        read_hidden=head_entropy,
-    )  # fmt: skip
+    question = Question(encode_postfix(policy, how.postfix), read, read_hidden=head_entropy)
+    return _potential(policy, rollouts, question, how)
 
 
 def final_answers(policy: Policy, rollouts: Rollouts) -> list[str | None]:
@@ -215,12 +103,7 @@ def answer_surprisals(
     policy: Policy,
     rollouts: Rollouts,
     answers: Sequence[str | None] | None = None,
-    postfix: str = POSTFIX,
-    *,
-    method: str = "packed",
-    stride: int | str = 4,
-    memory_mb: float = 256.0,
-    chunk_size: int | None = None,
+    how: EarlyExit = EVERY_PREFIX,
 ) -> torch.Tensor:
     """-log p(y | q, o_<=t) of a whole answer string after every prefix, teacher-forced.
 
@@ -230,11 +113,10 @@ def answer_surprisals(
     nothing over the entropy.
 
     Args:
+        policy, rollouts, how: as for :func:`answer_entropies`.
         answers: B texts, as they stand after the postfix (leading space included); None leaves a
             row at 0. Default: the answer each completion ends with (:func:`final_answers`). To tell
             "7" from the beginning of "72", let the texts end with ``</answer>``.
-        policy, rollouts, postfix, method, stride, memory_mb, chunk_size: as for
-            :func:`answer_entropies`.
 
     Returns:
         (B, L + 1) fp32 nats, 0 past a row's length.
@@ -248,11 +130,9 @@ def answer_surprisals(
             f"answers has {len(answers)} entries; allowed is one for each of the "
             f"{len(rollouts.lengths)} rows."
         )
-    start = encode_postfix(policy, postfix)
-    ids = [
-        policy.tokenizer.encode(answer, add_special_tokens=False) if answer is not None else None
-        for answer in answers
-    ]
+    start = encode_postfix(policy, how.postfix)
+    encode = policy.tokenizer.encode
+    ids = [None if x is None else encode(x, add_special_tokens=False) for x in answers]
     if [] in ids:
         raise ValueError("answers holds a text without tokens; allowed are texts of at least one.")
     width = max((len(x) for x in ids if x), default=1)
@@ -267,29 +147,22 @@ def answer_surprisals(
         log_p = log_p.gather(2, targets[rows][..., None])[..., 0]
         return -(log_p * real[rows]).sum(1, keepdim=True)
 
-    return _potential(
-        policy, rollouts, suffix, read, width, method, stride, memory_mb, chunk_size, by_row=True
-    )
+    return _potential(policy, rollouts, Question(suffix, read, keep=width, by_row=True), how)
 
 
 def candidate_logprobs(
-    policy: Policy,
-    rollouts: Rollouts,
-    candidates: Sequence[str],
-    postfix: str = POSTFIX,
-    *,
-    method: str = "packed",
-    memory_mb: float = 256.0,
+    policy: Policy, rollouts: Rollouts, candidates: Sequence[str], how: EarlyExit = EVERY_PREFIX
 ) -> torch.Tensor:
     """Log-distribution over a given set of answers after every prefix, renormalised over the set.
 
-    Its entropy, ``entropy(candidate_logprobs(...))``, is the answer entropy without the mass that
-    the policy puts on things that are no answers. Candidates of one token each are read from one
-    pass; otherwise there is a pass for each candidate.
+    Its entropy, ``logits_entropy(candidate_logprobs(...))``, is the answer entropy without the mass
+    that the policy puts on things that are no answers. Candidates of one token each are read from
+    one pass; otherwise there is a pass for each candidate. Every prefix is asked, whatever the
+    stride.
 
     Args:
+        policy, rollouts, how: as for :func:`answer_entropies`.
         candidates: C >= 2 different texts, as they stand after the postfix.
-        policy, rollouts, postfix, method, memory_mb: as for :func:`answer_entropies`.
 
     Returns:
         (B, L + 1, C) fp32 nats; past a row's length, uniform.
@@ -303,31 +176,22 @@ def candidate_logprobs(
             f"candidates is {list(candidates)!r}; allowed are two or more texts that differ "
             "in their tokens."
         )
-    if all(len(x) == 1 for x in ids):
-        tokens = torch.tensor(ids, device=policy.device)[:, 0]
+    how = replace(how, stride=1)
+    if any(len(x) > 1 for x in ids):
+        rows = len(rollouts.lengths)
+        each = [answer_surprisals(policy, rollouts, [c] * rows, how) for c in candidates]
+        return torch.log_softmax(-torch.stack(each, dim=-1), dim=-1)
+    tokens = torch.tensor(ids, device=policy.device)[:, 0]
 
-        def read(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-            return logits[:, 0].float().index_select(1, tokens)
+    def read(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, 0].float().index_select(1, tokens)
 
-        def read_hidden(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-            bias = None if head.bias is None else head.bias[tokens]
-            return torch.nn.functional.linear(hidden[:, 0], head.weight[tokens], bias).float()
+    def read_hidden(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+        bias = None if head.bias is None else head.bias[tokens]
+        return torch.nn.functional.linear(hidden[:, 0], head.weight[tokens], bias).float()
 
-        found = prefixes.ask(
-            policy.for_inference(), rollouts, encode_postfix(policy, postfix), read,
-            read_hidden=read_hidden, method=method, memory_mb=memory_mb,
-        )  # fmt: skip
-    else:
-        found = -torch.stack(
-            [
-                answer_surprisals(
-                    policy, rollouts, [c] * len(rollouts.lengths), postfix, method=method,
-                    memory_mb=memory_mb,
-                )
-                for c in candidates
-            ],
-            dim=-1,
-        )  # fmt: skip
+    question = Question(encode_postfix(policy, how.postfix), read, read_hidden=read_hidden)
+    found = prefixes.ask(policy.for_inference(), rollouts, question, how)
     return torch.log_softmax(found, dim=-1)
 
 
@@ -379,30 +243,43 @@ def next_token_informativeness(
     return (entropies - following) * completion_mask
 
 
-def _of_entropies(policy: Policy, rollouts: Rollouts, memory_mb: float, stride: int | str):
-    entropies = answer_entropies(
-        policy, rollouts, method="strided", stride=stride, memory_mb=memory_mb
-    )
-    return informativeness(entropies, rollouts.completion_mask)
+Information = Callable[[Policy, Rollouts, EarlyExit], torch.Tensor]
+"""(policy, rollouts, how to ask) -> s_{i,t}, (B, L) nats."""
 
 
-def _of_surprisals(policy: Policy, rollouts: Rollouts, memory_mb: float, stride: int | str):
-    surprisals = answer_surprisals(
-        policy, rollouts, method="strided", stride=stride, memory_mb=memory_mb
-    )
+def _of_entropies(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
+    return informativeness(answer_entropies(policy, rollouts, how), rollouts.completion_mask)
+
+
+def _of_surprisals(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
+    surprisals = answer_surprisals(policy, rollouts, how=how)
     return informativeness(surprisals, rollouts.completion_mask)
 
 
-def _of_next_tokens(policy: Policy, rollouts: Rollouts, memory_mb: float, stride: int | str):
+def _of_next_tokens(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
     return next_token_informativeness(rollouts.token_entropies, rollouts.completion_mask)
 
 
-INFORMATION: dict[str, Callable[[Policy, Rollouts, float, int | str], torch.Tensor]] = {
-    "iapo": _of_entropies,
-    "iapo_ne": _of_next_tokens,
-    "iapo_pmi": _of_surprisals,
+INFORMATION: dict[str, Information] = {
+    "answer_entropy": _of_entropies,
+    "answer_surprisal": _of_surprisals,
+    "next_token_entropy": _of_next_tokens,
 }
-"""Method -> ``(policy, rollouts, memory_mb, stride) -> (B, L)`` nats: what
-``rollouts.informativeness`` is filled with before its advantages are computed, asking after every
-``stride`` tokens or sentence. A method without an entry never pays for an estimate. ``iapo_pmi``
-gives zeros to a completion without an answer, ``iapo_ne`` asks nothing and has no stride."""
+"""What a method may ask for, by the name that its recipe gives (:mod:`iapo_mini.config`).
+``answer_surprisal`` gives zeros to a completion without an answer; ``next_token_entropy`` asks the
+policy nothing."""
+
+
+def inform(
+    policy: Policy, rollouts: Rollouts, information: str | Information, how: EarlyExit
+) -> Rollouts:
+    """Rollouts with ``informativeness`` filled in and without their cache, stale after an update.
+
+    Args:
+        policy: the policy that wrote them.
+        rollouts: B completions in whole groups.
+        information: a key of ``INFORMATION``, or a function like those in it.
+        how: how to ask.
+    """
+    estimate = INFORMATION[information] if isinstance(information, str) else information
+    return replace(rollouts.filled(informativeness=estimate(policy, rollouts, how)), cache=None)

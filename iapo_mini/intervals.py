@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -59,12 +59,12 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def bootstrap_interval(
-    statistic: Callable[..., float], groups: list[tuple[np.ndarray, ...]], draws: int = 300
+    statistic: Callable[..., float], groups: Sequence[tuple[np.ndarray, ...]], draws: int = 300
 ) -> list[float]:
     """``[value, low, high]``: a statistic and its 95% bootstrap interval over groups (stories)."""
     rng = np.random.default_rng(0)
 
-    def of(chosen) -> float:
+    def of(chosen: Iterable[int]) -> float:
         return statistic(*(np.concatenate(x) for x in zip(*(groups[i] for i in chosen))))
 
     values = [of(rng.integers(len(groups), size=len(groups))) for _ in range(draws)]

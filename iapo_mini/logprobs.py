@@ -10,12 +10,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
-from transformers.cache_utils import Cache
 
 from iapo_mini.attention import check_window, model_mask, positions_of
 from iapo_mini.memory import LOGIT_BYTES, LOGITS_MB
@@ -39,16 +38,16 @@ class Trunk:
 
     rows: torch.Tensor
     logits: torch.Tensor | None
-    cache: Cache
+    cache: Any
     mask: torch.Tensor
     position_ids: torch.Tensor
 
 
-_HEAD_ALONE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_HEAD_ALONE: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
-def head_alone(model) -> bool:
+def head_alone(model: Any) -> bool:
     """Whether the logits of this causal LM are its vocabulary head applied to its decoder's output.
 
     Gemma2 caps its logits, Granite and Cohere scale them, others scale what goes in. Rather than
@@ -56,24 +55,27 @@ def head_alone(model) -> bool:
     """
     if model not in _HEAD_ALONE:
         decoder, head = model.get_decoder(), model.get_output_embeddings()
-        seen = {}
+        seen: dict[str, Any] = {}
         hooks = [
             decoder.register_forward_hook(lambda m, args, out: seen.update(decoder=out)),
             head.register_forward_hook(lambda m, args, out: seen.update(into=args[0], out=out)),
         ] if decoder is not model and head is not None else []  # fmt: skip
         ids = torch.tensor([[0, 1]], device=model.device)
-        logits = model(ids, use_cache=False).logits if hooks else None
+        if hooks:
+            seen["logits"] = model(ids, use_cache=False).logits
         for hook in hooks:
             hook.remove()
         hidden = getattr(seen.get("decoder"), "last_hidden_state", None)
-        alone = hidden is not None and "out" in seen
         _HEAD_ALONE[model] = (
-            alone and torch.equal(seen["into"], hidden) and torch.equal(seen["out"], logits)
+            hidden is not None
+            and "out" in seen
+            and torch.equal(seen["into"], hidden)
+            and torch.equal(seen["out"], seen["logits"])
         )
     return _HEAD_ALONE[model]
 
 
-def _forward(model, hidden: bool) -> Callable[..., torch.Tensor]:
+def _forward(model: Any, hidden: bool) -> Callable[..., torch.Tensor]:
     """``f(ids, keep, **inputs)``: logits at the last ``keep`` positions (0: all), (b, keep, V).
 
     With ``hidden`` the states that :func:`head_alone` says lead to them, (b, keep, d).
@@ -84,13 +86,13 @@ def _forward(model, hidden: bool) -> Callable[..., torch.Tensor]:
     return lambda ids, keep, **inputs: decoder(ids, **inputs).last_hidden_state[:, -keep:]
 
 
-def plain_model(model):
+def plain_model(model: Any) -> Any:
     """The causal LM itself, its adapter layers in place, out of peft's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def trunk_blocks(
-    model,
+    model: Any,
     rollouts: Rollouts,
     rows_per_block: int,
     need_logits: bool = True,
@@ -120,7 +122,7 @@ def trunk_blocks(
     chosen = chosen.to(rollouts.lengths.device)
     groups, owners = torch.unique(chosen // group, return_inverse=True)
     prompt_mask = rollouts.prompt_mask[groups * group]
-    prompts = DynamicCache()
+    prompts: Any = DynamicCache()
     first = forward(
         rollouts.prompt_ids[groups * group],
         keep=1,
@@ -129,10 +131,10 @@ def trunk_blocks(
         past_key_values=prompts,
     )
     for order in rollouts.lengths[chosen].argsort(stable=True).split(rows_per_block):
-        rows, owner = chosen[order], owners[order]
-        length = max(1, int(rollouts.lengths[rows].max()))
+        block, owner = chosen[order], owners[order]
+        length = max(1, int(rollouts.lengths[block].max()))
         mask = torch.cat(
-            [rollouts.prompt_mask[rows], rollouts.completion_mask[rows, :length]], dim=1
+            [rollouts.prompt_mask[block], rollouts.completion_mask[block, :length]], dim=1
         )
         position_ids = positions_of(mask)
         cache = DynamicCache(
@@ -143,18 +145,19 @@ def trunk_blocks(
         )
         future = torch.ones(length, width + length, dtype=torch.bool, device=mask.device)
         logits = forward(
-            rollouts.completion_ids[rows, :length],
+            rollouts.completion_ids[block, :length],
             keep=0 if need_logits else 1,
             attention_mask=model_mask(model, (mask[:, None] & future.tril(width))[:, None]),
             position_ids=position_ids[:, width:],
             past_key_values=cache,
         )
-        logits = torch.cat([first.index_select(0, owner), logits], dim=1) if need_logits else None
-        yield Trunk(rows, logits, cache, mask, position_ids)
+        if need_logits:
+            logits = torch.cat([first.index_select(0, owner), logits], dim=1)
+        yield Trunk(block, logits if need_logits else None, cache, mask, position_ids)
 
 
 def _predictions(
-    model, rollouts: Rollouts, rows_per_block: int, hidden: bool
+    model: Any, rollouts: Rollouts, rows_per_block: int, hidden: bool
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Rows (b,) and the logits or hidden states that predict their tokens, (b, l, V) or (b, l, d).
 
@@ -164,6 +167,7 @@ def _predictions(
     checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if not (model.training and checkpointed):
         for block in trunk_blocks(model, rollouts, rows_per_block, hidden=hidden):
+            assert block.logits is not None  # asked for
             yield block.rows, block.logits[:, :-1]
         return
     forward = _forward(model, hidden)
@@ -183,7 +187,9 @@ def _predictions(
         )[:, :-1]  # fmt: skip
 
 
-def _read(logits: torch.Tensor, ids: torch.Tensor, temperature: float):
+def _read(
+    logits: torch.Tensor, ids: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of the tokens ``ids`` (...) under ``logits`` (..., V), and the entropy."""
     log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
     with torch.no_grad():
@@ -191,13 +197,20 @@ def _read(logits: torch.Tensor, ids: torch.Tensor, temperature: float):
     return log_p.gather(-1, ids[..., None])[..., 0], entropy
 
 
-def _read_in_chunks(head, hidden, ids, mask, temperature: float, size: int):
+def _read_in_chunks(
+    head: torch.nn.Module,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    temperature: float,
+    size: int,
+) -> Iterator[torch.Tensor]:
     """As :func:`_read` after the head, for ``size`` real tokens at a time; padding 0.
 
     The logits of a chunk are dropped once read and made again for its gradients.
     """
 
-    def read(hidden, ids):
+    def read(hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _read(head(hidden), ids, temperature)
 
     parts = [
@@ -209,7 +222,7 @@ def _read_in_chunks(head, hidden, ids, mask, temperature: float, size: int):
 
 
 def token_logprobs(
-    model,
+    model: Any,
     rollouts: Rollouts,
     temperature: float = 1.0,
     rows_per_block: int = 16,
@@ -238,7 +251,7 @@ def token_logprobs(
     vocabulary = plain.config.get_text_config().vocab_size
     size = max(1, int(memory_mb * 2**20 / (LOGIT_BYTES * vocabulary)))
     chunked = min(rows, rows_per_block) * length > size and head_alone(plain)
-    head = plain.get_output_embeddings() if chunked else None
+    head: Any = plain.get_output_embeddings() if chunked else None
     for block, states in _predictions(model, rollouts, rows_per_block, hidden=chunked):
         width = states.shape[1]
         mask = rollouts.completion_mask[block, :width]

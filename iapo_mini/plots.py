@@ -6,12 +6,15 @@ Every function returns a ``matplotlib.figure.Figure``; nothing is shown or saved
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from iapo_mini.intervals import expected_calibration_error, mean_interval
 
@@ -36,7 +39,17 @@ LABELS = {
 }  # fmt: skip
 
 
-def band(ax, x, intervals, style: str, color: str, label: str, alpha: float = 0.2, **line) -> None:
+def band(
+    ax: Axes,
+    x: ArrayLike,
+    intervals: ArrayLike,
+    style: str,
+    *,
+    color: str,
+    label: str,
+    alpha: float = 0.2,
+    **line: Any,
+) -> None:
     """Means joined by a line, their intervals as a band; a single seed is drawn alone.
 
     Args:
@@ -49,7 +62,7 @@ def band(ax, x, intervals, style: str, color: str, label: str, alpha: float = 0.
         ax.fill_between(x, low, high, color=color, alpha=alpha, lw=0)
 
 
-def _by_step(ax, runs: Sequence[Sequence[float]], method: str, beside: float) -> None:
+def _by_step(ax: Axes, runs: Sequence[np.ndarray], method: str, beside: float) -> None:
     """Mean over seeds by step with its 95% interval; a single seed is drawn alone.
 
     The interval is a band, or where many lines would bury each other (``beside`` above 0) a bar of
@@ -57,12 +70,14 @@ def _by_step(ax, runs: Sequence[Sequence[float]], method: str, beside: float) ->
     """
     intervals = [mean_interval(values) for values in zip(*runs)]
     color, style = COLORS.get(method, "black"), STYLES.get(method, "-.")
-    x, look = np.arange(1, len(intervals) + 1), {"label": LABELS.get(method, method), "lw": 1.8}
+    x, label = np.arange(1, len(intervals) + 1), LABELS.get(method, method)
     if not beside:
-        band(ax, x, intervals, style, color, **look)
+        band(ax, x, intervals, style, color=color, label=label, lw=1.8)
         return
-    look |= {"marker": MARKERS.get(method, "o"), "markevery": 3, "ms": 5}
-    ax.plot(x, [mean for mean, _, _ in intervals], style, color=color, **look)
+    ax.plot(
+        x, [mean for mean, _, _ in intervals], style, color=color, label=label, lw=1.8,
+        marker=MARKERS.get(method, "o"), markevery=3, ms=5,
+    )  # fmt: skip
     if len(runs) > 1:
         mean, low, high = intervals[-1]
         ax.errorbar(x[-1] + beside, mean, [[mean - low], [high - mean]], color=color, capsize=2)
@@ -70,9 +85,8 @@ def _by_step(ax, runs: Sequence[Sequence[float]], method: str, beside: float) ->
 
 def _smooth(values: Sequence[float], width: int = 5) -> np.ndarray:
     """Centred running mean, shorter at the ends."""
-    values = np.asarray(values, dtype=float)
-    half = width // 2
-    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+    series, half = np.asarray(values, dtype=float), width // 2
+    return np.array([series[max(0, i - half) : i + half + 1].mean() for i in range(len(series))])
 
 
 def training_curves(curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]]) -> Figure:

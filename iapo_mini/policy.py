@@ -15,27 +15,31 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from peft.utils.integrations import dequantize_bnb_weight
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from iapo_mini.four_bit import (
+    check_four_bit,
+    check_rows,
+    compute_dtype,
+    first_line,
+    load_four_bit,
+    plain_weight,
+    prepare_for_adapter,
+)
 from iapo_mini.policies import EMBEDDED, SHIPPED
 
 # Below this many parameters a second, merged copy of the weights is cheap and makes sampling and
 # the estimator about twice as fast as going through the adapter's extra layers.
 _MERGED_COPY_LIMIT = 50_000_000
 
-
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":. ")
 
 
 @dataclass
@@ -43,12 +47,13 @@ class Policy:
     """A policy pi_theta with what is needed to talk to it.
 
     Attributes:
-        model: causal LM; a ``PeftModel`` when LoRA is used.
+        model: causal LM; a ``PeftModel`` when LoRA is used. (The two share no type that knows what
+            both can do, hence ``Any`` here and where it is handed out.)
         tokenizer: its tokenizer, padding on the left.
         frozen: copy of the start weights for full fine-tuning with a KL term, else None.
     """
 
-    model: torch.nn.Module
+    model: Any
     tokenizer: transformers.PreTrainedTokenizerBase
     frozen: PreTrainedModel | None = None
     _merged: PreTrainedModel | None = None
@@ -76,7 +81,7 @@ class Policy:
         return torch.tensor(ids if isinstance(ids, list) else [ids], device=self.device)
 
     @contextlib.contextmanager
-    def reference(self) -> Iterator[torch.nn.Module]:
+    def reference(self) -> Iterator[Any]:
         """The reference policy pi_ref: the start weights, without a second copy under LoRA.
 
         Raises:
@@ -93,7 +98,7 @@ class Policy:
                 "load it with keep_reference=True."
             )
 
-    def for_inference(self) -> torch.nn.Module:
+    def for_inference(self) -> Any:
         """The model to sample and estimate with, in eval mode.
 
         Small fp32 LoRA policies are merged into a plain copy, dequantised where they are in 4 bits,
@@ -132,12 +137,12 @@ class Policy:
             if hasattr(layer, "get_delta_weight"):
                 inner = layer.base_layer
                 delta = layer.get_delta_weight("default")
-                yield prefix + "weight", (_dequantised(inner) + delta).to(self.dtype)
+                yield prefix + "weight", (plain_weight(inner) + delta).to(self.dtype)
                 if inner.bias is not None:
                     yield prefix + "bias", inner.bias
                 continue
             for key, value in layer.named_parameters(recurse=False):
-                yield prefix + key, _dequantised(layer) if key == "weight" else value
+                yield prefix + key, plain_weight(layer) if key == "weight" else value
             for key, value in layer.named_buffers(recurse=False):
                 if key not in layer._non_persistent_buffers_set:
                     yield prefix + key, value
@@ -172,90 +177,6 @@ class Policy:
         settings = {"save_embedding_layers": False} if self.uses_lora else {}
         self.model.save_pretrained(folder, **settings)
         self.tokenizer.save_pretrained(folder)
-
-
-def _dequantised(layer: torch.nn.Module) -> torch.Tensor:
-    """The weight of a layer as plain numbers, whether it is kept in 4 bits or not."""
-    weight = layer.weight
-    return dequantize_bnb_weight(weight) if hasattr(weight, "quant_state") else weight
-
-
-def compute_dtype(device: str | torch.device) -> torch.dtype:
-    """What 4-bit weights are computed with: bf16 where the card has it, else fp16; fp32 on a CPU.
-
-    A T4 answers that it supports bf16 because CUDA emulates it, slowly; hence the question without
-    emulation.
-    """
-    if torch.device(device).type != "cuda":
-        return torch.float32
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
-
-
-def _check_four_bit(device: str) -> None:
-    """Quantise a few numbers, so that a broken installation shows before a model is read."""
-    try:
-        import bitsandbytes
-
-        bitsandbytes.functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
-    except (ImportError, OSError, RuntimeError, AttributeError, NotImplementedError) as error:
-        raise ValueError(
-            f"four_bit is True, but bitsandbytes can't quantise on this machine's {device} "
-            f"({_first_line(error)}); install it with pip install 'iapo-mini[four-bit]', or go "
-            "without it: four_bit=False, --no-four-bit on the command line."
-        ) from error
-
-
-_NF4_BLOCK = 64
-"""Weights that share a scale."""
-
-
-def _check_rows(name: str, model: PreTrainedModel) -> None:
-    """Refuse rows that bitsandbytes (0.50) reads back wrongly on a CPU, without a word."""
-    for module in model.modules():
-        # Only its 4-bit layers have this.
-        quantised = hasattr(module, "support_avx512bf16_for_cpu")
-        if quantised and module.in_features % _NF4_BLOCK:
-            raise ValueError(
-                f"four_bit is True, but '{name}' has a layer with rows of {module.in_features} "
-                f"weights; allowed on a CPU are multiples of {_NF4_BLOCK}."
-            )
-
-
-def _load_four_bit(
-    source: str, device: str, dtype: torch.dtype, gradient_checkpointing: bool
-) -> PreTrainedModel:
-    """A causal LM whose linear layers, the vocabulary head excepted, are in NF4."""
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        device_map=device,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        ),
-    )
-    for module in model.modules():
-        # On CPUs with AVX512-BF16 the first forward in eval mode would repack the weights in place
-        # for a kernel without autograd, after which training fails or learns nothing.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    with _by_older_names():
-        model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
-    for parameter in model.parameters():
-        # The line above makes everything that is not quantised fp32; for the vocabulary of a 7B
-        # model that is two gigabytes, and activations and cache would be fp32 as well.
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def model_source(model: str, weights: bool = True) -> str:
@@ -366,29 +287,15 @@ def load_policy(
     source = model_source(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if four_bit:
-        _check_four_bit(device)
+        check_four_bit(device)
     if dtype is None:
         dtype = compute_dtype(device) if four_bit else torch.float32
     quiet_libraries()
-    try:
-        # False, not unset: transformers would ask on the terminal and wait.
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, padding_side="left", trust_remote_code=False
-        )
-        if four_bit:
-            causal_lm = _load_four_bit(source, device, dtype, gradient_checkpointing)
-        else:
-            causal_lm = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            ).to(device)
-    except _LOAD_ERRORS as error:
-        reason = _first_line(error)
-        raise ValueError(
-            f"model is '{model}' and can't be loaded ({reason}); allowed are '{EMBEDDED}', a "
-            "folder written by save_pretrained, or a hub id that this machine can reach."
-        ) from error
+    tokenizer, causal_lm = _load(
+        model, source, device, dtype, four_bit=four_bit, checkpointing=gradient_checkpointing
+    )
     if four_bit and device == "cpu":
-        _check_rows(model, causal_lm)
+        check_rows(model, causal_lm)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if gradient_checkpointing and not four_bit:
@@ -396,32 +303,72 @@ def load_policy(
             causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     frozen = copy.deepcopy(causal_lm).requires_grad_(False).eval() if keep_reference else None
     if adapter is not None:
-        if not os.path.isfile(Path(adapter) / "adapter_model.safetensors"):
-            raise ValueError(
-                f"adapter is '{adapter}', which has no adapter_model.safetensors; allowed is a "
-                "folder in PEFT format, such as the one a training run writes."
-            )
-        try:
-            with _by_older_names():
-                peft = PeftModel.from_pretrained(causal_lm, adapter, is_trainable=True)
-        except _LOAD_ERRORS as error:
-            raise ValueError(
-                f"adapter is '{adapter}' and can't be loaded onto '{model}' "
-                f"({_first_line(error)}); allowed is an adapter trained on this model."
-            ) from error
-        return Policy(peft, tokenizer, frozen)
+        return Policy(_with_trained_adapter(causal_lm, adapter, model), tokenizer, frozen)
     if lora_rank == 0:
         return Policy(causal_lm, tokenizer, frozen)
+    alpha = lora_alpha if lora_alpha is not None else 2 * lora_rank
+    return Policy(_with_new_adapter(causal_lm, lora_rank, alpha, seed), tokenizer, None)
+
+
+def _load(
+    model: str,
+    source: str,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    four_bit: bool,
+    checkpointing: bool,
+) -> tuple[transformers.PreTrainedTokenizerBase, Any]:
+    """Tokenizer and causal LM; whatever is wrong with them is told in one sentence."""
+    try:
+        # False, not unset: transformers would ask on the terminal and wait.
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, padding_side="left", trust_remote_code=False
+        )
+        causal_lm: Any
+        if four_bit:
+            causal_lm = load_four_bit(source, device, dtype)
+            with _by_older_names():
+                causal_lm = prepare_for_adapter(causal_lm, dtype, checkpointing)
+        else:
+            causal_lm = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+            causal_lm = causal_lm.to(device)
+    except _LOAD_ERRORS as error:
+        raise ValueError(
+            f"model is '{model}' and can't be loaded ({first_line(error)}); allowed are "
+            f"'{EMBEDDED}', a folder written by save_pretrained, or a hub id that this machine can "
+            "reach."
+        ) from error
+    return tokenizer, causal_lm
+
+
+def _with_trained_adapter(causal_lm: Any, adapter: str | Path, model: str) -> PeftModel:
+    """The model with a trained adapter from a folder; ``model`` names it in messages."""
+    if not os.path.isfile(Path(adapter) / "adapter_model.safetensors"):
+        raise ValueError(
+            f"adapter is '{adapter}', which has no adapter_model.safetensors; allowed is a "
+            "folder in PEFT format, such as the one a training run writes."
+        )
+    try:
+        with _by_older_names():
+            return PeftModel.from_pretrained(causal_lm, adapter, is_trainable=True)
+    except _LOAD_ERRORS as error:
+        raise ValueError(
+            f"adapter is '{adapter}' and can't be loaded onto '{model}' "
+            f"({first_line(error)}); allowed is an adapter trained on this model."
+        ) from error
+
+
+def _with_new_adapter(causal_lm: Any, rank: int, alpha: int, seed: int) -> Any:
+    """The model with a fresh adapter, which changes nothing yet; the global seed is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Every linear layer of every block but the vocabulary head, whatever their names in this
         # architecture: with QLoRA that matters more than the rank (arXiv 2305.14314, figure 2).
         config = LoraConfig(
-            r=lora_rank,
-            lora_alpha=lora_alpha if lora_alpha is not None else 2 * lora_rank,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
+            r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
         )
         with _by_older_names():
-            peft = get_peft_model(causal_lm, config)
-    return Policy(peft, tokenizer, None)
+            return get_peft_model(causal_lm, config)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from iapo_mini.problems.verify import equal_answers
 from iapo_mini.rollouts import Rollouts
@@ -47,7 +47,9 @@ def reward(completion: str, reference: str) -> tuple[float, bool]:
     return (1.5 if correct else -0.5), correct
 
 
-def score(rollouts: Rollouts, tokenizer, problems: Sequence[Problem]) -> Rollouts:
+def score(
+    rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
+) -> Rollouts:
     """Rollouts with ``rewards`` (B,) fp32 and ``correct`` (B,) bool filled in.
 
     Args:
@@ -61,8 +63,7 @@ def score(rollouts: Rollouts, tokenizer, problems: Sequence[Problem]) -> Rollout
         for i, text in enumerate(rollouts.texts(tokenizer))
     ]
     device = rollouts.completion_ids.device
-    return replace(
-        rollouts,
+    return rollouts.filled(
         rewards=torch.tensor([r for r, _ in results], dtype=torch.float32, device=device),
         correct=torch.tensor([c for _, c in results], dtype=torch.bool, device=device),
     )

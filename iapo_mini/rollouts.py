@@ -9,29 +9,41 @@ the passes over what was sampled (:mod:`iapo_mini.logprobs`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-@dataclass
+Cache = list[list[tuple[torch.Tensor, torch.Tensor]]]
+"""For each row and layer the keys and values of its prompt and completion, each
+(S, key-value heads, D), rotated as the model does."""
+
+FILLED_BY = {
+    "token_entropies": "sampling.sample",
+    "rewards": "rewards.score",
+    "correct": "rewards.score",
+    "informativeness": "information.inform",
+}
+"""What may be known of rollouts, and who finds it out."""
+
+
+@dataclass(frozen=True)
 class Rollouts:
-    """Completions of a batch of prompts; the one object that flows through the pipeline.
+    """Completions of a batch of prompts. Nothing is written into them: :meth:`filled` makes a copy.
 
     Attributes:
         prompt_ids, prompt_mask: (B, P) long and bool, left-padded.
         completion_ids, completion_mask: (B, L) long and bool, right-padded.
         old_logprobs: (B, L) fp32 nats, log pi_old(o_t | q, o_<t) of the tempered policy; padding 0.
-        token_entropies: (B, L) fp32 nats, entropy of the distribution each token was drawn from;
-            padding 0. None for completions that nobody sampled.
         num_generations: G, completions per prompt; rows of one prompt are adjacent.
         finished: (B,) bool, whether the row ended by itself (False: cut at the length limit).
-        rewards: (B,) fp32, filled in by ``rewards.score``.
-        correct: (B,) bool, filled in by ``rewards.score``.
-        informativeness: (B, L) fp32 nats, s_{i,t}, filled in by ``information.informativeness``.
-        cache: for each row and layer the keys and values of its prompt and completion, each
-            (S, key-value heads, D), rotated as the model does; kept by ``sample`` on request, so
-            that the estimator need not run the trunk again. Stale once the policy has changed.
+        known: what has been filled in so far, by name; read it through the properties below.
+        cache: kept by ``sample`` on request, so that the estimator need not run the trunk again.
+            Stale once the policy has changed.
     """
 
     prompt_ids: torch.Tensor
@@ -41,11 +53,44 @@ class Rollouts:
     old_logprobs: torch.Tensor
     num_generations: int
     finished: torch.Tensor
-    token_entropies: torch.Tensor | None = None
-    rewards: torch.Tensor | None = None
-    correct: torch.Tensor | None = None
-    informativeness: torch.Tensor | None = None
-    cache: list[list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+    known: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    cache: Cache | None = None
+
+    def filled(self, **values: torch.Tensor) -> Rollouts:
+        """A copy that knows more: any of the names in ``FILLED_BY``.
+
+        Raises:
+            TypeError: for another name.
+        """
+        for name in values:
+            if name not in FILLED_BY:
+                raise TypeError(f"rollouts know no {name}; allowed are {', '.join(FILLED_BY)}.")
+        return replace(self, known={**self.known, **values})
+
+    def _filled_in(self, name: str) -> torch.Tensor:
+        if name not in self.known:
+            raise ValueError(f"these rollouts have no {name} yet; {FILLED_BY[name]} fills it in.")
+        return self.known[name]
+
+    @property
+    def token_entropies(self) -> torch.Tensor:
+        """(B, L) fp32 nats, entropy of the distribution each token was drawn from; padding 0."""
+        return self._filled_in("token_entropies")
+
+    @property
+    def rewards(self) -> torch.Tensor:
+        """(B,) fp32, r_i."""
+        return self._filled_in("rewards")
+
+    @property
+    def correct(self) -> torch.Tensor:
+        """(B,) bool, whether the answer is right."""
+        return self._filled_in("correct")
+
+    @property
+    def informativeness(self) -> torch.Tensor:
+        """(B, L) fp32 nats, s_{i,t}; padding 0."""
+        return self._filled_in("informativeness")
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -54,23 +99,30 @@ class Rollouts:
 
     def rows(self, start: int, stop: int) -> Rollouts:
         """Rows ``start`` to ``stop`` (whole groups), completions cut to their longest."""
-        width = max(1, int(self.lengths[start:stop].max()))
-        cut = {"completion_ids", "completion_mask", "old_logprobs", "token_entropies"}
-        cut |= {"informativeness"}
-        fields = {}
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                value = value[start:stop]
-                fields[name] = value[:, :width] if name in cut else value
-        if self.cache is not None:
-            fields["cache"] = self.cache[start:stop]
-        return replace(self, **fields)
+        rows = slice(start, stop)
+        width = max(1, int(self.lengths[rows].max()))
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids[rows],
+            prompt_mask=self.prompt_mask[rows],
+            completion_ids=self.completion_ids[rows, :width],
+            completion_mask=self.completion_mask[rows, :width],
+            old_logprobs=self.old_logprobs[rows, :width],
+            finished=self.finished[rows],
+            known={n: v[rows, :width] if v.ndim == 2 else v[rows] for n, v in self.known.items()},
+            cache=None if self.cache is None else self.cache[rows],
+        )
 
-    def texts(self, tokenizer) -> list[str]:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by name, what has been filled in included; the cache left out."""
+        own = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        return {**own, **self.known}
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Completions as text, tags kept, the end-of-sequence token left out."""
         skip = set(tokenizer.all_special_ids)
         out = []
         for ids, mask in zip(self.completion_ids.tolist(), self.completion_mask.tolist()):
             kept = [i for i, real in zip(ids, mask) if real and i not in skip]
-            out.append(tokenizer.decode(kept, skip_special_tokens=False))
+            out.append(str(tokenizer.decode(kept, skip_special_tokens=False)))
         return out

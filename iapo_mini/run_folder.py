@@ -21,16 +21,21 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from iapo_mini.policy import Policy
+from iapo_mini.config import TrainConfig, with_defaults
+
+if TYPE_CHECKING:
+    from iapo_mini.policy import Policy
+    from iapo_mini.rollouts import Rollouts
 
 _LOCK = ".lock"
 
@@ -38,28 +43,6 @@ _LOCK = ".lock"
 def is_leftover(path: Path) -> bool:
     """Whether this is what a killed run leaves: its lock, or something it had not yet renamed."""
     return path.name == _LOCK or (path.name.startswith(".") and path.name.endswith(".tmp"))
-
-
-@contextlib.contextmanager
-def claimed(run: Path, resume: bool) -> Iterator[None]:
-    """The run folder, made if need be, for this process alone; a kill gives it free again."""
-    if resume and not (run / "config.json").is_file():
-        raise ValueError(f"output_dir is '{run}', which holds no run to resume (no config.json).")
-    writable_folder(run, "output_dir")
-    lock = filelock.FileLock(run / _LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise ValueError(
-            f"output_dir is '{run}', where another process is training; wait for its end or name "
-            "a new folder."
-        ) from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows keeps an open file; a read-only disk keeps all
-            os.unlink(run / _LOCK)
-        lock.release()
 
 
 def writable_folder(folder: Path, name: str) -> None:
@@ -161,7 +144,7 @@ def _sums(folder: Path) -> dict[str, str]:
     return out
 
 
-def save_checkpoint(run: Path, step: int, policy: Policy, optimizer) -> None:
+def save_checkpoint(run: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     """Checkpoint of trained weights and optimizer moments; the two newest are kept."""
 
     def write(folder: Path) -> None:
@@ -181,7 +164,7 @@ def save_checkpoint(run: Path, step: int, policy: Policy, optimizer) -> None:
             remove(old)
 
 
-def restore_checkpoint(run: Path, policy: Policy, optimizer) -> int:
+def restore_checkpoint(run: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
     """Load the newest checkpoint that is whole; return the steps done, 0 without one."""
     for checkpoint in reversed(checkpoints(run)):
         try:
@@ -234,7 +217,7 @@ def ctrl_c() -> Iterator[threading.Event]:
         signal.getsignal(signal.SIGINT) is signal.default_int_handler
     )
 
-    def ask(number, frame) -> None:
+    def ask(number: int, frame: object) -> None:
         asked.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with contextlib.suppress(RuntimeError):  # in the middle of another write
@@ -248,3 +231,151 @@ def ctrl_c() -> Iterator[threading.Event]:
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Run:
+    """The folder of one run from its claim to its end, as a context manager.
+
+    Entering takes the folder for this process and refuses one that is not fit; nothing is written
+    into it before :meth:`restore`, so a run whose model can't be loaded leaves nothing behind.
+
+    Args:
+        folder: must be empty or absent unless ``resume``.
+        settings: what ``config.json`` is to hold.
+        resume: go on with the run that is there, which must have the same settings.
+
+    Raises:
+        ValueError: when the folder is in use, can't be written, is not empty, or holds a run with
+            other settings (or none, with ``resume``).
+    """
+
+    def __init__(self, folder: str | Path, config: TrainConfig, *, resume: bool = False) -> None:
+        self.folder, self.config, self.resume = Path(folder), config, resume
+        self._stack = contextlib.ExitStack()
+        self._interrupted = threading.Event()
+
+    def __enter__(self) -> Run:
+        if self.resume and not (self.folder / "config.json").is_file():
+            raise ValueError(
+                f"output_dir is '{self.folder}', which holds no run to resume (no config.json)."
+            )
+        writable_folder(self.folder, "output_dir")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_locked(self.folder))
+            self._check()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._stack.__exit__(*raised)
+
+    def _check(self) -> None:
+        """Refuse a folder that is not empty, or a resume with other settings."""
+        run, settings = self.folder, self.config.settings()
+        if not self.resume:
+            if not all(map(is_leftover, run.iterdir())):
+                raise ValueError(
+                    f"output_dir is '{run}', which is not empty; resume the run in it or name a "
+                    "new folder."
+                )
+            return
+        try:
+            before = with_defaults(json.loads((run / "config.json").read_text()))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"output_dir is '{run}', whose config.json is damaged ({error}); write the run's "
+                "settings back into it, or name a new folder."
+            ) from error
+        for name, value in settings.items():
+            if name != "max_steps" and value != before.get(name):
+                raise ValueError(
+                    f"{name} is {value!r}, but the run in '{run}' was started with "
+                    f"{before.get(name)!r}; resume with the same settings (only max_steps may "
+                    "differ)."
+                )
+
+    def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
+        """Write the settings, load the newest whole checkpoint; steps done, 0 without one."""
+        with writing(self.folder):
+            for path in self.folder.glob(".*.tmp"):
+                remove(path)
+            told = self.config.settings() | {"from_recipe": self.config.from_recipe()}
+            replace_text(self.folder / "config.json", json.dumps(told, indent=2) + "\n")
+        done = restore_checkpoint(self.folder, policy, optimizer)
+        with writing(self.folder):
+            trim_log(self.folder / "metrics.jsonl", done)
+        self._interrupted = self._stack.enter_context(ctrl_c())  # until here it ends at once
+        return done
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``, flushed at once."""
+        with writing(self.folder), (self.folder / "metrics.jsonl").open("a") as log:
+            log.write(json.dumps(metrics) + "\n")
+
+    def save(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+        """A checkpoint if one is due, or if Ctrl-C was pressed, which then ends the run.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, once all is saved.
+        """
+        if step % self.config.save_steps == 0 or self._interrupted.is_set():
+            with writing(self.folder):
+                save_checkpoint(self.folder, step, policy, optimizer)
+        if self._interrupted.is_set():
+            raise KeyboardInterrupt(
+                f"step {step} is saved in '{self.folder}'; --resume (resume=True) goes on from it"
+            )
+
+    def finish(self, policy: Policy) -> None:
+        """Save the trained policy to ``final/``."""
+        policy.model.eval()
+        with writing(self.folder):
+            replace_folder(self.folder / "final", policy.save)
+        if self._interrupted.is_set():
+            raise KeyboardInterrupt(f"the run in '{self.folder}' is finished")
+
+    @contextlib.contextmanager
+    def keeping(
+        self, step: int, rollouts: Rollouts, advantages: torch.Tensor, policy: Policy
+    ) -> Iterator[None]:
+        """Keep what an update was made of in ``failed-step-<n>/`` if it turns out not finite."""
+        try:
+            yield
+        except FloatingPointError as error:
+            kept = self.folder / f"failed-step-{step}"
+
+            def write(folder: Path) -> None:
+                tensors = rollouts.tensors() | {"advantages": advantages}
+                save_file(
+                    {name: value.detach().contiguous() for name, value in tensors.items()},
+                    folder / "rollouts.safetensors",
+                )
+                texts = rollouts.texts(policy.tokenizer)
+                (folder / "completions.json").write_text(json.dumps(texts, indent=1) + "\n")
+
+            with writing(self.folder):
+                replace_folder(kept, write)
+            raise FloatingPointError(
+                f"step {step}: {error}; the run has stopped before the update and the batch is in "
+                f"'{kept}'. Often the remedy is a new run with a lower learning_rate (now "
+                f"{self.config.learning_rate})."
+            ) from error
+
+
+@contextlib.contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """The run folder for this process alone; the lock is released if the process is killed."""
+    lock = filelock.FileLock(run / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ValueError(
+            f"output_dir is '{run}', where another process is training; wait for its end or name "
+            "a new folder."
+        ) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows keeps an open file; a read-only disk keeps all
+            os.unlink(run / _LOCK)
+        lock.release()

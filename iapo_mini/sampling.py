@@ -1,13 +1,11 @@
-"""Rollouts: batched sampling with a KV cache; what was sampled and what is known of it.
+"""Batched sampling with a KV cache, and rollouts made of given texts.
 
-Shapes: B = prompts x num_generations, P prompt length (left-padded), L completion length
-(right-padded, the end-of-sequence token included), V vocabulary. Masks are bool.
-
-Rows of one prompt stand next to each other: sampling runs every prompt once per *group*, and so do
-the passes over what was sampled (:mod:`iapo_mini.logprobs`).
+Rows of one prompt stand next to each other, so every prompt is run once per group.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -28,38 +26,45 @@ class _GrowingLayer(DynamicLayer):
 
     block = CACHE_BLOCK
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._buffers, self._used = None, 0
+            self._buffers: list[torch.Tensor] | None = None
+            self._used = 0
         new = self._used + key_states.shape[-2]
         if self._buffers is None or new > self._buffers[0].shape[-2]:
             shape = list(key_states.shape)
             shape[-2] = new + self.block
             grown = [key_states.new_empty(shape), value_states.new_empty(shape)]
             for buffer, old in zip(grown, (self.keys, self.values)):
-                if self._used:
+                if self._used and old is not None:
                     buffer[..., : self._used, :] = old
             self._buffers = grown
         self._used = new
-        self.show(len(key_states))
-        self.keys[..., new - key_states.shape[-2] :, :] = key_states
-        self.values[..., new - key_states.shape[-2] :, :] = value_states
-        return self.keys, self.values
+        keys, values = self.show(len(key_states))
+        keys[..., new - key_states.shape[-2] :, :] = key_states
+        values[..., new - key_states.shape[-2] :, :] = value_states
+        return keys, values
 
-    def show(self, rows: int) -> None:
+    def show(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Go on with the first ``rows`` rows; the others stay in the buffer."""
-        self.keys, self.values = (b[:rows, :, : self._used] for b in self._buffers)
+        assert self._buffers is not None  # something has been written
+        keys, values = (b[:rows, :, : self._used] for b in self._buffers)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def swap(self, holes: torch.Tensor, movers: torch.Tensor) -> None:
         """Swap the rows at ``holes`` with those at ``movers``."""
         for x in (self.keys, self.values):
+            assert x is not None  # something has been written
             retired = x.index_select(0, holes)
             x[holes] = x.index_select(0, movers)
             x[movers] = retired
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._buffers = [b.repeat_interleave(repeats, dim=0) for b in self._buffers]
+        self._buffers = [b.repeat_interleave(repeats, dim=0) for b in self._buffers or ()]
         self.show(len(self._buffers[0]))
 
 
@@ -90,6 +95,95 @@ def check_sampling(
             raise ValueError(f"{name} is {value}; allowed are 1 and above.")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; allowed are numbers above 0.")
+
+
+class _Rows:
+    """The rows of a batch that are still in the cache: all at first, then those not yet retired."""
+
+    def __init__(
+        self, prompt_mask: torch.Tensor, num_generations: int, longest: int, keep_cache: bool
+    ) -> None:
+        mask = prompt_mask.repeat_interleave(num_generations, dim=0)
+        total, self.width = mask.shape
+        self.positions = mask.sum(1)  # (b,) long, tokens of the prompt
+        self.attend = torch.ones(  # (b, 1, 1, P + L) bool
+            total, 1, 1, self.width + longest, dtype=torch.bool, device=mask.device
+        )
+        self.attend[:, 0, 0, : self.width] = mask
+        self.active = torch.arange(total, device=mask.device)  # (b,) long, in the full batch
+        self.running = torch.ones(total, dtype=torch.bool, device=mask.device)  # (b,) not ended
+        self.padding = (self.width - self.positions).tolist()  # of the full batch
+        self.kept: list[Any] | None = [None] * total if keep_cache else None
+
+    def keep_keys(self, slots: range, cache: Any, lengths: torch.Tensor) -> None:
+        """Remember where in the cache the real columns of these rows are."""
+        if self.kept is None:
+            return
+        for j in slots:
+            i = int(self.active[j])
+            real = slice(self.padding[i], self.width + int(lengths[i]))
+            self.kept[i] = [
+                tuple(x[j, :, real].transpose(0, 1) for x in (y.keys, y.values))
+                for y in cache.layers
+            ]
+
+    def retire(self, staying: torch.Tensor, cache: Any, lengths: torch.Tensor) -> torch.Tensor:
+        """Swap the rows that do not stay behind those that do and go on without them.
+
+        Returns:
+            (rows that stay,) long, where each of them stood before.
+        """
+        count = int(staying.sum())
+        holes = (~staying[:count]).nonzero()[:, 0]
+        movers = count + staying[count:].nonzero()[:, 0]
+        order = torch.arange(len(self.active), device=staying.device)
+        order[holes], order[movers] = movers, holes
+        self.active = self.active[order]
+        for layer in cache.layers:
+            layer.swap(holes, movers)
+        self.keep_keys(range(count, len(self.active)), cache, lengths)
+        for layer in cache.layers:
+            layer.show(count)
+        order = order[:count]
+        self.active, self.running = self.active[:count], self.running[order]
+        self.attend, self.positions = self.attend[order], self.positions[order]
+        return order
+
+
+def _draw(
+    logits: torch.Tensor, uniform: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One token for each row by inverse CDF.
+
+    Args:
+        logits: (b, V); uniform: (b,) in 0..1.
+
+    Returns:
+        Tokens (b, 1) long, their log-probability (b,) and the entropy of what they were drawn from
+        (b,), both fp32 nats.
+    """
+    log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
+    p = log_p.exp()
+    cdf = p.cumsum(-1)
+    # Scaling by the last entry keeps rounding from pointing past the vocabulary.
+    token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)
+    token = token.clamp(max=cdf.shape[1] - 1)
+    return token, log_p.gather(1, token)[:, 0], -p.mul_(log_p).sum(-1)
+
+
+def _first_logits(
+    model: Any, cache: Cache, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, group: int
+) -> torch.Tensor:
+    """Run every prompt once into the cache; (N * group, V) logits of the first tokens."""
+    logits = model(
+        prompt_ids,
+        attention_mask=prompt_mask,
+        position_ids=positions_of(prompt_mask),
+        past_key_values=cache,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    cache.batch_repeat_interleave(group)
+    return logits.repeat_interleave(group, dim=0)
 
 
 @torch.no_grad()
@@ -123,109 +217,56 @@ def sample(
     check_sampling(problems, num_generations, max_completion_length, temperature)
     model, device = policy.for_inference(), policy.device
     prompt_ids, prompt_mask = encode_prompts(policy, problems)
-    total, width = len(problems) * num_generations, prompt_ids.shape[1]
-    check_window(model, width + max_completion_length)
+    total, longest = len(problems) * num_generations, max_completion_length
+    check_window(model, prompt_ids.shape[1] + longest)
     generator = torch.Generator(device).manual_seed(seed)
 
     cache = Cache(layer_class_to_replicate=_GrowingLayer)
-    logits = model(
-        prompt_ids,
-        attention_mask=prompt_mask,
-        position_ids=positions_of(prompt_mask),
-        past_key_values=cache,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    cache.batch_repeat_interleave(num_generations)
-    logits = logits.repeat_interleave(num_generations, dim=0)
-    positions = prompt_mask.sum(1).repeat_interleave(num_generations)
-    attend = torch.ones(total, 1, 1, width + max_completion_length, dtype=torch.bool, device=device)
-    attend[:, 0, 0, :width] = prompt_mask.repeat_interleave(num_generations, dim=0)
-
-    ids = torch.full(
-        (total, max_completion_length),
-        policy.tokenizer.pad_token_id,
-        dtype=torch.long,
-        device=device,
-    )
-    logprobs = torch.zeros(total, max_completion_length, device=device)
-    entropies = torch.zeros(total, max_completion_length, device=device)
-    lengths = torch.full((total,), max_completion_length, device=device)
-    active = torch.arange(total, device=device)  # rows of the full batch still in the cache
-    running = torch.ones(total, dtype=torch.bool, device=device)  # of those, not yet ended
-    kept: list | None = [None] * total if keep_cache else None
-    padding = (width - positions).tolist()
-
-    def keep_keys(slots: range) -> None:
-        """Remember where in the cache the real columns of these rows are."""
-        for j in slots if keep_cache else ():
-            i = int(active[j])
-            real = slice(padding[i], width + int(lengths[i]))
-            kept[i] = [
-                tuple(x[j, :, real].transpose(0, 1) for x in (y.keys, y.values))
-                for y in cache.layers
-            ]
-
-    for t in range(max_completion_length):
-        uniform = torch.rand(total, generator=generator, device=device)[active]
-        log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
-        p = log_p.exp()
-        cdf = p.cumsum(-1)
-        # Scaling by the last entry keeps rounding from pointing past the vocabulary.
-        token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)
-        token = token.clamp(max=cdf.shape[1] - 1)
-        alive = active[running]
+    logits = _first_logits(model, cache, prompt_ids, prompt_mask, num_generations)
+    rows = _Rows(prompt_mask, num_generations, longest, keep_cache)
+    pad = policy.tokenizer.pad_token_id
+    ids = torch.full((total, longest), pad, dtype=torch.long, device=device)
+    logprobs, entropies = torch.zeros(2, total, longest, device=device)
+    lengths = torch.full((total,), longest, device=device)
+    for t in range(longest):
+        uniform = torch.rand(total, generator=generator, device=device)[rows.active]
+        token, log_p, entropy = _draw(logits, uniform, temperature)
+        running, alive = rows.running, rows.active[rows.running]
         ids[alive, t] = token[running, 0]
-        logprobs[alive, t] = log_p.gather(1, token)[running, 0]
-        entropies[alive, t] = -p.mul_(log_p).sum(-1)[running]
+        logprobs[alive, t], entropies[alive, t] = log_p[running], entropy[running]
         ended = running & torch.isin(token[:, 0], policy.eos_ids)
-        lengths[active[ended]] = t + 1
-        running &= ~ended
-        left = int(running.sum())
-        done = left == 0 or t + 1 == max_completion_length
+        lengths[rows.active[ended]] = t + 1
+        rows.running = running & ~ended
+        left = int(rows.running.sum())
+        done = left == 0 or t + 1 == longest
         if done and not keep_cache:
             break
-        if left <= 0.8 * len(active) and not done:
+        if left <= 0.8 * len(rows.active) and not done:
             # A row whose keys are kept stays until its last token has been through the model.
-            staying = running | ended if keep_cache else running
-            count = int(staying.sum())
-            holes = (~staying[:count]).nonzero()[:, 0]
-            movers = count + staying[count:].nonzero()[:, 0]
-            order = torch.arange(len(active), device=device)
-            order[holes], order[movers] = movers, holes
-            active = active[order]
-            for layer in cache.layers:
-                layer.swap(holes, movers)
-            keep_keys(range(count, len(active)))
-            for layer in cache.layers:
-                layer.show(count)
-            order = order[:count]
-            active, token, running = active[:count], token[order], running[order]
-            attend, positions = attend[order], positions[order]
+            staying = rows.running | ended if keep_cache else rows.running
+            token = token[rows.retire(staying, cache, lengths)]
         logits = model(
             token,
-            attention_mask=model_mask(model, attend[..., : width + t + 1]),
-            position_ids=(positions + t)[:, None],
+            attention_mask=model_mask(model, rows.attend[..., : rows.width + t + 1]),
+            position_ids=(rows.positions + t)[:, None],
             past_key_values=cache,
             logits_to_keep=1,
         ).logits[:, -1]
         if done:
-            keep_keys(range(len(active)))
+            rows.keep_keys(range(len(rows.active)), cache, lengths)
             break
-
-    longest = int(lengths.max())
-    mask = torch.arange(longest, device=device) < lengths[:, None]
-    finished = torch.isin(ids[torch.arange(total), lengths - 1], policy.eos_ids)
+    width = int(lengths.max())
+    mask = torch.arange(width, device=device) < lengths[:, None]
     return Rollouts(
         prompt_ids=prompt_ids.repeat_interleave(num_generations, dim=0),
         prompt_mask=prompt_mask.repeat_interleave(num_generations, dim=0),
-        completion_ids=ids[:, :longest].masked_fill(~mask, policy.tokenizer.pad_token_id),
+        completion_ids=ids[:, :width].masked_fill(~mask, pad),
         completion_mask=mask,
-        old_logprobs=logprobs[:, :longest] * mask,
+        old_logprobs=logprobs[:, :width] * mask,
         num_generations=num_generations,
-        finished=finished,
-        token_entropies=entropies[:, :longest] * mask,
-        cache=kept,
-    )
+        finished=torch.isin(ids[torch.arange(total), lengths - 1], policy.eos_ids),
+        known={"token_entropies": entropies[:, :width] * mask}, cache=rows.kept,
+    )  # fmt: skip
 
 
 def from_texts(policy: Policy, problems: list[Problem], completions: list[str]) -> Rollouts:

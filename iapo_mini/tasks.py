@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 POSTFIX = "</think><answer>"
 """Text that forces an early answer (paper, section on estimating s)."""
@@ -60,8 +64,9 @@ def messages(problem: Problem) -> list[dict[str, str]]:
     ]
 
 
-def render_prompt(tokenizer, problem: Problem) -> str:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> str:
     """The prompt text up to where the completion begins, by the tokenizer's chat template."""
-    return tokenizer.apply_chat_template(
+    prompt = tokenizer.apply_chat_template(
         messages(problem), tokenize=False, add_generation_prompt=True
     )
+    return str(prompt)

@@ -2,13 +2,17 @@
 
 import contextlib
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from iapo_mini.early_exit import flat, prefixes
+from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.information import answer_entropies, encode_postfix
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policy import Policy
@@ -16,10 +20,36 @@ from iapo_mini.rollouts import Rollouts
 from iapo_mini.tasks import POSTFIX, Problem
 from iapo_mini.trainer import train
 
+PATIENCE = 1800
+"""Seconds that a test waits for another process: a machine with other work is not a fault."""
+
+REAL_DATA = "IAPO_TEST_DATA"
+"""Environment variable: a folder with gsm8k_test.jsonl and math500_test.json."""
+
+
+def real_problems(name):
+    """Path of a file of real problems; the test is skipped where there is none."""
+    path = Path(os.environ.get(REAL_DATA, "")) / name
+    if not path.is_file():
+        pytest.skip(f"{REAL_DATA} names no folder that holds {name}")
+    return path
+
+
 TRIVIAL = [
     Problem("How many sides has a pentagon?", "5"),
     Problem("How many fingers are on one hand?", "5"),
 ]
+
+BATCH = dict(prompts=[4, 9, 2], completions=[5, 1, 3, 6, 0, 9], group=2)
+"""Sizes of a small ragged batch for :func:`make_rollouts`."""
+
+# Each number with its space is one token: postfixes of 1 to 8 tokens.
+POSTFIXES = ["".join(f" {n}" for n in range(7, 7 + k)) for k in range(1, 9)]
+
+
+def close(found, expected, atol=1e-4):
+    """Equal up to ``atol``, whatever the size."""
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
 
 
 def redraw(model, seed=0):
@@ -93,6 +123,30 @@ def make_rollouts(prompts, completions, group, vocabulary=800, pad=0, seed=0, le
     )
 
 
+def written(completions, group, pad=0):
+    """Rollouts that hold the given lists of tokens, behind random prompts of three tokens."""
+    prompts = [3] * (len(completions) // group)
+    rollouts = make_rollouts(prompts, [len(row) for row in completions], group, pad=pad)
+    ids = rollouts.completion_ids.clone()
+    for i, row in enumerate(completions):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return replace(rollouts, completion_ids=ids)
+
+
+@st.composite
+def padded_pairs(draw):
+    """The same rollouts twice, the second with more padding on both sides, of another token."""
+    prompts = draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
+    group = draw(st.integers(1, 3))
+    rows = group * len(prompts)
+    completions = draw(st.lists(st.integers(1, 9), min_size=rows, max_size=rows))
+    sizes = dict(
+        prompts=prompts, completions=completions, group=group, seed=draw(st.integers(0, 99))
+    )
+    more = dict(left=draw(st.integers(1, 6)), right=draw(st.integers(1, 6)), pad=7)
+    return make_rollouts(**sizes), make_rollouts(**sizes, **more)
+
+
 def unpadded(rollouts, i):
     """Prompt and completion of row i without padding."""
     prompt = rollouts.prompt_ids[i][rollouts.prompt_mask[i]]
@@ -161,13 +215,24 @@ def saved_bytes(policy, rollouts, memory_mb):
     return sum(n for pointer, n in storages.items() if pointer not in weights)
 
 
+WINDOWED = ("mistral", "qwen2")
+"""Model types that :func:`windowed_policy` makes."""
+
+
+def windowed_policy(name, tokenizer, window):
+    """A policy every layer of which looks back only ``window`` tokens."""
+    qwen2 = {"use_sliding_window": True, "max_window_layers": 0}
+    changes = qwen2 if name == "qwen2" else {}
+    return tiny_policy(name, tokenizer, sliding_window=window, **changes)
+
+
 WAYS = ("flat", "shared", "cached", "naive")
-"""How prefixes are asked: "flat" and "shared" are the two ways behind ``method="packed"``."""
+"""How prefixes are asked: "flat" and "shared" are the two ways behind ``way="packed"``."""
 
 
 @contextlib.contextmanager
-def only(way):
-    """Gives the ``method`` that leads to a way, and fails when another one does the work."""
+def only(way, **settings):
+    """Gives the ``EarlyExit`` that leads to one of ``WAYS``; fails when another does the work."""
     ran = set()
     with pytest.MonkeyPatch.context() as patch:
         if way == "shared":
@@ -181,14 +246,14 @@ def only(way):
                 return run(*args)
 
             patch.setattr(module, function, watched)
-        yield way if way in prefixes.METHODS else "packed"
+        yield EarlyExit(way=way if way in ("cached", "naive") else "packed", **settings)
     assert ran == {"packed" if way == "shared" else way}
 
 
 def entropies_by(way, policy, rollouts, postfix=POSTFIX, **sizes):
     """Answer entropies, asked in one of ``WAYS``."""
-    with only(way) as method:
-        return answer_entropies(policy, rollouts, postfix, method=method, **sizes)
+    with only(way, postfix=postfix, **sizes) as how:
+        return answer_entropies(policy, rollouts, how)
 
 
 @torch.no_grad()

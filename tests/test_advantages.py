@@ -2,6 +2,9 @@
 
 import math
 import statistics
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from iapo_mini.advantages import (
     normalize,
     sgrpo,
 )
+from iapo_mini.config import RECIPES
 from iapo_mini.information import INFORMATION
 
 
@@ -66,17 +70,15 @@ def check(found, rows):
 def scored(lengths, group, rewards, informativeness, old_probabilities, right=0, junk=0.0):
     """Rollouts with given numbers; padding of the per-token fields is filled with ``junk``."""
     r = make_rollouts([3] * (len(lengths) // group), lengths, group, right=right)
-    r.rewards = torch.tensor(rewards)
-    r.correct = r.rewards > 1
-    r.informativeness = torch.full(r.completion_ids.shape, junk)
-    r.old_logprobs = torch.full(r.completion_ids.shape, junk)
-    # Any numbers do for entropies that are only compared with a reference that reads the same.
-    r.token_entropies = torch.full(r.completion_ids.shape, junk)
+    old, s, h = torch.full((3, *r.completion_ids.shape), junk)
     for i, n in enumerate(lengths):
-        r.token_entropies[i, :n] = torch.tensor(old_probabilities[i]).neg() + 1.0
-        r.informativeness[i, :n] = torch.tensor(informativeness[i])
-        r.old_logprobs[i, :n] = torch.tensor(old_probabilities[i]).log()
-    return r
+        old[i, :n] = torch.tensor(old_probabilities[i]).log()
+        s[i, :n] = torch.tensor(informativeness[i])
+        # Any numbers do for entropies that are only compared with a reference that reads the same.
+        h[i, :n] = torch.tensor(old_probabilities[i]).neg() + 1.0
+    rewards = torch.tensor(rewards)
+    r = r.filled(rewards=rewards, correct=rewards > 1, informativeness=s, token_entropies=h)
+    return replace(r, old_logprobs=old)
 
 
 @st.composite
@@ -201,9 +203,9 @@ def test_group_advantage_stays_within_the_group():
     """A third group's rewards do not move the first two."""
     r = example()
     before = group_advantage(r)
-    r.rewards[2:] = torch.tensor([1.5, -0.5])
-    assert torch.equal(group_advantage(r)[:2], before[:2])
-    assert not torch.equal(group_advantage(r)[2:], before[2:])
+    after = group_advantage(r.filled(rewards=torch.tensor([1.5, -0.5, 1.5, -0.5])))
+    assert torch.equal(after[:2], before[:2])
+    assert not torch.equal(after[2:], before[2:])
 
 
 @settings(max_examples=60)
@@ -228,12 +230,28 @@ def test_methods_by_name():
     assert torch.equal(ADVANTAGES["grpo"](r, 1.0, 1.0), grpo(r))
     assert torch.equal(ADVANTAGES["iapo"](r, 1.0, 1.0), iapo(r, 1.0, 1.0))
     # GRPO runs must not pay for, nor need, the estimate.
-    r.informativeness = None
-    assert set(INFORMATION) == {"iapo", "iapo_ne", "iapo_pmi"}
-    for name in ADVANTAGES.keys() - INFORMATION.keys():
-        found = ADVANTAGES[name](r, 1.0, 1.0)
+    r = replace(r, known={name: x for name, x in r.known.items() if name != "informativeness"})
+    informed = {name for name, recipe in RECIPES.items() if recipe.information is not None}
+    assert informed == {"iapo", "iapo_ne", "iapo_pmi"}
+    for name, recipe in RECIPES.items():
+        rule = ADVANTAGES[recipe.rule]
+        if name in informed:
+            assert recipe.information in INFORMATION
+            with pytest.raises(ValueError, match="no informativeness yet"):
+                rule(r, 1.0, 1.0)
+            continue
+        found = rule(r, 1.0, 1.0)
         assert found.shape == r.completion_ids.shape and found.dtype == torch.float32
         assert not found[~r.completion_mask].any()
+
+
+@pytest.mark.parametrize("module", ["advantages", "objective", "rollouts"])
+def test_what_is_mathematics_is_imported_without_models_and_data(module):
+    program = f"import sys, iapo_mini.{module}; print(*sys.modules, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    imported = done.stdout.split()
+    assert f"iapo_mini.{module}" in imported, done.stderr
+    assert not {"transformers", "peft", "datasets"} & set(imported)
 
 
 def groups_of(r):
@@ -277,7 +295,7 @@ def plain_gtpo(r, weight):
 @settings(max_examples=60)
 @given(rollouts(), st.sampled_from([0.0, 0.1, 1.0]), st.lists(st.booleans(), min_size=12))
 def test_other_methods_equal_the_plain_reference(r, weight, finished):
-    r.finished = torch.tensor(finished[: len(r.rewards)])
+    r = replace(r, finished=torch.tensor(finished[: len(r.rewards)]))
     check(dapo(r), plain_dapo(r))
     check(gfpo(r), plain_gfpo(r))
     check(gtpo(r, weight), plain_gtpo(r, weight))
@@ -285,8 +303,7 @@ def test_other_methods_equal_the_plain_reference(r, weight, finished):
 
 
 def test_dapo_drops_what_was_cut_at_the_limit():
-    r = example()
-    r.finished = torch.tensor([True, True, False, True])
+    r = replace(example(), finished=torch.tensor([True, True, False, True]))
     assert torch.equal(dapo(r)[[0, 1, 3]], grpo(r)[[0, 1, 3]])
     assert not dapo(r)[2].any() and grpo(r)[2].any()
 
@@ -316,18 +333,19 @@ def test_gtpo_by_hand():
         lengths=[2, 1], rewards=[1.5, 1.5], informativeness=[[0.0] * 2, [0.0]],
         old_probabilities=[[0.5, 0.5], [0.5]],
     )  # fmt: skip
-    r.token_entropies = torch.tensor([[1.0, 0.7], [3.0, 0.0]])
+    r = r.filled(token_entropies=torch.tensor([[1.0, 0.7], [3.0, 0.0]]))
     found = gtpo(r, 0.1)
     expected = torch.tensor([[0.1 * 2 / 4, 0.1], [0.1 * 2 * 3 / 4, 0.0]])
     torch.testing.assert_close(found, expected)
-    r.rewards, r.correct = r.rewards - 2, ~r.correct  # wrong: the sure one pays three times as much
+    r = r.filled(rewards=r.rewards - 2, correct=~r.correct)
+    # Wrong: the sure one pays three times as much.
     expected = -torch.tensor([[0.1 * 2 * 3 / 4, 0.1], [0.1 * 2 / 4, 0.0]])
     torch.testing.assert_close(gtpo(r, 0.1), expected)
 
 
 def test_gtpo_does_not_drown_in_a_token_without_doubt():
     r = example()
-    r.token_entropies = torch.zeros_like(r.token_entropies)
+    r = r.filled(token_entropies=torch.zeros_like(r.token_entropies))
     found = gtpo(r, 0.1)
     assert found.isfinite().all()
     check(found, plain_gtpo(r, 0.1))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import PATIENCE
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -15,7 +16,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 def run(script, *arguments):
     return subprocess.run(
         [sys.executable, str(BENCHMARKS / script), *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=PATIENCE, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 

@@ -1,14 +1,17 @@
 """Verdicts, choices and the numbers behind them, on results made by hand."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
+from helpers import PATIENCE
 
-from iapo_mini.advantages import ADVANTAGES
-from iapo_mini.config import TrainConfig
+from iapo_mini.config import RECIPES, TrainConfig
 from iapo_mini.lab import claims
 from iapo_mini.lab.sizes import PRESETS
-from iapo_mini.lab.tuning import RECIPES, choose, trials_of
+from iapo_mini.lab.tuning import choose, trials_of
 
 
 @pytest.mark.parametrize(
@@ -55,7 +58,6 @@ def test_choice_is_the_best_ratio_among_those_that_keep_accuracy():
 
 
 def test_every_method_gets_as_many_different_valid_trials():
-    assert set(RECIPES) == set(ADVANTAGES)
     for method in RECIPES:
         trials = trials_of(method)
         assert len(trials) == 3 and len({str(t) for t in trials}) == 3
@@ -66,3 +68,40 @@ def test_trials_and_reported_runs_share_no_seed():
     for preset in PRESETS.values():
         assert not set(preset.tuning.seeds) & set(preset.table1.seeds)
         assert not set(preset.tuning.seeds) & set(preset.sweeps.seeds)
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "iapo_mini", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_claims_runs_every_experiment_and_judges_every_claim(tmp_path):
+    """All experiments at tiny size, in one command."""
+    command = ["lab", "claims", "--preset", "quick"]
+    command += ["--out", tmp_path / "runs", "--figures", tmp_path / "figures"]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "figures/claims_quick.md").read_text()
+    assert text.strip() in done.stdout
+    for section in ("Table 1", "Fig. 5", "Fig. 6", "Theory", "released code"):
+        assert section in text
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "claim |" not in line]
+    assert len(rows) > 30
+    for row in rows:
+        assert row.count("|") == 5
+        assert any(f"**{v}**" in row for v in ("holds", "does not hold", "cannot tell")), row
+    for name in ("tuning", "table1", "ablation", "sweeps", "departures", "theory"):
+        assert (tmp_path / f"figures/results/{name}_quick.json").is_file()
+    for name in ("table1", "table1_quick_tradeoff", "ablation", "sweeps", "departures"):
+        name = name if "quick" in name else f"{name}_quick"
+        assert (tmp_path / f"figures/{name}.png").stat().st_size > 10_000
+    # Again: no run is made, the text is the same.
+    runs = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("result.json")}
+    again = run(*command)
+    assert again.returncode == 0 and (tmp_path / "figures/claims_quick.md").read_text() == text
+    assert runs == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("result.json")}

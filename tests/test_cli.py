@@ -2,10 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+from helpers import PATIENCE
+
+from iapo_mini.cli import COMMANDS
+from iapo_mini.config import RECIPES
+from iapo_mini.tools.methods import recipe_line
 
 SMALL = ["--max-steps", "1", "--prompts-per-step", "2", "--num-generations", "2", "--threads", "1"]
 
@@ -16,7 +22,7 @@ def run(*arguments, cwd=None):
         capture_output=True,
         text=True,
         cwd=cwd,
-        timeout=300,
+        timeout=PATIENCE,
         env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
     )
 
@@ -151,14 +157,15 @@ def test_explain_prints_tokens_and_saves_the_heat_map(tmp_path):
         "explain",
         "plan",
         "export",
-        "theory",
-        "table1",
-        "claims",
+        "lab theory",
+        "lab table1",
+        "lab claims",
         "diagnose",
+        "methods",
     ],
 )
 def test_help_names_defaults(command):
-    done = run(command, "--help")
+    done = run(*command.split(), "--help")
     assert done.returncode == 0
     assert "default" in done.stdout or "(" in done.stdout
 
@@ -170,7 +177,6 @@ BAD = [
     (["train", "--out", "x", "--learning-rate", "nan"], "learning_rate"),
     (["train", "--out", "x", "--model", "."], "model"),
     (["train", "--out", "x", "--resume"], "output_dir"),
-    (["train", "--out", "x", "--preset", "h100"], "preset"),
     (["train", "--out", "x", "--four-bit", "--lora-rank", "0"], "lora_rank"),
     (["plan", "--gpu", "big"], "gpu is 'big'"),
     (["plan", "--shape", "qwen9"], "shape is 'qwen9'"),
@@ -179,12 +185,12 @@ BAD = [
     (["export", "--adapter", ".", "--out", "."], "out is '.'"),
     (["train", "--out", "file/x"], "output_dir"),
     (["compare", "--preset", "huge"], "preset"),
-    (["table1", "--preset", "huge"], "preset"),
-    (["claims", "--preset", "huge"], "preset"),
-    (["sweeps", "--preset", "quick", "--parallel", "0"], "parallel"),
-    (["departures", "--preset", "quick", "--figures", "file"], "figures"),
-    (["departures", "--preset", "quick", "--parallel", "0"], "parallel"),
-    (["starts", "--preset", "tiny"], "preset"),
+    (["lab", "table1", "--preset", "huge"], "preset"),
+    (["lab", "claims", "--preset", "huge"], "preset"),
+    (["lab", "sweeps", "--preset", "quick", "--parallel", "0"], "parallel"),
+    (["lab", "departures", "--preset", "quick", "--figures", "file"], "figures"),
+    (["lab", "departures", "--preset", "quick", "--parallel", "0"], "parallel"),
+    (["lab", "starts", "--preset", "tiny"], "preset"),
     (["train", "--out", "run", "--estimator-stride", "word"], "estimator_stride"),
     (["train", "--out", "x", "--methods", "no_such_module"], "methods is 'no_such_module'"),
     (["compare", "--preset", "quick", "--parallel", "0"], "parallel"),
@@ -221,3 +227,77 @@ def test_bad_input_is_one_sentence_and_status_two(arguments, named, tmp_path):
     assert lines[0].startswith("iapo-mini: ") and named in lines[0]
     assert not (tmp_path / "x" / "metrics.jsonl").exists()
     assert not list((tmp_path / "runs").rglob("*.json*"))
+
+
+def test_help_comes_at_once():
+    """Under a second of processor time: a command's libraries are imported when it runs."""
+    began = os.times()
+    done = run("--help")
+    spent = os.times()
+    assert done.returncode == 0
+    used = spent.children_user + spent.children_system
+    assert used - began.children_user - began.children_system < 1.0
+    order = [done.stdout.index(f"    {name} ") for name in COMMANDS]
+    assert order == sorted(order) and done.stdout.index("    lab ") > order[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--version"], ["plan", "--shape", "qwen2.5-7b", "--gpu", "12gb"], ["diagnose", "run"],
+     ["methods"], ["train", "--help"], ["lab", "--help"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_needs_no_model_imports_no_model_code(arguments, tmp_path):
+    (tmp_path / "run").mkdir()
+    line = {"step": 1, "loss": 0.0, "reward": 1.0, "format": 1.0, "truncated": 0.0, "length": 9.0,
+            "zero_variance_groups": 0.0, "grad_norm": 1.0, "kl": 0.0, "clip_ratio": 0.0,
+            "entropy": 0.5, "informativeness": 0.1}  # fmt: skip
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    code = (
+        "import sys\nfrom iapo_mini.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print(sorted({'transformers', 'peft', 'datasets', 'iapo_mini.policy'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train", "--out", "x", "--k", "8"], ["train", "--out", "x", "--learn", "1"],
+     ["evaluate", "--prob", "3"], ["compare", "--pre", "quick"], ["lab", "tune", "--pre", "quick"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_options_are_not_abbreviated(arguments, tmp_path):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2 and "unrecognized arguments" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_methods_tells_every_methods_source_and_settings():
+    done = run("methods")
+    assert done.returncode == 0
+    told = re.sub(r"\s+", " ", done.stdout)
+    for name, recipe in RECIPES.items():
+        assert f"{name} " in told and recipe.source in told and recipe.what in told
+        assert recipe_line(recipe) in told
+
+
+def test_train_says_what_it_takes_from_the_recipe(tmp_path, schooled_folder):
+    command = ["train", "--out", tmp_path / "run", "--model", schooled_folder, *SMALL]
+    done = run(*command, "--max-completion-length", 12, "--method", "dapo", "--epsilon", "0.1")
+    assert done.returncode == 0, done.stderr
+    taken = "alpha 0.0, beta 0.0, aggregation token, epsilon_high 0.28, kl_coef 0.001"
+    assert f"From the recipe of dapo: {taken}." in done.stdout
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (settings["epsilon"], settings["epsilon_high"]) == (0.1, 0.28)
+    assert "epsilon" not in settings["from_recipe"] and "aggregation" in settings["from_recipe"]
+
+
+def test_explain_leaves_committed_figures_alone(tmp_path, schooled_folder):
+    done = run("explain", "2 + 2?", "--model", schooled_folder, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]

@@ -6,7 +6,10 @@ import pytest
 import torch
 from helpers import make_rollouts, unpadded
 
-from iapo_mini.information import answer_entropies, encode_postfix
+from iapo_mini.advantages import iapo
+from iapo_mini.config import RECIPES
+from iapo_mini.early_exit.question import EarlyExit
+from iapo_mini.information import answer_entropies, encode_postfix, inform
 from iapo_mini.lab import departures
 from iapo_mini.policy import load_policy
 
@@ -37,8 +40,10 @@ def test_bracketless_by_hand():
 
 def test_entropy_as_confidence_is_signed_by_the_reward():
     rollouts = make_rollouts([3], [2, 2], 2)
-    rollouts.rewards = torch.tensor([1.5, -0.5])
-    rollouts.token_entropies = torch.tensor([[0.1, 0.2], [0.3, 0.4]])
+    rollouts = rollouts.filled(
+        rewards=torch.tensor([1.5, -0.5]),
+        token_entropies=torch.tensor([[0.1, 0.2], [0.3, 0.4]]),
+    )
     found = departures.entropy_as_confidence(rollouts)
     torch.testing.assert_close(found, torch.tensor([[0.1, 0.2], [-0.3, -0.4]]))
 
@@ -82,24 +87,31 @@ def test_misplaced_differs_from_the_definition(policy):
 
 
 def test_effect_is_none_for_the_paper_itself(policy, monkeypatch):
-    monkeypatch.setattr(departures, "ADVANTAGES", {"same": departures.iapo})
-    monkeypatch.setattr(departures, "INFORMATION", {"same": departures.OURS["iapo"]})
+    monkeypatch.setattr(departures, "RECIPES", {"same": RECIPES["iapo"]})
     found = departures.effect(policy, 0.4, 0.05, prompts=2, seed=0)["same"]
     assert found["correlation"] == pytest.approx(1.0) and found["sign_flips"] == 0
     assert found["token_term"] == pytest.approx(1.0)
 
 
 def test_every_departure_has_its_rule_estimate_and_sentence():
-    assert departures.ADVANTAGES.keys() == departures.INFORMATION.keys() == departures.WHAT.keys()
+    assert departures.RECIPES.keys() == departures.WHAT.keys()
+    for recipe in departures.RECIPES.values():  # a departure, all else as IAPO's recipe has it
+        changed = recipe.rule != "iapo" or recipe.information != "answer_entropy"
+        assert (
+            changed
+            and dataclasses.replace(recipe, rule="iapo", information="answer_entropy")
+            == RECIPES["iapo"]
+        )
 
 
 def test_advantages_of_departures_are_finite_and_masked(policy):
     rollouts = make_rollouts([3], [4, 2], 2, right=1)
-    rollouts = dataclasses.replace(
-        rollouts, rewards=torch.tensor([1.5, -0.5]), correct=torch.tensor([True, False]),
+    rollouts = rollouts.filled(
+        rewards=torch.tensor([1.5, -0.5]), correct=torch.tensor([True, False]),
         token_entropies=torch.rand(2, 5) * rollouts.completion_mask,
     )  # fmt: skip
-    for name, rule in departures.ADVANTAGES.items():
-        rollouts.informativeness = departures.INFORMATION[name](policy, rollouts, 64.0, 1)
-        found = rule(rollouts, 0.4, 0.05)
+    for name, recipe in departures.RECIPES.items():
+        informed = inform(policy, rollouts, recipe.information, EarlyExit(memory_mb=64.0))
+        rule = iapo if recipe.rule == "iapo" else recipe.rule
+        found = rule(informed, 0.4, 0.05)
         assert found.isfinite().all() and not found[~rollouts.completion_mask].any(), name

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from iapo_mini.cli import main
 from iapo_mini.config import TrainConfig
-from iapo_mini.tools.diagnose import CHECKS, diagnose, read_metrics, report
+from iapo_mini.tools.diagnose import CHECKS, diagnose, findings_text, read_metrics
 from iapo_mini.trainer import train
 
 HEALTHY = {
@@ -59,7 +59,7 @@ def test_each_illness_is_seen_alone_and_comes_with_advice(tmp_path, changes, wha
     (ill,) = looks(found)
     assert what in ill
     (finding,) = [f for f in found if f.look]
-    assert advice in finding.advice and finding.advice in report(found)
+    assert advice in finding.advice and finding.advice in findings_text(found)
 
 
 def test_only_the_last_steps_are_averaged(tmp_path):

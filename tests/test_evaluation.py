@@ -6,11 +6,11 @@ import math
 import statistics
 
 import pytest
+import torch
 from helpers import TRIVIAL, perturb_lora
 
 from iapo_mini import evaluation
-from iapo_mini.evaluation import evaluate, pass_at_k
-from iapo_mini.intervals import format_interval, mean_interval
+from iapo_mini.evaluation import evaluate, pass_at_k, ratio_at_k, summary
 from iapo_mini.policy import load_policy
 from iapo_mini.rewards import reward
 from iapo_mini.tasks import Problem
@@ -41,39 +41,33 @@ def test_pass_at_k_beyond_the_sample_is_refused(k):
         pass_at_k(4, 2, k)
 
 
-@pytest.mark.parametrize(("n", "t"), [(2, 12.706), (5, 2.776), (10, 2.262), (31, 2.042)])
-def test_interval_is_students(n, t):
-    values = [0.1 * i * i for i in range(n)]
-    mean, low, high = mean_interval(values)
-    half = t * statistics.stdev(values) / math.sqrt(n)
-    assert mean == pytest.approx(sum(values) / n)
-    assert (low, high) == pytest.approx((mean - half, mean + half))
+@pytest.mark.parametrize(
+    ("passed", "length", "ratio"), [(0.5, 200.0, 0.0025), (0.0, 3.0, 0.0), (1.0, 0.5, 2.0)]
+)
+def test_ratio_at_k_is_right_answers_per_token(passed, length, ratio):
+    assert ratio_at_k(passed, length) == ratio
 
 
-def test_interval_by_hand():
-    """1, 2, 3, 4, 5: mean 3, deviation sqrt(2.5), half width 2.776 sqrt(2.5 / 5) = 1.963."""
-    assert mean_interval([1, 2, 3, 4, 5]) == pytest.approx((3, 1.037, 4.963), abs=1e-3)
+@pytest.mark.parametrize("length", [0, 0.0, -1.5, math.nan])
+def test_ratio_at_k_of_no_length_is_refused(length):
+    with pytest.raises(ValueError, match=f"length_at_k is {length}; allowed are numbers above 0"):
+        ratio_at_k(0.5, length)
 
 
-@pytest.mark.parametrize(("n", "t"), [(32, 2.040), (61, 2.000), (121, 1.980), (1001, 1.962)])
-def test_interval_of_many_values(n, t):
-    values = [float(i % 2) for i in range(n)]
-    mean, _, high = mean_interval(values)
-    assert (high - mean) / statistics.stdev(values) * math.sqrt(n) == pytest.approx(t, abs=0.005)
-
-
-def test_interval_of_one_value_is_unknown():
-    mean, low, high = mean_interval([0.5])
-    assert mean == 0.5 and math.isnan(low) and math.isnan(high)
-
-
-def test_interval_of_equal_values_is_a_point():
-    assert mean_interval([0.25] * 3) == (0.25, 0.25, 0.25)
-
-
-def test_interval_as_text():
-    assert format_interval((0.5, 0.4, 0.61), 1) == "0.5 [0.4, 0.6]"
-    assert format_interval(mean_interval([0.5])) == "0.500 (one seed)"
+def test_summary_by_hand():
+    """Two problems: both of two right at 10 and 30 tokens, none of two at 20 and 60."""
+    tokens = torch.tensor([[10.0, 30.0], [20.0, 60.0]], dtype=torch.float64)
+    found = summary([2, 0], tokens, ks=(1, 2))
+    intervals = found.pop("intervals")
+    assert found == {
+        "problems": 2, "length": 30.0,
+        "pass@1": 0.5, "length@1": 15.0, "ratio@1": 0.5 / 15,
+        "pass@2": 0.5, "length@2": 30.0, "ratio@2": 0.5 / 30,
+    }  # fmt: skip
+    # Of two problems the bootstrap draws one of them twice, or both.
+    assert intervals["length"] == [20.0, 40.0] and intervals["length@1"] == [10.0, 20.0]
+    assert intervals["pass@1"] == intervals["pass@2"] == [0.0, 1.0]
+    assert intervals["ratio@1"] == [0.0, 0.1] and intervals["ratio@2"] == [0.0, 0.05]
 
 
 def test_metrics_follow_from_the_completions(policy):
@@ -99,6 +93,7 @@ def test_metrics_follow_from_the_completions(policy):
         assert result[f"length@{k}"] == pytest.approx(statistics.fmean(lengths))
         ratio = statistics.fmean(passed) / statistics.fmean(lengths)
         assert result[f"ratio@{k}"] == pytest.approx(ratio)
+        assert result[f"ratio@{k}"] == ratio_at_k(result[f"pass@{k}"], result[f"length@{k}"])
     # Some right, some wrong, or nothing was tested.
     assert 0 < result["pass@1"] < 1 and result["pass@1"] < result["pass@4"]
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.information import (
     answer_entropies,
     answer_surprisals,
@@ -280,9 +281,9 @@ def tabular(world, strings):
 @pytest.mark.parametrize(
     ("symbols", "length", "answers", "noise"), [(3, 3, 3, 0.0), (2, 4, 3, 0.2), (4, 2, 2, 0.05)]
 )
-@pytest.mark.parametrize("method", ["packed", "naive"])
+@pytest.mark.parametrize("way", ["packed", "naive"])
 def test_the_estimator_finds_the_conditional_mi_of_a_tabular_policy(
-    symbols, length, answers, noise, method, recwarn
+    symbols, length, answers, noise, way, recwarn
 ):
     world = random_world(symbols, length, answers, noise=noise, seed=5)
     expected = [conditional_mi(world, t) for t in range(1, length + 1)]
@@ -290,7 +291,7 @@ def test_the_estimator_finds_the_conditional_mi_of_a_tabular_policy(
     policy, rollouts = tabular(world, [o for o, _ in rows])
     assert max(expected) > 0.05 and len(rows) >= 32
 
-    entropies = answer_entropies(policy, rollouts, "POST", method=method)
+    entropies = answer_entropies(policy, rollouts, EarlyExit("POST", way=way))
     s = informativeness(entropies, rollouts.completion_mask)
     assert (weights @ s.double()).tolist() == pytest.approx(expected, abs=1e-6)
     for t in range(1, length + 1):
@@ -298,19 +299,16 @@ def test_the_estimator_finds_the_conditional_mi_of_a_tabular_policy(
         closed = [float(drop[o[:t]]) for o, _ in rows]
         assert s[:, t - 1].tolist() == pytest.approx(closed, abs=2e-6)  # fp32
     # Without a cache to hang questions behind the definition is used, and said once.
-    told = [str(w.message) for w in recwarn if "method='naive'" in str(w.message)]
-    assert len(told) == (method == "packed")
+    told = [str(w.message) for w in recwarn if "way='naive'" in str(w.message)]
+    assert len(told) == (way == "packed")
 
-    surprisals = answer_surprisals(
-        policy, rollouts, [f"y{y}" for _, y in rows], "POST", method="naive"
-    )
+    naive = EarlyExit("POST", way="naive")
+    surprisals = answer_surprisals(policy, rollouts, [f"y{y}" for _, y in rows], naive)
     s = informativeness(surprisals, rollouts.completion_mask).double()
     assert (weights @ s).tolist() == pytest.approx(expected, abs=1e-5)  # differences of fp32 logs
     assert s.min() < -0.1  # single values do go below 0
 
-    logs = candidate_logprobs(
-        policy, rollouts, [f"y{y}" for y in range(answers)], "POST", method="naive"
-    )
+    logs = candidate_logprobs(policy, rollouts, [f"y{y}" for y in range(answers)], naive)
     shift = belief_shift(logs, rollouts.completion_mask).double()
     assert (weights @ shift).tolist() == pytest.approx(expected, abs=1e-5)
     assert shift.min() > -1e-5

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import content, run
+from helpers import PATIENCE, content, run
 from safetensors.torch import load_file
 
 from iapo_mini import run_folder, trainer
@@ -217,7 +217,7 @@ def test_ctrl_c_on_the_command_line_ends_with_one_sentence(config, tmp_path, who
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    told = process.communicate(timeout=60)[1]
+    told = process.communicate(timeout=PATIENCE)[1]
     if process.returncode == 0:
         pytest.skip("the run was over before the signal came")
     assert process.returncode == 1 and "Traceback" not in told
@@ -249,7 +249,7 @@ def at_step(step, values):
         found = plain(*args)
         return found * values if next(calls) == step else found
 
-    plain = INFORMATION["iapo"]
+    plain = INFORMATION["answer_entropy"]
     return estimate
 
 
@@ -259,7 +259,7 @@ def test_informativeness_that_is_not_finite_stops_before_the_update(
 ):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setitem(INFORMATION, "iapo", at_step(3, poison))
+        patch.setitem(INFORMATION, "answer_entropy", at_step(3, poison))
         with pytest.raises(FloatingPointError, match=r"step 3: the informativeness of \d of 4"):
             run(config, folder)
     kept = load_file(folder / "failed-step-3" / "rollouts.safetensors")
@@ -334,7 +334,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_it(config, tmp_pat
     ]
     done = subprocess.run(
         [sys.executable, "-c", LIMIT, str(size - 1000), *command], capture_output=True, text=True,
-        timeout=120, env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"},
+        timeout=PATIENCE, env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     line = done.stderr.strip().splitlines()[-1]
@@ -365,7 +365,7 @@ def test_a_disk_full_at_the_log_is_told_in_one_sentence(config, tmp_path, monkey
 
 
 def test_cli_tells_a_failed_step_in_one_sentence(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(INFORMATION, "iapo", at_step(1, math.nan))
+    monkeypatch.setitem(INFORMATION, "answer_entropy", at_step(1, math.nan))
     command = ["train", "--out", str(tmp_path / "run"), "--model", config.model]
     command += ["--max-completion-length=12", "--prompts-per-step=2", "--threads=1"]
     with pytest.raises(SystemExit) as stopped:

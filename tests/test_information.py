@@ -1,17 +1,23 @@
-"""Measures of what a token tells: strides, sums along a completion, answers of several tokens."""
+"""Measures of what a token tells: sums along a completion, whole answers, candidates."""
 
-import itertools
 import math
-import random
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import TRIVIAL, explicit_entropies, forced_logits, make_rollouts, unpadded
+from helpers import (
+    BATCH,
+    TRIVIAL,
+    close,
+    explicit_entropies,
+    forced_logits,
+    make_rollouts,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from iapo_mini.early_exit.prefixes import METHODS
+from iapo_mini.early_exit.question import EVERY_PREFIX, WAYS, EarlyExit
+from iapo_mini.early_exit.reading import logits_entropy
 from iapo_mini.information import (
     INFORMATION,
     answer_entropies,
@@ -19,81 +25,14 @@ from iapo_mini.information import (
     belief_shift,
     candidate_logprobs,
     encode_postfix,
-    entropy,
     final_answers,
-    head_entropy,
+    inform,
     informativeness,
     next_token_informativeness,
-    sentence_ends,
 )
 from iapo_mini.logprobs import token_logprobs
-from iapo_mini.problems.stories import chain_of_thought, stories
 from iapo_mini.sampling import from_texts, sample
 from iapo_mini.tasks import POSTFIX
-
-BATCH = dict(prompts=[4, 9, 2], completions=[5, 1, 3, 6, 0, 9], group=2)
-
-
-def close(found, expected, atol=1e-4):
-    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
-
-
-# Entropy
-
-
-@settings(max_examples=30)
-@given(st.integers(0, 999), st.floats(0, 50))
-def test_entropy_is_that_of_the_categorical_distribution(seed, scale):
-    logits = scale * torch.randn(3, 4, 11, generator=torch.Generator().manual_seed(seed))
-    expected = torch.distributions.Categorical(logits=logits).entropy()
-    torch.testing.assert_close(entropy(logits), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_entropy_of_known_distributions():
-    assert float(entropy(torch.full((1000,), 3.0))) == pytest.approx(math.log(1000), rel=1e-6)
-    assert float(entropy(torch.tensor([1e4, 0.0, -1e4]))) == 0.0
-    half = torch.tensor([5.0, 5.0, -1e4])
-    assert float(entropy(half)) == pytest.approx(math.log(2), rel=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(50_000,), (2, 1, 50_000)])
-def test_entropy_of_half_precision_logits_is_computed_in_full_precision(shape):
-    found = entropy(torch.zeros(shape, dtype=torch.bfloat16))
-    assert found.dtype == torch.float32 and found.shape == shape[:-1]
-    assert found.flatten().tolist() == pytest.approx([math.log(50_000)] * found.numel(), rel=1e-5)
-
-
-@pytest.mark.parametrize("vocabulary", [7, 1024, 1025, 5000])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_head_entropy_is_that_of_whole_logits(vocabulary, bias, dtype):
-    """Blocks of the vocabulary, of all sizes of the last one; flat and peaked distributions."""
-    torch.manual_seed(0)
-    head = torch.nn.Linear(16, vocabulary, bias=bias).to(dtype)
-    hidden = torch.cat([torch.randn(300, 2, 16), 40 * torch.randn(300, 2, 16)]).to(dtype)
-    found = head_entropy(head, hidden)
-    assert found.dtype == torch.float32 and found.shape == (600, 2)
-    exact = torch.nn.functional.linear(hidden, head.weight, head.bias).double().log_softmax(-1)
-    torch.testing.assert_close(found.double(), -(exact.exp() * exact).sum(-1), rtol=0, atol=2e-5)
-
-
-def test_head_entropy_makes_no_whole_logits():
-    head = torch.nn.Linear(8, 20_000)
-    shapes = []
-
-    class Shapes(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            shapes.extend(x.numel() for x in (out,) if isinstance(x, torch.Tensor))
-            return out
-
-    hidden = torch.randn(4_000, 8)
-    with Shapes():
-        head_entropy(head, hidden)
-    assert max(shapes) <= max(2**19, head.weight.numel())
-
-
-# Informativeness
 
 
 @settings(max_examples=30)
@@ -141,106 +80,71 @@ def test_next_token_informativeness_telescopes_to_the_first_entropy(base_policy)
     assert entropies[0, 0] > 0.1
 
 
-# Strides
+def test_an_empty_postfix_is_refused(base_policy):
+    with pytest.raises(ValueError, match="postfix is ''; allowed is text of at least one token"):
+        answer_entropies(base_policy, make_rollouts([4], [3, 2], group=2), EarlyExit(postfix=""))
 
 
-def straight(values, asked, length):
-    """Values at asked prefixes, straight lines between them, 0 past the length."""
-    out = [0.0] * len(values)
-    for t in range(length + 1):
-        left = max(j for j in asked if j <= t)
-        right = min(j for j in asked if j >= t)
-        share = (t - left) / (right - left) if right > left else 0.0
-        out[t] = values[left] + (values[right] - values[left]) * share
-    return out
+# What training asks for by name
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3, 4, 50])
-def test_strided_is_exact_where_asked_and_straight_between(base_policy, stride):
-    rollouts = make_rollouts(**BATCH, right=2)
-    packed = answer_entropies(base_policy, rollouts)
-    found = answer_entropies(base_policy, rollouts, method="strided", stride=stride)
-    s = informativeness(found, rollouts.completion_mask)
-    for i, n in enumerate(rollouts.lengths.tolist()):
-        asked = sorted({*range(0, n + 1, stride), n})
-        expected = straight(packed[i].tolist(), asked, n)
-        assert found[i].tolist() == pytest.approx(expected, abs=1e-5)
-        for left, right in itertools.pairwise(asked):
-            drop = float(packed[i, left] - packed[i, right])
-            assert float(s[i, left:right].sum()) == pytest.approx(drop, abs=1e-5)
-            assert s[i, left:right].tolist() == pytest.approx(
-                [drop / (right - left)] * (right - left), abs=1e-5
-            )
-    if stride == 1:
-        close(found, packed, atol=1e-6)
-    else:
-        assert (found - packed).abs().max() > 0.01  # some prefixes were really left out
+POTENTIALS = {
+    "answer_entropy": answer_entropies,
+    "answer_surprisal": lambda policy, rollouts, how: answer_surprisals(policy, rollouts, how=how),
+}
+TEXTS = [
+    "<think> Let me go on. 3 + 4 = 7. Hmm, this part\nis it</think><answer> 7",
+    "7</think><answer> 7</answer>",
+]
 
 
-def test_the_default_stride_is_four(base_policy):
-    rollouts = make_rollouts(**BATCH)
-    four = answer_entropies(base_policy, rollouts, method="strided", stride=4)
-    assert torch.equal(answer_entropies(base_policy, rollouts, method="strided"), four)
-
-
-TEXT = "<think> Let me go on. 3 + 4 = 7. Hmm, this part\nis it</think><answer> 7"
-
-
-def test_sentences_end_where_they_end(base_policy):
-    rollouts = from_texts(base_policy, TRIVIAL, [TEXT, "7"])
-    found = sentence_ends(base_policy, rollouts)
-    tokens = base_policy.tokenizer
-    for i in range(2):
-        completion = unpadded(rollouts, i)[1].tolist()
-        texts = [tokens.decode([t], skip_special_tokens=False).rstrip(" ") for t in completion]
-        expected = [True] + [x.endswith((".", "!", "?", ">", "\n")) for x in texts]
-        expected[-1] = True
-        padding = [False] * (found.shape[1] - len(expected))
-        assert found[i].tolist() == expected + padding
-    pieces = [tokens.decode([t]) for t in unpadded(rollouts, 0)[1].tolist()]
-    ends = found[0].nonzero()[:, 0].tolist()
-    cut = ["".join(pieces[a:b]) for a, b in itertools.pairwise(ends)]
-    assert cut[:5] == [
-        "<think>",
-        " Let me go on.",
-        " 3 + 4 = 7.",
-        " Hmm, this part\n",
-        "is it</think>",
-    ]
-
-
-def test_strided_by_sentences(base_policy):
-    rng = random.Random(0)
-    problems = [p for p, _ in zip(stories("test"), range(3))]
-    texts = ["".join(s.text for s in chain_of_thought(p, rng, wordiness=0.8)) for p in problems]
-    rollouts = from_texts(base_policy, problems, texts)
-    packed = answer_entropies(base_policy, rollouts)
-    found = answer_entropies(base_policy, rollouts, method="strided", stride="sentence")
-    ends = sentence_ends(base_policy, rollouts)
-    for i, n in enumerate(rollouts.lengths.tolist()):
-        asked = ends[i].nonzero()[:, 0].tolist()
-        assert len(asked) > 4 and asked[-1] == n
-        assert found[i].tolist() == pytest.approx(straight(packed[i].tolist(), asked, n), abs=1e-5)
-
-
-@pytest.mark.parametrize(("method", "estimator"), [("iapo", answer_entropies), ("iapo_pmi", None)])
+@pytest.mark.parametrize("name", POTENTIALS)
 @pytest.mark.parametrize("stride", [1, 3, "sentence"])
-def test_what_training_reads_asks_at_the_stride(base_policy, method, estimator, stride):
-    rollouts = from_texts(base_policy, TRIVIAL, [TEXT, "7</think><answer> 7</answer>"])
-    estimator = estimator or answer_surprisals
-    found = INFORMATION[method](base_policy, rollouts, 256.0, stride)
-    potential = estimator(base_policy, rollouts, method="strided", stride=stride)
+def test_what_training_reads_asks_at_the_stride(base_policy, name, stride):
+    rollouts, how = from_texts(base_policy, TRIVIAL, TEXTS), EarlyExit(stride=stride)
+    found = INFORMATION[name](base_policy, rollouts, how)
+    potential = POTENTIALS[name](base_policy, rollouts, how)
     close(found, informativeness(potential, rollouts.completion_mask), atol=1e-6)
-    every_token = informativeness(estimator(base_policy, rollouts), rollouts.completion_mask)
+    every_token = POTENTIALS[name](base_policy, rollouts, EVERY_PREFIX)
+    every_token = informativeness(every_token, rollouts.completion_mask)
     close(found.sum(1), every_token.sum(1), atol=1e-5)
     assert ((found - every_token).abs().max() > 0.01) == (stride != 1)
 
 
-@pytest.mark.parametrize("stride", [0, -1, 2.5, True, "word", None])
-def test_bad_strides_are_refused(base_policy, stride):
-    rollouts = make_rollouts([4], [3, 2], group=2)
-    with pytest.raises(ValueError, match=f"stride is {stride!r}"):
-        answer_entropies(base_policy, rollouts, method="strided", stride=stride)
+def test_next_token_entropy_asks_the_policy_nothing(base_policy):
+    rollouts = make_rollouts(**BATCH)
+    with pytest.raises(ValueError, match="no token_entropies yet"):
+        INFORMATION["next_token_entropy"](None, rollouts, EVERY_PREFIX)
+    entropies = torch.rand(rollouts.completion_ids.shape)
+    found = INFORMATION["next_token_entropy"](
+        None, rollouts.filled(token_entropies=entropies), EVERY_PREFIX
+    )
+    assert torch.equal(found, next_token_informativeness(entropies, rollouts.completion_mask))
+
+
+@pytest.mark.parametrize("information", INFORMATION)
+def test_informed_rollouts_know_more_and_have_no_cache(base_policy, information):
+    rollouts = sample(
+        base_policy, TRIVIAL, num_generations=2, max_completion_length=5, keep_cache=True
+    )
+    how = EarlyExit(stride=2)
+    informed = inform(base_policy, rollouts, information, how)
+    expected = INFORMATION[information](base_policy, rollouts, how)
+    assert torch.equal(informed.informativeness, expected)
+    assert informed.cache is None and "informativeness" not in rollouts.known
+    assert informed.token_entropies is rollouts.token_entropies
+    assert rollouts.cache is not None
+
+
+def test_a_function_of_ones_own_informs_too(base_policy):
+    rollouts, how = make_rollouts(**BATCH), EarlyExit(stride=3)
+
+    def by_position(policy, rollouts, how):
+        t = torch.arange(float(rollouts.completion_ids.shape[1]))
+        return t // how.stride * rollouts.completion_mask
+
+    informed = inform(base_policy, rollouts, by_position, how)
+    assert informed.informativeness[5].tolist() == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0]
 
 
 # Whole answers
@@ -259,11 +163,12 @@ def explicit_surprisal(policy, rollouts, i, t, answer, postfix=POSTFIX):
 ANSWERS = [" 7 8", " 9", None, " 7 8</answer>", " 12", " 3 4 5 6"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_surprisals_are_those_of_teacher_forcing(base_policy, method):
+@pytest.mark.parametrize("way", WAYS)
+def test_surprisals_are_those_of_teacher_forcing(base_policy, way):
     rollouts = make_rollouts(**BATCH, left=1, right=1)
     assert [len(base_policy.tokenizer.encode(a)) for a in ANSWERS if a] == [2, 1, 3, 1, 4]
-    found = answer_surprisals(base_policy, rollouts, ANSWERS, method=method, chunk_size=5)
+    how = EarlyExit(way=way, chunk_size=5)
+    found = answer_surprisals(base_policy, rollouts, ANSWERS, how)
     assert found.dtype == torch.float32 and not found[2].any()
     for i, n in enumerate(rollouts.lengths.tolist()):
         assert not found[i, n + 1 :].any()
@@ -275,7 +180,9 @@ def test_surprisals_are_those_of_teacher_forcing(base_policy, method):
 def test_surprisals_of_single_tokens(base_policy):
     """Equal rows, too: with one token each, rows may share prefixes, but not answers."""
     rollouts = make_rollouts([4, 9], [5, 5, 3, 6], group=2)
-    rollouts.completion_ids[1] = rollouts.completion_ids[0]
+    ids = rollouts.completion_ids.clone()
+    ids[1] = ids[0]
+    rollouts = replace(rollouts, completion_ids=ids)
     answers = [" 7", " 9", None, " 3"]
     found = answer_surprisals(base_policy, rollouts, answers)
     suffix = encode_postfix(base_policy)
@@ -290,14 +197,14 @@ def test_surprisals_of_single_tokens(base_policy):
     assert (found[0] - found[1]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("method", ["packed", "strided"])
-def test_pointwise_information_telescopes(base_policy, method):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pointwise_information_telescopes(base_policy, stride):
     rollouts = make_rollouts(**BATCH)
-    found = answer_surprisals(base_policy, rollouts, ANSWERS, method=method, stride=2)
+    found = answer_surprisals(base_policy, rollouts, ANSWERS, EarlyExit(stride=stride))
     s = informativeness(found, rollouts.completion_mask)
     for i, n in enumerate(rollouts.lengths.tolist()):
         assert float(s[i].sum()) == pytest.approx(float(found[i, 0] - found[i, n]), abs=1e-4)
-        if ANSWERS[i] and method == "strided":
+        if ANSWERS[i] and stride > 1:
             first = explicit_surprisal(base_policy, rollouts, i, 0, ANSWERS[i])
             last = explicit_surprisal(base_policy, rollouts, i, n, ANSWERS[i])
             assert float(s[i].sum()) == pytest.approx(first - last, abs=5e-4)
@@ -345,12 +252,12 @@ def test_bad_answers_are_refused(base_policy, answers, message):
 # Candidates
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("candidates", [[" 7", " 9", " 12"], [" 7", " 7 8", " 9 1 2", " 5"]])
-def test_candidates_by_explicit_passes(base_policy, candidates, method):
+def test_candidates_by_explicit_passes(base_policy, candidates, way):
     rollouts = make_rollouts([4, 9], [5, 1, 3, 4], group=2, left=1, right=1)
-    found = candidate_logprobs(base_policy, rollouts, candidates, method=method)
-    uncertainty = entropy(found)
+    found = candidate_logprobs(base_policy, rollouts, candidates, EarlyExit(way=way))
+    uncertainty = logits_entropy(found)
     for i, n in enumerate(rollouts.lengths.tolist()):
         for t in range(n + 1):
             scores = [-explicit_surprisal(base_policy, rollouts, i, t, c) for c in candidates]
@@ -360,6 +267,13 @@ def test_candidates_by_explicit_passes(base_policy, candidates, method):
             h = -sum(x * math.log(x) for x in p if x > 0)
             assert float(uncertainty[i, t]) == pytest.approx(h, abs=1e-3)
         close(found[i, n + 1 :].exp(), torch.full_like(found[i, n + 1 :], 1 / len(candidates)))
+
+
+@pytest.mark.parametrize("candidates", [[" 7", " 9"], [" 7", " 7 8"]])
+def test_candidates_are_asked_about_after_every_token(base_policy, candidates):
+    rollouts = make_rollouts(**BATCH)
+    found = candidate_logprobs(base_policy, rollouts, candidates, EarlyExit(stride=3))
+    assert torch.equal(found, candidate_logprobs(base_policy, rollouts, candidates))
 
 
 @pytest.mark.parametrize("candidates", [[], [" 7"], [" 7", " 7"], [" 7", ""]])
@@ -388,5 +302,5 @@ def test_belief_shift_sees_a_change_of_mind():
     """From one guess to another, equally unsure one: no drop of entropy, but a shift."""
     logs = torch.tensor([[[0.9, 0.1], [0.1, 0.9]]]).log()
     mask = torch.tensor([[True]])
-    assert float(informativeness(entropy(logs), mask)) == pytest.approx(0, abs=1e-6)
+    assert float(informativeness(logits_entropy(logs), mask)) == pytest.approx(0, abs=1e-6)
     assert float(belief_shift(logs, mask)) == pytest.approx(0.8 * math.log(9), rel=1e-5)

@@ -9,7 +9,7 @@ import torch
 from helpers import assert_close_in_fp32, perturb_lora, redraw
 from transformers import AutoModelForCausalLM
 
-from iapo_mini.lab.pretrain import build_model
+from iapo_mini.lab.story_model import build_model
 from iapo_mini.policy import load_policy
 
 IDS = torch.tensor([[5, 17, 300, 42, 8, 99]])

@@ -5,31 +5,31 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from iapo_mini.lab.pretrain import (
-    build_model,
-    build_tokenizer,
-    calibrated,
-    losses,
-    pretrain,
-    sample_batches,
-)
+from iapo_mini.lab import pretrain as module
+from iapo_mini.lab.assess import assess
+from iapo_mini.lab.pretrain import Settings, calibrated, losses, main, pretrain, sample_batches
+from iapo_mini.lab.story_model import build_model, build_tokenizer
 from iapo_mini.policy import load_policy
 from iapo_mini.tasks import POSTFIX
 
-SMALL = {"steps": 12, "batch_size": 4, "exits": 2, "hidden": 32, "layers": 1, "threads": 1}
+SMALL = {
+    "steps": 12, "batch_size": 4, "exits": 2, "hidden": 32, "layers": 1, "threads": 1,
+    "checkpoint_every": 2,
+}  # fmt: skip
 
 
 def test_killed_pretraining_resumes_to_the_same_weights(tmp_path):
-    whole = pretrain(tmp_path / "whole", **SMALL, checkpoint_every=2)
+    whole = pretrain(tmp_path / "whole", Settings(**SMALL))
     # Slowed down after each checkpoint, so that the kill lands in the middle of the run.
     code = (
-        "import time; from iapo_mini import pretrain as p; torch_save = p.torch.save\n"
+        "import time; from iapo_mini.lab import pretrain as p; torch_save = p.torch.save\n"
         "def slow(*a):\n    torch_save(*a); time.sleep(0.3)\n"
         "p.torch.save = slow; "
-        f"p.pretrain({str(tmp_path / 'killed')!r}, **{SMALL!r}, checkpoint_every=2)"
+        f"p.pretrain({str(tmp_path / 'killed')!r}, p.Settings(**{SMALL!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
@@ -39,7 +39,7 @@ def test_killed_pretraining_resumes_to_the_same_weights(tmp_path):
     process.kill()
     process.wait()
     assert checkpoint.exists() and not (tmp_path / "killed" / "model.safetensors").exists()
-    killed = pretrain(tmp_path / "killed", **SMALL, checkpoint_every=2)
+    killed = pretrain(tmp_path / "killed", Settings(**SMALL))
     a, b = (load_file(folder / "model.safetensors") for folder in (whole, killed))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not (killed / "checkpoint.pt").exists()
@@ -86,3 +86,48 @@ def test_the_calibrated_policy_is_the_embedded_one_retaught(tmp_path):
     assert after.tokenizer.get_vocab() == before.tokenizer.get_vocab()
     weights = load_file(folder / "model.safetensors")
     assert {x.dtype for x in weights.values()} == {torch.bfloat16}
+
+
+def test_a_pretrained_policy_is_assessed_on_its_own_and_the_worlds_chains(tmp_path, monkeypatch):
+    """The whole command, small: a policy, its log, the numbers and the diagram."""
+    monkeypatch.setattr(module, "assess", lambda out, figures: assess(out, figures, n_stories=4))
+    small = ["--steps=2", "--batch-size=2", "--exits=1", "--hidden=32", "--layers=1", "--threads=1"]
+    main([f"--out={tmp_path / 'out'}", f"--figures={tmp_path / 'figures'}", *small])
+    result = json.loads((tmp_path / "figures/results/policy.json").read_text())
+    assert result["stories"] == 4 and result["accuracy"] == 0
+    assert len(result["ece_by_tenth"]) == len(result["ece_sampled_by_tenth"]) == 11
+    assert result["entropy_start_nats"] > 0
+    assert (tmp_path / "figures/calibration.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("steps", "0", "steps is 0; allowed are 1 and above."),
+        ("batch-size", "0", "batch_size is 0; allowed are 1 and above."),
+        ("exits", "-1", "exits is -1; allowed are 0 (none) and above."),
+        ("exit-weight", "-0.5", "exit_weight is -0.5; allowed are 0 and above."),
+        ("lr", "0", "lr is 0.0; allowed are numbers above 0."),
+        ("lr", "nan", "lr is nan; allowed are numbers above 0."),
+        ("hidden", "48", "hidden is 48; allowed are multiples of 32."),
+        ("hidden", "0", "hidden is 0; allowed are multiples of 32."),
+        ("layers", "-2", "layers is -2; allowed are 1 and above."),
+        ("threads", "0", "threads is 0; allowed are 1 and above."),
+    ],
+)
+@pytest.mark.parametrize("doing", [[], ["--report-only"], ["--calibrate"]])
+def test_values_out_of_range_end_the_command_before_any_work(
+    tmp_path, capsys, option, value, message, doing
+):
+    with pytest.raises(SystemExit) as ended:
+        main([f"--out={tmp_path / 'out'}", f"--{option}={value}", *doing])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"pretrain: {message}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_runs_as_a_module():
+    command = [sys.executable, "-m", "iapo_mini.lab.pretrain", "--hidden", "100"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "pretrain: hidden is 100; allowed are multiples of 32.\n"

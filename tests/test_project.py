@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from iapo_mini.config import RECIPES
 from iapo_mini.intervals import format_interval, mean_interval
 from iapo_mini.lab.claims import _talk
 from iapo_mini.lab.departures import departures_table
 from iapo_mini.lab.estimators import ESTIMATORS, POLICIES, speed_table, study_table
 from iapo_mini.lab.results import comparison_table
 from iapo_mini.lab.starts import starts_table
-from iapo_mini.lab.tuning import RECIPES, choose, tuning_table
+from iapo_mini.lab.tuning import choose, tuning_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,12 +125,12 @@ def test_table_of_the_verifier_is_the_committed_result():
     spec.loader.exec_module(benchmark)
     results = json.loads((ROOT / "figures/results/rewards.json").read_text())
     docs = (ROOT / "docs/data.md").read_text()
-    assert benchmark.table(results) in docs
+    assert benchmark.verdict_table(results) in docs
     assert results["references"] == 500 and f"{results['pairs']:,} pairs" in docs
     assert f"agree on {results['agreement']:.3f}" in docs
     for judge in ("ours", "strings"):
         assert f"{results['accuracy'][judge]:.3f}" in docs
-    # What the comparison_table counts follows from the judges as they are now.
+    # What the table counts follows from the judges as they are now.
     assert benchmark.by_strings("\\dfrac12", "\\frac{1}{2}") and benchmark.by_strings("50\\%", "50")
     assert not benchmark.by_strings("72.0", "72")
 

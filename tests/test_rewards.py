@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import make_rollouts
+from helpers import written
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -153,16 +153,12 @@ def test_long_hostile_text_is_judged_quickly():
 
 
 def test_score_gives_each_row_the_answer_of_its_own_problem(tokenizer):
-    rollouts = make_rollouts([3, 4], [1] * 4, group=2)
     texts = [said(" 5"), said(" 7"), said(" 7"), "7"]
     ids = [[*tokenizer.encode(t), tokenizer.eos_token_id] for t in texts]
-    width = max(map(len, ids))
-    rollouts.completion_ids = torch.tensor(
-        [row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids]
-    )
-    rollouts.completion_mask = torch.tensor([[t < len(row) for t in range(width)] for row in ids])
+    rollouts = written(ids, group=2, pad=tokenizer.pad_token_id)
     scored = score(rollouts, tokenizer, [Problem("a", "5"), Problem("b", "7")])
     assert scored.rewards.tolist() == [1.5, -0.5, 1.5, -1.5]
     assert scored.rewards.dtype == torch.float32
     assert scored.correct.tolist() == [True, False, True, False]
-    assert rollouts.rewards is None
+    assert scored.correct.dtype == torch.bool
+    assert not rollouts.known

@@ -1,354 +1,98 @@
-"""Sampling and log-probabilities, against transformers' generate and plain forward passes."""
+"""What rollouts know, their rows and their texts."""
 
-import itertools
-import math
-from collections import Counter
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 import torch
-from helpers import (
-    TRIVIAL,
-    make_rollouts,
-    perturb_lora,
-    plain_log_softmax,
-    plain_logprobs,
-    unpadded,
+from helpers import make_rollouts, written
+
+from iapo_mini.rollouts import FILLED_BY
+
+BY_ROW, BY_TOKEN = ("rewards", "correct"), ("token_entropies", "informativeness")
+
+
+def values(rollouts, name):
+    """Numbers that tell rows and tokens apart."""
+    rows, width = rollouts.completion_ids.shape
+    return torch.arange(float(rows)) if name in BY_ROW else torch.rand(rows, width)
+
+
+@pytest.mark.parametrize(
+    ("name", "by"),
+    [
+        ("rewards", "rewards.score"),
+        ("correct", "rewards.score"),
+        ("token_entropies", "sampling.sample"),
+        ("informativeness", "information.inform"),
+    ],
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from iapo_mini.information import answer_entropies
-from iapo_mini.logprobs import token_logprobs
-from iapo_mini.policy import load_policy
-from iapo_mini.problems.stories import stories
-from iapo_mini.sampling import encode_prompts, from_texts, sample
-from iapo_mini.tasks import Problem, render_prompt
-
-# Prompts of different lengths, so that left-padding is at work everywhere.
-PROBLEMS = [*TRIVIAL, *itertools.islice(stories("test"), 2)]
+def test_what_is_not_known_yet_is_told_by_name(name, by):
+    message = rf"^these rollouts have no {name} yet; {by} fills it in\.$"
+    with pytest.raises(ValueError, match=message):
+        getattr(make_rollouts([3], [2, 1], group=2), name)
+    others = {other: torch.zeros(2) for other in FILLED_BY if other != name}
+    with pytest.raises(ValueError, match=message):
+        getattr(make_rollouts([3], [2, 1], group=2).filled(**others), name)
 
 
-def first_token_probabilities(policy, problem, temperature=1.0):
-    ids = policy.tokenizer(render_prompt(policy.tokenizer, problem), return_tensors="pt").input_ids
-    with torch.no_grad():
-        return torch.softmax(policy.model(ids).logits[0, -1].double() / temperature, dim=-1)
+def test_filling_in_makes_a_copy_that_knows_more():
+    plain = make_rollouts([3], [2, 1], group=2)
+    found = {name: values(plain, name) for name in FILLED_BY}
+    rewarded = plain.filled(rewards=found["rewards"], correct=found["correct"])
+    full = rewarded.filled(token_entropies=found["token_entropies"])
+    full = full.filled(informativeness=found["informativeness"])
+    assert not plain.known and set(rewarded.known) == {"rewards", "correct"}
+    for name, value in found.items():
+        assert getattr(full, name) is value
+    for field in fields(plain):
+        if field.name != "known":
+            assert getattr(full, field.name) is getattr(plain, field.name)
+    # A second time replaces the first.
+    assert full.filled(rewards=-full.rewards).rewards.tolist() == [0.0, -1.0]
+    assert full.rewards.tolist() == [0.0, 1.0]
 
 
-def chi_square(counts, expected):
-    """Chi-square statistic over tokens expected at least 10 times, the others in one class."""
-    often = expected >= 10
-    observed = torch.cat([counts[often], counts[~often].sum()[None]])
-    expected = torch.cat([expected[often], expected[~often].sum()[None]])
-    return float(((observed - expected) ** 2 / expected).sum()), len(expected) - 1
+@pytest.mark.parametrize("name", ["reward", "old_logprobs", "cache", "advantages"])
+def test_another_name_is_refused(name):
+    message = f"rollouts know no {name}; allowed are {', '.join(FILLED_BY)}."
+    with pytest.raises(TypeError, match=message):
+        make_rollouts([3], [2, 1], group=2).filled(**{name: torch.zeros(2)})
 
 
-def too_large(df):
-    """Beyond what chance gives: mean plus five standard deviations of chi-square."""
-    return df + 5 * math.sqrt(2 * df)
+@pytest.mark.parametrize("name", ["old_logprobs", "rewards", "informativeness", "cache"])
+def test_nothing_is_assigned(name):
+    with pytest.raises(FrozenInstanceError):
+        setattr(make_rollouts([3], [2, 1], group=2), name, torch.zeros(2))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_first_tokens_have_the_policys_distribution(base_policy, temperature):
-    # The shorter prompt stands next to a longer one and is padded.
-    problems, n = [PROBLEMS[0], PROBLEMS[2]], 5000
-    drawn = [
-        sample(
-            base_policy,
-            problems,
-            num_generations=n // 5,
-            max_completion_length=1,
-            temperature=temperature,
-            seed=seed,
-        ).completion_ids.view(2, -1)
-        for seed in range(5)
-    ]
-    for problem, tokens in zip(problems, torch.cat(drawn, dim=1)):
-        p = first_token_probabilities(base_policy, problem, temperature)
-        counts = torch.bincount(tokens, minlength=len(p)).double()
-        statistic, df = chi_square(counts, n * p)
-        assert df >= 10 and statistic < too_large(df)
-        # The bound would notice a temperature off by a tenth: what that adds to the statistic is
-        # twice the distance between its mean and the bound.
-        for wrong in (0.9 * temperature, 1.1 * temperature):
-            q = first_token_probabilities(base_policy, problem, wrong)
-            assert chi_square(n * q, n * p)[0] > 2 * (too_large(df) - df)
+def test_tensors_are_those_of_the_batch_and_those_filled_in():
+    rollouts = make_rollouts([3], [2, 1], group=2)
+    own = {field.name for field in fields(rollouts)} - {"num_generations", "known", "cache"}
+    assert set(rollouts.tensors()) == own
+    rewards = torch.tensor([1.5, -0.5])
+    filled = rollouts.filled(rewards=rewards).tensors()
+    assert set(filled) == own | {"rewards"} and filled["rewards"] is rewards
 
 
-def test_pairs_of_tokens_are_distributed_as_generate_draws_them(base_policy):
-    """The second token goes through the KV cache, so the first two together are compared."""
-    n, problem = 1500, PROBLEMS[0]
-    rollouts = sample(base_policy, [problem], num_generations=n, max_completion_length=2)
-    ids, mask = encode_prompts(base_policy, [problem])
-    drawn = base_policy.model.generate(
-        ids,
-        attention_mask=mask.long(),
-        do_sample=True,
-        top_k=0,
-        top_p=1.0,
-        temperature=1.0,
-        max_new_tokens=2,
-        num_return_sequences=n,
-    )[:, ids.shape[1] :]
-    ours = Counter(map(tuple, rollouts.completion_ids.tolist()))
-    theirs = Counter(map(tuple, drawn.tolist()))
-    frequent = [pair for pair, c in (ours + theirs).items() if c >= 20]
-    assert len(frequent) >= 10
-    # Two samples of one distribution: the difference of two counts has their sum as variance.
-    statistic = sum((ours[k] - theirs[k]) ** 2 / (ours[k] + theirs[k]) for k in frequent)
-    assert statistic < too_large(len(frequent))
-    # generate at another temperature is told apart, so the bound means something.
-    other = base_policy.model.generate(
-        ids,
-        attention_mask=mask.long(),
-        do_sample=True,
-        top_k=0,
-        temperature=0.7,
-        max_new_tokens=2,
-        num_return_sequences=n,
-    )[:, ids.shape[1] :]
-    other = Counter(map(tuple, other.tolist()))
-    frequent = [pair for pair, c in (ours + other).items() if c >= 20]
-    statistic = sum((ours[k] - other[k]) ** 2 / (ours[k] + other[k]) for k in frequent)
-    assert statistic > too_large(len(frequent))
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_old_logprobs_are_those_of_a_plain_forward_pass(lora_policy, temperature):
-    policy = perturb_lora(lora_policy)
-    rollouts = sample(
-        policy, PROBLEMS, num_generations=3, max_completion_length=10, temperature=temperature
-    )
-    with torch.no_grad():
-        expected = plain_logprobs(policy.model, rollouts, temperature)
-    torch.testing.assert_close(rollouts.old_logprobs, expected, atol=1e-4, rtol=0)
-    for i, n in enumerate(rollouts.lengths.tolist()):
-        with torch.no_grad():
-            log_p = plain_log_softmax(policy.model, rollouts, i, temperature)
-        entropies = -(log_p.exp() * log_p).sum(-1)
-        torch.testing.assert_close(rollouts.token_entropies[i, :n], entropies, atol=1e-4, rtol=0)
-        assert not rollouts.token_entropies[i, n:].any()
-
-
-@pytest.mark.parametrize("lora_rank", [0, 4])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_shared_prompts_change_neither_logprobs_nor_gradients(tiny_folder, lora_rank, temperature):
-    policy = perturb_lora(load_policy(tiny_folder, lora_rank=lora_rank))
-    rollouts = make_rollouts([9, 4, 6], [5, 1, 8, 3, 8, 2], group=2)
-    weights = torch.randn(rollouts.completion_ids.shape)
-
-    def gradients(logprobs):
-        (logprobs * weights).sum().backward()
-        grads = {name: p.grad.clone() for name, p in policy.trainable().items()}
-        policy.model.zero_grad()
-        return grads
-
-    naive = plain_logprobs(policy.model, rollouts, temperature)
-    expected = gradients(naive)
-    assert all(g.abs().max() > 1e-3 for g in expected.values() if g.ndim == 2)
-    for rows_per_block in (1, 4, 16):
-        logprobs, _ = token_logprobs(policy.model, rollouts, temperature, rows_per_block)
-        torch.testing.assert_close(logprobs, naive, atol=1e-4, rtol=0)
-        for name, grad in gradients(logprobs).items():
-            scale = expected[name].abs().max()
-            torch.testing.assert_close(grad, expected[name], atol=1e-4 * float(scale), rtol=1e-3)
-
-
-def test_entropies_of_token_logprobs(base_policy):
-    rollouts = make_rollouts([5, 7], [4, 1, 6, 3], group=2)
-    with torch.no_grad():
-        _, entropies = token_logprobs(base_policy.model, rollouts, temperature=0.7)
-        for i, n in enumerate(rollouts.lengths.tolist()):
-            log_p = plain_log_softmax(base_policy.model, rollouts, i, temperature=0.7)
-            expected = torch.distributions.Categorical(logits=log_p).entropy()
-            torch.testing.assert_close(entropies[i, :n], expected, atol=1e-4, rtol=0)
-            assert not entropies[i, n:].any()
-
-
-def test_entropies_carry_no_gradient(lora_policy):
-    logprobs, entropies = token_logprobs(lora_policy.model, make_rollouts([5], [4, 1], group=2))
-    assert logprobs.requires_grad and not entropies.requires_grad
-
-
-@settings(max_examples=12)
-@given(data=st.data(), group=st.integers(1, 3), seed=st.integers(0, 99))
-def test_padding_changes_nothing(base_policy, data, group, seed):
-    prompts = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=3), label="prompts")
-    rows = group * len(prompts)
-    lengths = st.lists(st.integers(1, 9), min_size=rows, max_size=rows)
-    completions = data.draw(lengths, label="completions")
-    left, right = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
-    block = data.draw(st.integers(1, 6), label="block")
-    sizes = dict(prompts=prompts, completions=completions, group=group, seed=seed)
-    rollouts = make_rollouts(**sizes)
-    # More padding on both sides, made of another token.
-    padded = make_rollouts(**sizes, left=left, right=right, pad=7)
-    with torch.no_grad():
-        plain = plain_logprobs(base_policy.model, rollouts)
-        logprobs, _ = token_logprobs(base_policy.model, rollouts, rows_per_block=block)
-        more, _ = token_logprobs(base_policy.model, padded, rows_per_block=block)
-    torch.testing.assert_close(logprobs, plain, atol=1e-4, rtol=0)
-    torch.testing.assert_close(more[:, : plain.shape[1]], logprobs, atol=1e-5, rtol=0)
-    assert not more[:, plain.shape[1] :].any()
-
-    entropies = answer_entropies(base_policy, rollouts, chunk_size=block)
-    more = answer_entropies(base_policy, padded, chunk_size=block)
-    torch.testing.assert_close(more[:, : entropies.shape[1]], entropies, atol=1e-5, rtol=0)
-    assert not more[:, entropies.shape[1] :].any()
-    for i, n in enumerate(completions):
-        prompt, completion = unpadded(rollouts, i)
-        alone = make_rollouts([len(prompt)], [n], group=1)
-        alone.prompt_ids, alone.completion_ids = prompt[None], completion[None]
-        expected = answer_entropies(base_policy, alone)[0]
-        torch.testing.assert_close(entropies[i, : n + 1], expected, atol=1e-4, rtol=0)
-
-
-def test_equal_seeds_give_equal_rollouts(base_policy):
-    sizes = dict(num_generations=4, max_completion_length=8)
-    one, again, other = (sample(base_policy, PROBLEMS, seed=s, **sizes) for s in (3, 3, 4))
-    for name, value in vars(one).items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, getattr(again, name)), name
-    assert not torch.equal(one.completion_ids, other.completion_ids)
-
-
-def test_sampling_leaves_global_random_state_alone(base_policy):
-    before = torch.get_rng_state()
-    sample(base_policy, PROBLEMS, num_generations=2, max_completion_length=3)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_rows_are_adjacent_completions_of_their_prompt(base_policy):
-    rollouts = sample(base_policy, PROBLEMS, num_generations=3, max_completion_length=2)
-    for i in range(12):
-        text = render_prompt(base_policy.tokenizer, PROBLEMS[i // 3])
-        assert base_policy.tokenizer.decode(unpadded(rollouts, i)[0]) == text
-
-
-def test_rows_end_with_a_stop_token_or_at_the_limit(stopping_policy):
-    limit = 12
-    rollouts = sample(
-        stopping_policy, PROBLEMS, num_generations=16, max_completion_length=limit, seed=1
-    )
-    stop = set(stopping_policy.eos_ids.tolist())
-    pad = stopping_policy.tokenizer.pad_token_id
-    for i, finished in enumerate(rollouts.finished.tolist()):
-        n = int(rollouts.lengths[i])
-        completion = rollouts.completion_ids[i].tolist()
-        assert rollouts.completion_mask[i].tolist() == [t < n for t in range(len(completion))]
-        assert not stop & set(completion[: n - 1])
-        assert finished == (completion[n - 1] in stop)
-        assert finished or n == limit
-        assert set(completion[n:]) <= {pad}
-        assert not rollouts.old_logprobs[i, n:].any()
-        assert (rollouts.old_logprobs[i, :n] < 0).all()
-    # Both kinds of ending occur, or the test has looked at nothing.
-    assert 0 < rollouts.finished.sum() < len(rollouts.finished)
-
-
-def test_a_stop_token_at_the_limit_counts_as_finished(stopping_policy):
-    rollouts = sample(stopping_policy, PROBLEMS, num_generations=32, max_completion_length=1)
-    stopped = torch.isin(rollouts.completion_ids[:, 0], stopping_policy.eos_ids)
-    assert stopped.any() and not stopped.all()
-    assert torch.equal(rollouts.finished, stopped)
-
-
-def test_width_is_that_of_the_longest_row(stopping_policy):
-    rollouts = sample(stopping_policy, PROBLEMS[:1], num_generations=2, max_completion_length=400)
-    assert rollouts.finished.all()
-    assert rollouts.completion_ids.shape[1] == int(rollouts.lengths.max()) < 400
-
-
-@torch.no_grad()
-def test_dropping_finished_rows_changes_no_other_row(stopping_policy):
-    """The same uniforms, one row at a time, each prefix re-run without a cache."""
-    group, limit, seed = 6, 20, 5
-    rollouts = sample(
-        stopping_policy,
-        PROBLEMS[1:3],
-        num_generations=group,
-        max_completion_length=limit,
-        temperature=0.9,
-        seed=seed,
-    )
-    model, tokenizer = stopping_policy.model, stopping_policy.tokenizer
-    stop = set(stopping_policy.eos_ids.tolist())
-    rows = [
-        tokenizer.encode(render_prompt(tokenizer, problem))
-        for problem in PROBLEMS[1:3]
-        for _ in range(group)
-    ]
-    starts, running = [len(row) for row in rows], [True] * len(rows)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(limit):
-        uniforms = torch.rand(len(rows), generator=generator)
-        for i, row in enumerate(rows):
-            if running[i]:
-                p = torch.softmax(model(torch.tensor([row])).logits[0, -1] / 0.9, dim=-1)
-                row.append(int((p.cumsum(0) <= uniforms[i] * p.sum()).sum()))
-                running[i] = row[-1] not in stop
-    expected = [row[start:] for row, start in zip(rows, starts)]
-    assert [unpadded(rollouts, i)[1].tolist() for i in range(len(rows))] == expected
-    plain = plain_logprobs(model, rollouts, temperature=0.9)
-    torch.testing.assert_close(rollouts.old_logprobs, plain, atol=1e-4, rtol=0)
-    # Rows dropped out early and others ran on.
-    assert min(map(len, expected)) < limit / 4 and max(map(len, expected)) > limit / 2
-
-
-def test_texts_keep_tags_and_leave_out_the_end(tokenizer):
-    rollouts = make_rollouts([3], [1, 1], group=2)
-    text = "<think> 3.</think><answer> 3</answer>"
-    ids = torch.tensor([*tokenizer.encode(text), tokenizer.eos_token_id])
-    rollouts.completion_ids = torch.stack([ids, ids])
-    rollouts.completion_mask = torch.ones(2, len(ids), dtype=torch.bool)
-    rollouts.completion_mask[1, 3:] = False
-    assert rollouts.texts(tokenizer) == [text, "<think> 3."]
-
-
-def test_given_texts_become_rollouts(base_policy):
-    """As if the policy had written them: its tokens, an end, and the prompt of the problem."""
-    written = ["<think> 3.</think><answer> 3</answer>", "hm", ""]
-    rollouts = from_texts(base_policy, PROBLEMS[:3], written)
-    tokenizer, eos = base_policy.tokenizer, base_policy.tokenizer.eos_token_id
-    for i, text in enumerate(written):
-        prompt, completion = unpadded(rollouts, i)
-        assert tokenizer.decode(prompt) == render_prompt(tokenizer, PROBLEMS[i])
-        assert completion.tolist() == [*tokenizer.encode(text), eos]
-    assert rollouts.texts(tokenizer) == written
-    assert rollouts.num_generations == 1 and rollouts.finished.all()
-    # They go through the rest of the pipeline.
-    with torch.no_grad():
-        logprobs, _ = token_logprobs(base_policy.model, rollouts)
-        plain = plain_logprobs(base_policy.model, rollouts)
-    torch.testing.assert_close(logprobs, plain, atol=1e-4, rtol=0)
+def test_lengths_count_the_end_and_no_padding():
+    assert make_rollouts([3, 1], [4, 0, 7, 1], group=2, right=3).lengths.tolist() == [4, 0, 7, 1]
 
 
 def test_rows_cuts_whole_groups_to_their_longest():
     rollouts = make_rollouts([3, 5], [4, 2, 7, 1], group=2)
-    rollouts.rewards = torch.arange(4.0)
+    rollouts = rollouts.filled(**{name: values(rollouts, name) for name in FILLED_BY})
     part = rollouts.rows(0, 2)
     assert part.completion_ids.shape == part.old_logprobs.shape == (2, 4)
     assert torch.equal(part.completion_ids, rollouts.completion_ids[:2, :4])
     assert part.lengths.tolist() == [4, 2]
-    assert part.rewards.tolist() == [0.0, 1.0]
+    assert part.rewards.tolist() == part.correct.tolist() == [0.0, 1.0]
+    for name in BY_TOKEN:
+        assert torch.equal(getattr(part, name), getattr(rollouts, name)[:2, :4])
     assert part.prompt_ids.shape == (2, 5) and part.num_generations == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("num_generations", 0),
-        ("num_generations", -2),
-        ("max_completion_length", 0),
-        ("temperature", 0),
-        ("temperature", -1.0),
-        ("temperature", math.nan),
-    ],
-)
-def test_bad_arguments_are_refused(base_policy, name, value):
-    with pytest.raises(ValueError, match=f"{name} is {value}"):
-        sample(base_policy, [Problem("1 + 1?", "2")], **{name: value})
-
-
-def test_no_problems_are_refused(base_policy):
-    with pytest.raises(ValueError, match="problems is empty"):
-        sample(base_policy, [])
+def test_texts_keep_tags_and_leave_out_the_end(tokenizer):
+    text = "<think> 3.</think><answer> 3</answer>"
+    ids = [*tokenizer.encode(text), tokenizer.eos_token_id]
+    rollouts = written([ids, ids[:3]], group=2, pad=tokenizer.encode(" 7")[0])
+    assert rollouts.texts(tokenizer) == [text, "<think> 3."]

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from iapo_mini import advantages, information
-from iapo_mini.config import use_methods
-from iapo_mini.lab import runs, table1
+from iapo_mini.config import RECIPES, Recipe, use_methods
+from iapo_mini.lab import table1
 from iapo_mini.lab.figures import methods
 from iapo_mini.lab.runs import START, collect, make_jobs, run_all
 from iapo_mini.lab.sizes import Size
@@ -19,15 +18,15 @@ TINY = Size(seeds=(0, 1), max_steps=1, problems=2, prompts_per_step=1, num_gener
 
 MODULE = """
 from iapo_mini.advantages import grpo
+from iapo_mini.config import Recipe
 
 def priced(rollouts, alpha, beta):
     return grpo(rollouts) - alpha * (rollouts.informativeness < beta) * rollouts.completion_mask
 
-def estimate(policy, rollouts, memory_mb, stride):
+def estimate(policy, rollouts, how):
     return rollouts.token_entropies
 
-ADVANTAGES = {"priced": priced}
-INFORMATION = {"priced": estimate}
+RECIPES = {"priced": Recipe(priced, estimate, alpha=0.3)}
 """
 
 
@@ -36,24 +35,29 @@ def own_methods(tmp_path, monkeypatch):
     (tmp_path / "my_methods.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(runs, "ADVANTAGES", dict(advantages.ADVANTAGES))
-    monkeypatch.setattr(runs, "INFORMATION", dict(information.INFORMATION))
+    before = dict(RECIPES)
     yield "my_methods"
     sys.modules.pop("my_methods", None)
+    RECIPES.clear()
+    RECIPES.update(before)
 
 
 def test_methods_of_a_module_are_added_once(own_methods):
     use_methods(own_methods)
     use_methods(own_methods)
-    assert "priced" in runs.ADVANTAGES and "priced" in runs.INFORMATION
+    assert isinstance(RECIPES["priced"], Recipe) and RECIPES["priced"].alpha == 0.3
 
 
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         (None, "can't be imported"),
-        ("X = 1", "no dictionary ADVANTAGES"),
-        ("ADVANTAGES = {'grpo': len}", "'grpo' is taken already"),
+        ("X = 1", "no dictionary RECIPES"),
+        ("RECIPES = {'mine': len}", "no dictionary RECIPES"),
+        (
+            "from iapo_mini.config import Recipe\nRECIPES = {'grpo': Recipe('grpo')}",
+            "'grpo' is taken already",
+        ),
     ],
 )
 def test_bad_modules_are_refused(own_methods, tmp_path, text, named):
@@ -151,14 +155,14 @@ def test_a_failing_run_is_named_with_its_last_line(tmp_path):
         run_all(jobs[:1], parallel=1)
 
 
-def test_a_method_of_ones_own_trains_in_a_process(own_methods, tmp_path, monkeypatch):
-    use_methods(own_methods)
-    monkeypatch.setitem(advantages.ADVANTAGES, "priced", runs.ADVANTAGES["priced"])
-    recipes = {"mine": {"method": "priced", "alpha": 0.3}}
+def test_a_method_of_ones_own_trains_in_a_process(own_methods, tmp_path):
+    recipes = {"mine": {"method": "priced"}}
     jobs = make_jobs(TINY, tmp_path / "out", recipes, methods=own_methods)[:1]
     run_all(jobs, parallel=1)
     log = (tmp_path / "out" / "mine-0" / "train" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(log[0])["informativeness"] > 0
+    settings = json.loads((tmp_path / "out" / "mine-0" / "train" / "config.json").read_text())
+    assert settings["alpha"] == 0.3 and settings["method"] == "priced"
 
 
 def test_wall_clock_times_every_row_and_seed(finished):

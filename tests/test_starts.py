@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from iapo_mini.config import RECIPES
 from iapo_mini.lab import starts as module
 from iapo_mini.lab.sizes import Size
 from iapo_mini.lab.starts import METRICS, TRAINED, starts, starts_table
-from iapo_mini.lab.tuning import RECIPES
 
 TINY = Size(seeds=(0, 1), max_steps=1, problems=2, prompts_per_step=1, num_generations=4, ks=(1, 4))
 
@@ -18,7 +18,7 @@ def results(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SIZES", {"quick": TINY})
         patch.setattr(module, "STARTS", {"calibrated": module.EMBEDDED_CALIBRATED})
-        patch.setattr(module, "tuned", lambda *_: RECIPES)
+        patch.setattr(module, "tuned", lambda *_: {name: {"method": name} for name in RECIPES})
         options = {"out": folder / "runs", "figures": folder / "figures"}
         found = starts("quick", **options)
         made = [p.stat().st_mtime_ns for p in sorted(folder.rglob("result.json"))]

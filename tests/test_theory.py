@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from iapo_mini.advantages import normalize
 from iapo_mini.cli import main
 from iapo_mini.information import informativeness
-from iapo_mini.lab import exact, theory, theory_stories
+from iapo_mini.lab import exact, theory, theory_stories, worlds
 from iapo_mini.lab.exact import every_string, strings_of
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.problems.stories import stories
@@ -32,7 +32,7 @@ def drawn(completions, seed=0, count=2, answers=3):
     """A world of the given completions: strings, logits and answers, ``count`` of them."""
     strings = strings_of(completions, 3)
     generator = torch.Generator().manual_seed(seed)
-    theta = theory.random_logits(strings, count, generator)
+    theta = worlds.random_logits(strings, count, generator)
     size = (count, len(completions), answers)
     return strings, theta, torch.rand(size, generator=generator, dtype=torch.float64).softmax(-1)
 
@@ -80,7 +80,7 @@ def test_probabilities_lengths_and_drops_by_brute_force(completions, seed):
 
 
 def test_drops_are_information_on_average():
-    strings, theta, answers = theory.random_worlds(5, 0)
+    strings, theta, answers = worlds.random_worlds(5, 0)
     p = exact.string_logprobs(strings, theta).exp()
     drops = exact.string_drops(strings, theta, answers)
     assert drops.min() < -0.05
@@ -129,7 +129,7 @@ def test_added_score_and_change_of_length_by_finite_differences(completions, see
 
 
 def test_directions_are_the_gradients_of_the_objectives():
-    strings, theta, answers = theory.random_worlds(3, 1)
+    strings, theta, answers = worlds.random_worlds(3, 1)
     p = exact.string_logprobs(strings, theta).exp()
     right = answers[..., 0]
     mean = (p * right).sum(-1, keepdim=True)
@@ -154,7 +154,7 @@ def test_directions_are_the_gradients_of_the_objectives():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_theorem_error_halves_with_the_step(seed):
-    strings, theta, answers = theory.random_worlds(20, seed)
+    strings, theta, answers = worlds.random_worlds(20, seed)
     added = theory.token_direction(strings, theta, theory.normalized_drops(strings, theta, answers))
     errors = []
     for eta in (0.1, 0.05, 0.025):
@@ -179,7 +179,7 @@ def test_agreement_finds_slope_and_order():
 
 
 def test_clue_and_filler_worlds_by_hand():
-    strings, theta, answers = theory.clue_worlds(2, 0)
+    strings, theta, answers = worlds.clue_worlds(2, 0)
     even = torch.zeros_like(theta)
     even[..., 2] = -60  # hardly ever stops early, so that the posterior is that of fair bits
     whole = exact.string_drops(strings, even, answers).sum(-1)
@@ -187,14 +187,14 @@ def test_clue_and_filler_worlds_by_hand():
     torch.testing.assert_close(whole, (m * math.log(2)).expand(2, -1), atol=1e-6, rtol=1e-6)
     assert answers.shape == (2, 31, 16) and torch.allclose(answers.sum(-1), torch.ones(()).double())
 
-    strings, theta, answers = theory.filler_worlds(2, 0)
+    strings, theta, answers = worlds.filler_worlds(2, 0)
     whole = exact.string_drops(strings, theta, answers).sum(-1)
     torch.testing.assert_close(whole, whole[:, :1].expand_as(whole))  # all tell everything
     assert strings.lengths.unique().tolist() == [2, 3, 4, 5, 6, 7, 8]
 
 
 def test_corollary_in_the_tables():
-    found = theory.corollary_tables(theory.PRESETS["quick"])
+    found = theory.corollary_tables(theory.SIZES["quick"])
     assert found["filler"]["premise"][0] == found["filler"]["shorter"][0] == 1
     assert found["filler"]["change"][0] < 0 < found["clue"]["change"][0]
     assert found["clue"]["premise"][0] == 0 and found["clue"]["shorter"][0] < 0.1
@@ -303,7 +303,7 @@ def test_confidence_lowers_entropy_and_its_opposite_raises_it(seed, choices):
 
 
 def test_entropy_of_completions_by_finite_differences():
-    strings, theta, _ = theory.random_worlds(4, 3)
+    strings, theta, _ = worlds.random_worlds(4, 3)
     change, h = torch.randn_like(theta) * strings.allowed, 1e-5
     up, _ = theory.completion_entropy_change(strings, theta, h * change)
     down, _ = theory.completion_entropy_change(strings, theta, -h * change)

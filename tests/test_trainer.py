@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TRIVIAL, metrics, perturb_lora, run, weights
+from helpers import PATIENCE, TRIVIAL, metrics, perturb_lora, run, weights
 
 import iapo_mini
 from iapo_mini.config import TrainConfig
@@ -24,7 +24,8 @@ from iapo_mini.problems.stories import ROLES, stories
 # time to see that the step is logged and to kill the process before the run is over.
 SCRIPT = """
 import json, sys, time
-from iapo_mini.trainer import TrainConfig, train
+from iapo_mini.config import TrainConfig
+from iapo_mini.trainer import train
 
 if __name__ == "__main__":
     config = TrainConfig(**json.loads(sys.argv[1]))
@@ -48,8 +49,8 @@ def interrupt(config, folder, step):
         run(config, folder, on_step=stop)
 
 
-def wait_for_lines(file, n, process, seconds=90):
-    give_up = time.monotonic() + seconds
+def wait_for_lines(file, n, process):
+    give_up = time.monotonic() + PATIENCE
     while not file.exists() or len(file.read_text().splitlines()) < n:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < give_up, "the run logged too little in time"

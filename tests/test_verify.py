@@ -7,26 +7,23 @@ import sys
 import threading
 import time
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import real_problems
 from hypothesis import given
 from hypothesis import strategies as st
 
 from iapo_mini.problems import verify
 from iapo_mini.problems.verify import as_number, equal_answers
 
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 SLOW = "(k+1)^{9999}"
 """sympy is busy with this for more than a minute."""
 
 
 @pytest.fixture(scope="module")
 def math500():
-    path = SHARED / "math500_test.json"
-    if not path.is_file():
-        pytest.skip(f"the MATH-500 problems are not at {path}")
+    path = real_problems("math500_test.json")
     return [row["answer"] for row in json.loads(path.read_text(encoding="utf-8"))]
 
 

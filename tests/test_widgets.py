@@ -91,9 +91,8 @@ def test_explorer_follows_its_controls(base_policy, problems, short):
     box.story.value = 1
     assert [i for _, i in box.completion.options] == [3, 4, 5]
     box.completion.value = 4
-    rollouts.informativeness = (
-        forced.entropies[:, :-1] - forced.entropies[:, 1:]
-    ) * rollouts.completion_mask
+    drops = (forced.entropies[:, :-1] - forced.entropies[:, 1:]) * rollouts.completion_mask
+    rollouts = rollouts.filled(informativeness=drops)
     box.color.value = "IAPO advantage"
     box.alpha.value = 0.7
     assert f"{float(iapo(rollouts, 0.7, 0.05)[4, 2]):+.3f} advantage" in tokens.value

@@ -18,20 +18,29 @@ Other causal LMs are served by ``iapo_mini.early_exit.prefixes``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from iapo_mini.early_exit.layout import Row, lay_out
 from iapo_mini.memory import CARD_BLOCK
-from iapo_mini.rollouts import Rollouts
+from iapo_mini.rollouts import Cache, Rollouts
 
 FAMILIES = ("qwen2", "qwen3", "llama", "gemma")
 """Values of ``config.model_type`` whose decoder layers the walk spells out."""
 
+Turns = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of rotary positions."""
+
+Call = tuple[slice, int, torch.Tensor]
+"""One attention call of a row: its slice of branches, how many trunk tokens they see, the mask."""
+
 _QUERIES = 128  # per attention call: later keys, which none of them sees, are left out
 
 
-def walkable(model) -> bool:
+def walkable(model: Any) -> bool:
     """Whether :func:`run_branches` can serve this causal LM."""
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
@@ -39,66 +48,6 @@ def walkable(model) -> bool:
     # "dynamic" and "longrope" change all rotations with the length of the sequence.
     fixed = rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
     return config.model_type in FAMILIES and kinds == {"full_attention"} and fixed
-
-
-@dataclass
-class Row:
-    """One completion in the flat lists.
-
-    Attributes:
-        number: its row in the rollouts.
-        start: tokens of its prompt.
-        length: tokens of prompt and completion.
-        prompt, completion: slices of trunk tokens; empty when keys and values are known.
-        branches: slice of branches.
-        asked: (b,) long, the prefix lengths after which this row's branches hang.
-    """
-
-    number: int
-    start: int
-    length: int
-    prompt: slice
-    completion: slice
-    branches: slice
-    asked: torch.Tensor
-
-
-def _lay_out(rollouts: Rollouts, rows: list[int], asked: torch.Tensor):
-    """Ids and positions of the trunk tokens to run, slices of the prompts, a ``Row`` for each."""
-    layout, prompts = [], {}
-    nothing = rollouts.completion_ids.new_empty(0)
-    ids, positions = [nothing], [nothing]
-    at = branch = 0
-
-    def run(tokens: torch.Tensor, first: int) -> slice:
-        nonlocal at
-        if rollouts.cache is not None:
-            return slice(0, 0)
-        ids.append(tokens)
-        positions.append(torch.arange(first, first + len(tokens), device=tokens.device))
-        at += len(tokens)
-        return slice(at - len(tokens), at)
-
-    for i in rows:
-        group = i // rollouts.num_generations
-        prompt = rollouts.prompt_ids[i][rollouts.prompt_mask[i]]
-        if group not in prompts:  # every prompt once
-            prompts[group] = run(prompt, 0)
-        completion = rollouts.completion_ids[i][rollouts.completion_mask[i]]
-        prefixes = asked[i].nonzero()[:, 0]
-        layout.append(
-            Row(
-                number=i,
-                start=len(prompt),
-                length=len(prompt) + len(completion),
-                prompt=prompts[group],
-                completion=run(completion, len(prompt)),
-                branches=slice(branch, branch + len(prefixes)),
-                asked=prefixes,
-            )
-        )
-        branch += len(prefixes)
-    return torch.cat(ids), torch.cat(positions), list(prompts.values()), layout
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
@@ -139,7 +88,14 @@ def attend(
     return out, lse.unflatten(0, shape).permute(3, 0, 2, 1).flatten(2, 3)
 
 
-def _merge_own(query, key, value, trunk_out, trunk_lse, scale: float) -> torch.Tensor:
+def _merge_own(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    trunk_out: torch.Tensor,
+    trunk_lse: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
     """Merge the trunk part of each branch token's attention with the part over its own branch.
 
     ``query`` and ``trunk_out`` (N, Q, heads, D) are of the last Q positions of N branches, ``key``
@@ -165,7 +121,7 @@ def _even(total: int, most: int) -> int:
     return max(1, math.ceil(total / parts))
 
 
-def _attention_calls(row: Row, triangle: torch.Tensor):
+def _attention_calls(row: Row, triangle: torch.Tensor) -> Iterator[Call]:
     """Branches of a row in parts: ``(slice of branches, trunk tokens they see, mask)``."""
     size = _even(len(row.asked), _QUERIES)
     for i in range(0, len(row.asked), size):
@@ -176,8 +132,169 @@ def _attention_calls(row: Row, triangle: torch.Tensor):
         yield slice(row.branches.start + i, row.branches.start + i + len(at)), n, mask
 
 
+@dataclass
+class _Tokens:
+    """Trunk or branch tokens on their way through the layers, and buffers of the layer at hand.
+
+    Attributes:
+        hidden: (T, d) of the trunk, (N, K, d) of the branches; layers add to it in place.
+        turns: cosines and sines of every token's rotation, each (T or N, K, D / 2).
+        query, attended: (T or N, K, heads, D); key, value: the same with the key heads.
+    """
+
+    hidden: torch.Tensor
+    turns: Turns
+    query: torch.Tensor
+    attended: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+def _tokens(hidden: torch.Tensor, turns: Turns, config: Any, head_dim: int) -> _Tokens:
+    places = hidden.shape[:-1]
+    query, attended = hidden.new_empty(2, *places, config.num_attention_heads, head_dim)
+    key, value = hidden.new_empty(2, *places, config.num_key_value_heads, head_dim)
+    return _Tokens(hidden, turns, query, attended, key, value)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Which keys every token sees.
+
+    Attributes:
+        rows: completions, each with its parts of branches (:func:`_attention_calls`).
+        prompts: slices of the trunk, each prompt once.
+        triangle: (S, S), 0 up to the diagonal, -inf beyond.
+        cache: keys and values that sampling has kept, by row and layer, or None.
+    """
+
+    rows: list[tuple[Row, list[Call]]]
+    prompts: list[slice]
+    triangle: torch.Tensor
+    cache: Cache | None
+
+
+def _project(
+    attention: Any, name: str, x: torch.Tensor, out: torch.Tensor, turns: Turns | None = None
+) -> None:
+    """Queries or keys (normed and rotated) or values of normed ``x`` into (..., heads, D)."""
+    y = getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, out.shape[-1]))
+    norm = getattr(attention, f"{name}_norm", None)
+    y = y if norm is None else norm(y)
+    if turns is None:
+        out.copy_(y)
+    else:
+        _rotate(y, *turns, out)
+
+
+def _project_trunk(layer: Any, trunk: _Tokens, size: int, queries: bool) -> None:
+    """Keys and values of all trunk tokens, and queries unless nobody will read their output."""
+    for x, c, s, to_k, to_v, to_q in _in_blocks(
+        size, trunk.hidden, *trunk.turns, trunk.key, trunk.value, trunk.query
+    ):
+        x = layer.input_layernorm(x)
+        _project(layer.self_attn, "k", x, to_k, (c, s))
+        _project(layer.self_attn, "v", x, to_v)
+        if queries:
+            _project(layer.self_attn, "q", x, to_q, (c, s))
+
+
+def _project_branches(layer: Any, branch: _Tokens, size: int, skip: int, alike: bool) -> None:
+    """Keys and values of all branch tokens, queries of those from position ``skip`` on."""
+    for x, c, s, to_k, to_v, to_q in _in_blocks(
+        size, branch.hidden, *branch.turns, branch.key, branch.value, branch.query
+    ):
+        x = layer.input_layernorm(x[:1] if alike else x)
+        _project(layer.self_attn, "k", x, to_k, (c, s))
+        _project(layer.self_attn, "v", x, to_v)
+        # Contiguous, or the product becomes one for each branch.
+        _project(
+            layer.self_attn, "q", x[:, skip:].contiguous(), to_q[:, skip:],
+            (c[:, skip:], s[:, skip:]),
+        )  # fmt: skip
+
+
+def _attend_trunk(
+    trunk: _Tokens,
+    own: slice,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scores: _Scores,
+    scale: float,
+) -> None:
+    """Attention of the trunk tokens ``own``, the last of a sequence, over all up to themselves."""
+    query, out = trunk.query[own], trunk.attended[own]
+    first = len(keys) - len(query)
+    for i in range(0, len(query), _QUERIES):
+        part = slice(i, min(i + _QUERIES, len(query)))
+        n = first + part.stop
+        mask = scores.triangle[first + i : n, :n]
+        out[part] = attend(query[part, None], keys[:n], values[:n], mask, scale)[0][:, 0]
+
+
+def _attend(
+    trunk: _Tokens, branch: _Tokens, scores: _Scores, number: int, scale: float, skip: int | None
+) -> torch.Tensor:
+    """Attention of all trunk tokens, and the trunk part of that of all branch tokens.
+
+    Args:
+        number: of the layer.
+        skip: branch positions that nobody reads; None before the last layer, where trunk tokens
+            need no attention any more.
+
+    Returns:
+        (N, K, heads) fp32, log-sum-exp of the trunk part of each branch token.
+    """
+    last, skip = skip is not None, skip or 0
+    lse = branch.query.new_empty(branch.query.shape[:-1], dtype=torch.float32)
+    for p in scores.prompts if not last else ():
+        _attend_trunk(trunk, p, trunk.key[p], trunk.value[p], scores, scale)
+    for row, parts in scores.rows:
+        if scores.cache is None:
+            keys, values = (
+                torch.cat([x[row.prompt], x[row.completion]]) for x in (trunk.key, trunk.value)
+            )
+        else:
+            keys, values = scores.cache[row.number][number]
+        if not last:
+            _attend_trunk(trunk, row.completion, keys, values, scores, scale)
+        for part, n, mask in parts:
+            branch.attended[part, skip:], lse[part, skip:] = attend(
+                branch.query[part, skip:], keys[:n], values[:n], mask, scale
+            )
+    return lse
+
+
+def _in_blocks(size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    return zip(*(x.split(size) for x in tensors))
+
+
+def _feed_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """The layer's gated MLP; the product takes the place of its first factor."""
+    inner = layer.mlp.act_fn(layer.mlp.gate_proj(x)).mul_(layer.mlp.up_proj(x))
+    return layer.mlp.down_proj(inner)
+
+
+def _finish_branches(layer: Any, branch: _Tokens, lse: torch.Tensor, size: int, skip: int) -> None:
+    """Own-branch attention merged in, output projection and MLP, from position ``skip`` on."""
+    attention = layer.self_attn
+    branch.hidden = branch.hidden[:, skip:]
+    for x, q, k, v, o, e in _in_blocks(
+        size, branch.hidden, branch.query[:, skip:], branch.key, branch.value,
+        branch.attended[:, skip:], lse[:, skip:],
+    ):  # fmt: skip
+        merged = _merge_own(q, k, v, o, e, attention.scaling)
+        x += attention.o_proj(merged.flatten(2))
+        x += _feed_forward(layer, layer.post_attention_layernorm(x))
+
+
 def run_branches(
-    model, rollouts: Rollouts, rows: list[int], asked: torch.Tensor, suffix: torch.Tensor, keep: int
+    model: Any,
+    rollouts: Rollouts,
+    rows: list[int],
+    asked: torch.Tensor,
+    suffix: torch.Tensor,
+    keep: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states, ready for the vocabulary head, of a suffix hung after every asked prefix.
 
@@ -193,99 +310,43 @@ def run_branches(
         ``(row, prefix, hidden)``: (N,) long, (N,) long and (N, keep, d) for N branches.
     """
     decoder, config = model.get_decoder(), model.config
-    ids, positions, prompts, layout = _lay_out(rollouts, rows, asked)
+    ids, positions, prompts, layout = lay_out(rollouts, rows, asked)
     device, k = ids.device, suffix.shape[1]
     owner = torch.cat([torch.full_like(row.asked, i) for i, row in enumerate(layout)])
-    prefix = torch.cat([row.asked for row in layout])
     ends = torch.cat([row.start + row.asked for row in layout])
     branch_positions = ends[:, None] + torch.arange(k, device=device)
-
-    trunk = decoder.embed_tokens(ids)
-    branch = decoder.embed_tokens(suffix[rows])[owner]
     alike = bool((suffix[rows] == suffix[rows[0]]).all())  # then so are they, before layer 0
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+
     head_dim = decoder.layers[0].self_attn.head_dim
     length = max(row.length for row in layout) + k
-    cos, sin = decoder.rotary_emb(trunk, torch.arange(length, device=device)[None])
+    embedded = decoder.embed_tokens(ids)
+    cos, sin = decoder.rotary_emb(embedded, torch.arange(length, device=device)[None])
     cos, sin = cos[0, :, : head_dim // 2], sin[0, :, : head_dim // 2]
-    turns = cos[positions], sin[positions]  # of every trunk and every branch token
-    branch_turns = cos[branch_positions], sin[branch_positions]
-    triangle = torch.full((length, length), float("-inf"), dtype=trunk.dtype, device=device).triu(1)
-    calls = [list(_attention_calls(row, triangle)) for row in layout]
-    # Buffers of one layer, used again by the next.
-    key, value = trunk.new_empty(2, len(trunk), kv_heads, head_dim)
-    query, attended = trunk.new_empty(2, len(trunk), heads, head_dim)
-    branch_key, branch_value = trunk.new_empty(2, len(branch), k, kv_heads, head_dim)
-    branch_query, branch_attended = trunk.new_empty(2, len(branch), k, heads, head_dim)
-    lse = trunk.new_empty(len(branch), k, heads, dtype=torch.float32)
+    trunk = _tokens(embedded, (cos[positions], sin[positions]), config, head_dim)
+    branch = _tokens(
+        decoder.embed_tokens(suffix[rows])[owner],
+        (cos[branch_positions], sin[branch_positions]), config, head_dim,
+    )  # fmt: skip
+    triangle = torch.full((length, length), float("-inf"), dtype=embedded.dtype, device=device)
+    triangle = triangle.triu(1)
+    calls = [(row, list(_attention_calls(row, triangle))) for row in layout]
+    scores = _Scores(calls, prompts, triangle, rollouts.cache)
     # A block of tokens that fits the processor's cache makes the walk a third faster. A card wants
     # large ones, all the more when 4-bit weights are dequantised for every block anew.
     inner = 2**19 if device.type == "cpu" else CARD_BLOCK
     tokens = max(768, inner // config.intermediate_size)
-    branches = _even(len(branch), max(1, tokens // k))
-
-    def project(name: str, x: torch.Tensor, out: torch.Tensor, *turns: torch.Tensor) -> None:
-        """Queries or keys (normed and rotated) or values of normed ``x`` into (..., heads, D)."""
-        y = getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, head_dim))
-        norm = getattr(attention, f"{name}_norm", None)
-        y = y if norm is None else norm(y)
-        out.copy_(y) if name == "v" else _rotate(y, *turns, out)
-
-    def causal(q, keys, values, first: int, scale: float, out: torch.Tensor) -> None:
-        """Attention of trunk tokens from position ``first`` on, over all up to themselves."""
-        for i in range(0, len(q), _QUERIES):
-            part = slice(i, min(i + _QUERIES, len(q)))
-            n = first + part.stop
-            mask = triangle[first + i : n, :n]
-            out[part] = attend(q[part, None], keys[:n], values[:n], mask, scale)[0][:, 0]
-
-    def in_blocks(size: int, *tensors: torch.Tensor):
-        return zip(*(x.split(size) for x in tensors))
-
-    def feed_forward(x: torch.Tensor) -> torch.Tensor:
-        """The layer's gated MLP; the product takes the place of its first factor."""
-        inner = layer.mlp.act_fn(layer.mlp.gate_proj(x)).mul_(layer.mlp.up_proj(x))
-        return layer.mlp.down_proj(inner)
+    branches = _even(len(branch.hidden), max(1, tokens // k))
 
     for number, layer in enumerate(decoder.layers):
-        attention, last = layer.self_attn, number == len(decoder.layers) - 1
-        scale, skip = attention.scaling, k - keep if last else 0
-        for x, c, s, to_k, to_v, to_q in in_blocks(tokens, trunk, *turns, key, value, query):
-            x = layer.input_layernorm(x)
-            project("k", x, to_k, c, s)
-            project("v", x, to_v)
-            if not last:
-                project("q", x, to_q, c, s)
-        for x, c, s, to_k, to_v, to_q in in_blocks(
-            branches, branch, *branch_turns, branch_key, branch_value, branch_query
-        ):
-            x = layer.input_layernorm(x[:1] if number == 0 and alike else x)
-            project("k", x, to_k, c, s)
-            project("v", x, to_v)
-            # Contiguous, or the product becomes one for each branch.
-            project("q", x[:, skip:].contiguous(), to_q[:, skip:], c[:, skip:], s[:, skip:])
-        for p in prompts if not last else ():
-            causal(query[p], key[p], value[p], 0, scale, attended[p])
-        for row, parts in zip(layout, calls):
-            if rollouts.cache is None:
-                keys, values = (torch.cat([x[row.prompt], x[row.completion]]) for x in (key, value))
-            else:
-                keys, values = rollouts.cache[row.number][number]
-            if not last:
-                own = row.completion
-                causal(query[own], keys, values, row.start, scale, attended[own])
-            for part, n, mask in parts:
-                branch_attended[part, skip:], lse[part, skip:] = attend(
-                    branch_query[part, skip:], keys[:n], values[:n], mask, scale
-                )
-        branch = branch[:, skip:]
-        for x, q, bk, bv, o, e in in_blocks(
-            branches, branch, branch_query[:, skip:], branch_key, branch_value,
-            branch_attended[:, skip:], lse[:, skip:],
-        ):  # fmt: skip
-            x += attention.o_proj(_merge_own(q, bk, bv, o, e, scale).flatten(2))
-            x += feed_forward(layer.post_attention_layernorm(x))
-        for x, o in in_blocks(tokens, trunk, attended) if not last else ():
-            x += attention.o_proj(o.flatten(1))
-            x += feed_forward(layer.post_attention_layernorm(x))
-    return torch.tensor(rows, device=device)[owner], prefix, decoder.norm(branch)
+        last = number == len(decoder.layers) - 1
+        skip = k - keep if last else 0
+        _project_trunk(layer, trunk, tokens, queries=not last)
+        _project_branches(layer, branch, branches, skip, alike and number == 0)
+        scale = layer.self_attn.scaling
+        lse = _attend(trunk, branch, scores, number, scale, skip if last else None)
+        _finish_branches(layer, branch, lse, branches, skip)
+        for x, o in _in_blocks(tokens, trunk.hidden, trunk.attended) if not last else ():
+            x += layer.self_attn.o_proj(o.flatten(1))
+            x += _feed_forward(layer, layer.post_attention_layernorm(x))
+    prefix = torch.cat([row.asked for row in layout])
+    return torch.tensor(rows, device=device)[owner], prefix, decoder.norm(branch.hidden)

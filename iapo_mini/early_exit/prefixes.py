@@ -21,6 +21,8 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -28,29 +30,45 @@ from transformers.cache_utils import DynamicLayer
 
 from iapo_mini.attention import model_mask, sliding_window
 from iapo_mini.early_exit import flat
+from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit, Question
 from iapo_mini.logprobs import plain_model, trunk_blocks
 from iapo_mini.rollouts import Rollouts
-
-METHODS = ("packed", "cached", "naive")
 
 Chunk = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Row numbers (N,), prefix lengths (N,) and logits (N, keep, V) of some branches."""
 
-Read = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(row numbers (N,), logits (N, keep, V)) -> what to keep of them, (N, r) fp32."""
-
-ReadHidden = Callable[[torch.nn.Linear, torch.Tensor], torch.Tensor]
-"""(vocabulary head, what enters it (N, keep, d)) -> the same as a ``Read`` makes of the logits."""
-
 TESTED = (*flat.FAMILIES, "gpt2")
 """Model types that the tests compare with the definition. Others are compared at first use."""
 
-_VERDICTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_VERDICTS: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
-def packing_problem(model, length: int) -> str | None:
+@dataclass(frozen=True)
+class Case:
+    """Everything that a way to ask works on, whichever rows it is given.
+
+    Attributes:
+        model: the causal LM itself.
+        rollouts: B rows.
+        asked: (B, L + 1) bool, prefix lengths to ask after.
+        suffix: (B, K) long.
+        keep: at how many of the suffix's last positions to make logits.
+    """
+
+    model: Any
+    rollouts: Rollouts
+    asked: torch.Tensor
+    suffix: torch.Tensor
+    keep: int
+
+
+Way = Callable[[Case, list[int], int], Iterator[Chunk]]
+"""(case, row numbers, branches at a time) -> what the model predicts, chunk by chunk."""
+
+
+def packing_problem(model: Any, length: int) -> str | None:
     """Why branches can't share a cache in this model, or None when nothing speaks against it.
 
     Args:
@@ -108,29 +126,33 @@ def branch_inputs(
     }
 
 
-def _naive(model, rollouts, rows, asked, suffix, keep: int, size: int) -> Iterator[Chunk]:
+def _naive(case: Case, rows: list[int], size: int) -> Iterator[Chunk]:
     """One full forward pass per row and prefix, nothing shared, nothing padded."""
+    rollouts = case.rollouts
     for i in rows:
         prompt = rollouts.prompt_ids[i][rollouts.prompt_mask[i]]
         completion = rollouts.completion_ids[i][rollouts.completion_mask[i]]
-        for t in asked[i].nonzero()[:, 0]:
-            ids = torch.cat([prompt, completion[:t], suffix[i]])
-            logits = model(ids[None], logits_to_keep=keep).logits
+        for t in case.asked[i].nonzero()[:, 0]:
+            ids = torch.cat([prompt, completion[:t], case.suffix[i]])
+            logits = case.model(ids[None], logits_to_keep=case.keep).logits
             yield torch.full_like(t[None], i), t[None], logits
 
 
-def _cached(model, rollouts, rows, asked, suffix, keep: int, size: int) -> Iterator[Chunk]:
+def _cached(case: Case, rows: list[int], size: int) -> Iterator[Chunk]:
     """A copy of the row's cache for each of ``size`` prefixes at a time; masks hide the rest."""
-    k, width = suffix.shape[1], rollouts.prompt_ids.shape[1]
+    model, rollouts = case.model, case.rollouts
+    k, width = case.suffix.shape[1], rollouts.prompt_ids.shape[1]
     for trunk in trunk_blocks(model, rollouts, 1, need_logits=False, rows=rows):
         i = int(trunk.rows)
-        if not asked[i].any():
+        if not case.asked[i].any():
             continue
-        for t in asked[i].nonzero()[:, 0].split(size):
+        for t in case.asked[i].nonzero()[:, 0].split(size):
             longest = width + int(t[-1])
             cache = DynamicCache(
                 [
-                    [x[:, :, :longest].repeat_interleave(len(t), 0) for x in (y.keys, y.values)]
+                    tuple(
+                        x[:, :, :longest].repeat_interleave(len(t), 0) for x in (y.keys, y.values)
+                    )
                     for y in trunk.cache.layers
                 ]
             )
@@ -141,21 +163,22 @@ def _cached(model, rollouts, rows, asked, suffix, keep: int, size: int) -> Itera
             mask = torch.cat([seen[:, None].expand(-1, k, -1), own.expand(len(t), -1, -1)], dim=2)
             start = trunk.mask[0, :width].sum() + t
             logits = model(
-                suffix[i].expand(len(t), -1),
+                case.suffix[i].expand(len(t), -1),
                 attention_mask=model_mask(model, mask[:, None]),
                 position_ids=start[:, None] + torch.arange(k, device=t.device),
                 past_key_values=cache,
-                logits_to_keep=keep,
+                logits_to_keep=case.keep,
             ).logits
             yield torch.full_like(t, i), t, logits
 
 
-def _packed(model, rollouts, rows, asked, suffix, keep: int, size: int) -> Iterator[Chunk]:
+def _packed(case: Case, rows: list[int], size: int) -> Iterator[Chunk]:
     """``size`` branches of every row of a block as one sequence behind the shared cache."""
-    k, width = suffix.shape[1], rollouts.prompt_ids.shape[1]
+    model, suffix, keep = case.model, case.suffix, case.keep
+    k, width = suffix.shape[1], case.rollouts.prompt_ids.shape[1]
     last = torch.arange(k - keep, k, device=suffix.device)
-    for trunk in trunk_blocks(model, rollouts, min(8, size), need_logits=False, rows=rows):
-        here = asked[trunk.rows].any(0).nonzero()[:, 0]
+    for trunk in trunk_blocks(model, case.rollouts, min(8, size), need_logits=False, rows=rows):
+        here = case.asked[trunk.rows].any(0).nonzero()[:, 0]
         if not len(here):
             continue
         for t in here.split(max(1, size // len(trunk.rows))):
@@ -165,40 +188,40 @@ def _packed(model, rollouts, rows, asked, suffix, keep: int, size: int) -> Itera
             wanted = (torch.arange(len(t), device=t.device)[:, None] * k + last).flatten()
             logits = model(past_key_values=trunk.cache, logits_to_keep=wanted, **inputs).logits
             trunk.cache.crop(-len(t) * k)
-            real = asked[trunk.rows][:, t]
+            real = case.asked[trunk.rows][:, t]
             branch_rows = trunk.rows[:, None].expand_as(real)
             yield branch_rows[real], t.expand_as(real)[real], logits.unflatten(1, (-1, keep))[real]
 
 
-def _flat(model, rollouts, rows, asked, suffix, keep: int, size: int) -> Iterator[Chunk]:
+def _flat(case: Case, rows: list[int], size: int) -> Iterator[Chunk]:
     """Flat packing; the vocabulary head sees ``size`` branches at a time."""
-    found = flat.run_branches(model, rollouts, rows, asked, suffix, keep)
-    head = model.get_output_embeddings()
+    found = flat.run_branches(case.model, case.rollouts, rows, case.asked, case.suffix, case.keep)
+    head = case.model.get_output_embeddings()
     # Logits that fit the processor's cache, but enough rows to be worth reading the head's weights.
-    size = min(size, max(12, 2**19 // model.config.vocab_size))
+    size = min(size, max(12, 2**19 // case.model.config.vocab_size))
     for row, t, hidden in zip(*(x.split(size) for x in found)):
         yield row, t, head(hidden)
 
 
-def _values(
-    way, model, rollouts, rows, asked, suffix, keep: int, size: int, read, read_hidden
-) -> list[Chunk]:
+def _values(way: Way, case: Case, rows: list[int], size: int, question: Question) -> list[Chunk]:
     """What was read of each branch of a block of rows, in the place of its logits."""
-    head = model.get_output_embeddings() if way is _flat else None
+    head = case.model.get_output_embeddings() if way is _flat else None
     # Exactly this class: an adapter on the head or 4-bit weights compute their logits otherwise.
-    if read_hidden is not None and type(head) is torch.nn.Linear:
-        row, t, hidden = flat.run_branches(model, rollouts, rows, asked, suffix, keep)
-        return [(row, t, read_hidden(head, hidden))]
+    if question.read_hidden is not None and type(head) is torch.nn.Linear:
+        row, t, hidden = flat.run_branches(
+            case.model, case.rollouts, rows, case.asked, case.suffix, case.keep
+        )
+        return [(row, t, question.read_hidden(head, hidden))]
     return [
-        (row, t, read(row, logits).float())
-        for row, t, logits in way(model, rollouts, rows, asked, suffix, keep, size)
+        (row, t, question.read(row, logits).float()) for row, t, logits in way(case, rows, size)
     ]
 
 
-def _sizes(model, rollouts: Rollouts, way, suffix, keep: int, memory: float) -> tuple[int, int]:
+def _sizes(case: Case, way: Way, memory: float) -> tuple[int, int]:
     """How many rows and how many branches to hold at once within ``memory`` bytes, each >= 1."""
-    config, k = model.config.get_text_config(), suffix.shape[1]
-    width = next(model.parameters()).element_size()
+    rollouts, keep = case.rollouts, case.keep
+    config, k = case.model.config.get_text_config(), case.suffix.shape[1]
+    width = next(case.model.parameters()).element_size()
     hidden, layers = config.hidden_size, config.num_hidden_layers
     length = rollouts.prompt_ids.shape[1] + rollouts.completion_ids.shape[1] + 1
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
@@ -217,15 +240,14 @@ def _sizes(model, rollouts: Rollouts, way, suffix, keep: int, memory: float) -> 
     return len(rollouts.lengths), max(1, int(memory / 2 / branch))
 
 
-def _agrees(model, rollouts: Rollouts, suffix, keep: int) -> bool:
+def _agrees(case: Case) -> bool:
     """Whether packing gives what the definition gives, before and after the longest completion."""
-    row = int(rollouts.lengths.argmax())
-    asked = torch.zeros(
-        len(suffix), rollouts.completion_ids.shape[1] + 1, dtype=torch.bool, device=suffix.device
-    )
-    asked[row, [0, int(rollouts.lengths[row])]] = True
+    row = int(case.rollouts.lengths.argmax())
+    asked = torch.zeros_like(case.asked)
+    asked[row, [0, int(case.rollouts.lengths[row])]] = True
+    ends = replace(case, asked=asked)
     packed, naive = (
-        torch.cat([x[2] for x in way(model, rollouts, [row], asked, suffix, keep, 2)]).softmax(-1)
+        torch.cat([logits for _, _, logits in way(ends, [row], 2)]).softmax(-1)
         for way in (_packed, _naive)
     )
     return bool((packed.float() - naive.float()).abs().max() < 0.02)  # bf16 rounds to 1 in 256
@@ -252,96 +274,49 @@ def _shared_prefixes(rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
     return (donor + first).flatten(), shared.flatten()
 
 
-@torch.no_grad()
-def ask(
-    model,
-    rollouts: Rollouts,
-    suffix: torch.Tensor,
-    read: Read,
-    *,
-    read_hidden: ReadHidden | None = None,
-    keep: int = 1,
-    asked: torch.Tensor | None = None,
-    method: str = "packed",
-    memory_mb: float = 256.0,
-    chunk_size: int | None = None,
-    by_row: bool = False,
-) -> torch.Tensor:
-    """Append a suffix after every asked prefix and read the predictions at its last positions.
+def _way_for(case: Case, way: str) -> Way:
+    """The function that asks: as wished, or the definition where a cache can't be shared."""
+    if way == "naive":
+        return _naive
+    model, rollouts = case.model, case.rollouts
+    length = rollouts.prompt_ids.shape[1] + rollouts.completion_ids.shape[1] + case.suffix.shape[1]
+    problem = packing_problem(model, length)
+    if problem is None and model.config.model_type not in TESTED:
+        if model not in _VERDICTS:
+            _VERDICTS[model] = _agrees(case)
+        problem = None if _VERDICTS[model] else "its masks or positions work differently"
+    if problem:
+        warnings.warn(
+            f"{type(model).__name__} can't be asked behind a shared cache: {problem}. "
+            "Every prefix is run from its start instead (way='naive'), which is slow.",
+            stacklevel=4,
+        )
+        return _naive
+    if way == "cached":
+        return _cached
+    return _flat if flat.walkable(model) else _packed
 
-    No tensor of shape (B, L, V) is ever made: ``read`` sees the logits of a chunk of branches, as
-    many as fit in ``memory_mb``. When memory runs out all the same, the budget is halved, which is
-    said, and the block is run again.
 
-    Args:
-        model: any causal LM; without a KV cache or with a sliding window shorter than the sequences
-            the definition (``naive``) is used instead, and said.
-        rollouts: B rows, rows of one prompt adjacent.
-        suffix: (K,) or (B, K) long; a row's suffix may be padded on the right.
-        read: what to keep of the logits.
-        read_hidden: does the work of ``read`` before the vocabulary head, where flat packing runs
-            and the head is a plain matrix, so that no logits are needed.
-        keep: at how many of the suffix's last positions to make logits.
-        asked: (B, L + 1) bool, prefix lengths to ask after; default: 0 to each row's length.
-        method: ``"packed"``, ``"cached"`` or ``"naive"``.
-        memory_mb: memory that this may take beside the model and one trunk's cache, in MiB.
-        chunk_size: branches at a time, instead of the number that ``memory_mb`` allows.
-        by_row: whether ``read`` looks at the row numbers. If not, prefixes that completions of a
-            group have in common are asked once.
-
-    Returns:
-        (B, L + 1, r) fp32; zeros where nothing was asked.
-
-    Raises:
-        ValueError: for an unknown method, a size out of range, or when nothing is asked.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; allowed are {', '.join(METHODS)}.")
-    if not memory_mb > 0:
-        raise ValueError(f"memory_mb is {memory_mb!r}; allowed are numbers above 0.")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size!r}; allowed are 1 and above.")
-    rows, width = rollouts.completion_ids.shape
-    device = rollouts.completion_ids.device
-    reached = torch.arange(width + 1, device=device) <= rollouts.lengths[:, None]
-    asked = reached if asked is None else asked & reached
-    if not asked.any():
-        raise ValueError("asked holds no prefix within the completions; allowed is at least one.")
-    suffix = suffix.expand(rows, -1)
-    model = plain_model(model)
-    way = {"packed": _packed, "cached": _cached, "naive": _naive}[method]
-    if way is not _naive:
-        problem = packing_problem(model, rollouts.prompt_ids.shape[1] + width + suffix.shape[1])
-        if problem is None and model.config.model_type not in TESTED:
-            if model not in _VERDICTS:
-                _VERDICTS[model] = _agrees(model, rollouts, suffix, keep)
-            problem = None if _VERDICTS[model] else "its masks or positions work differently"
-        if problem:
-            warnings.warn(
-                f"{type(model).__name__} can't be asked behind a shared cache: {problem}. "
-                "Every prefix is run from its start instead (method='naive'), which is slow.",
-                stacklevel=3,
-            )
-            way = _naive
-        elif way is _packed and flat.walkable(model):
-            way = _flat
-    out, pending = None, rollouts.lengths.argsort(stable=True).tolist()
+def _in_order(rollouts: Rollouts, way: Way) -> list[int]:
+    """Row numbers, short completions first, so that rows of a block are of similar length."""
+    rows: list[int] = rollouts.lengths.argsort(stable=True).tolist()
     if way is _flat and rollouts.cache is None:  # groups together: their prompt is run once
         group = rollouts.num_generations
-        order = dict.fromkeys(i // group for i in pending)
-        pending = [j * group + i for j in order for i in range(group)]
-    todo = asked
-    if way is not _naive and not by_row and bool((suffix == suffix[:1]).all()):
-        donor, shared = _shared_prefixes(rollouts)
-        known = asked & asked[donor] & (torch.arange(width + 1, device=device) <= shared[:, None])
-        todo = asked & ~known
+        order = dict.fromkeys(i // group for i in rows)
+        rows = [j * group + i for j in order for i in range(group)]
+    return rows
+
+
+def _answers(case: Case, question: Question, way: Way, how: EarlyExit) -> torch.Tensor:
+    """(B, L + 1, r): every prefix of ``case.asked`` asked, block by block, within the memory."""
+    rows, width = case.rollouts.completion_ids.shape
+    memory_mb, chunk_size, out = how.memory_mb, how.chunk_size, None
+    pending = _in_order(case.rollouts, way)
     while pending:
-        rows_at_once, branches = _sizes(model, rollouts, way, suffix, keep, memory_mb * 2**20)
-        block, branches = pending[:rows_at_once], chunk_size or branches
+        rows_at_once, branches = _sizes(case, way, memory_mb * 2**20)
+        branches = chunk_size or branches
         try:
-            parts = _values(
-                way, model, rollouts, block, todo, suffix, keep, branches, read, read_hidden
-            )
+            parts = _values(way, case, pending[:rows_at_once], branches, question)
         except _OUT_OF_MEMORY as error:
             if branches == 1 and (way is not _flat or rows_at_once == 1):
                 raise
@@ -349,16 +324,63 @@ def ask(
             warnings.warn(
                 f"out of memory in the estimator ({str(error).splitlines()[0][:80]}); "
                 f"going on with memory_mb={memory_mb:g}.",
-                stacklevel=2,
+                stacklevel=3,
             )
             continue
         for row, t, values in parts:
             if out is None:
-                out = torch.zeros(rows, width + 1, values.shape[1], device=device)
+                shape = (rows, width + 1, values.shape[1])
+                out = torch.zeros(shape, device=case.suffix.device)
             out[row, t] = values
         pending = pending[rows_at_once:]
-    if todo is not asked:
-        for i in range(1, rollouts.num_generations):  # donors come before those they give to
-            rows = slice(i, None, rollouts.num_generations)
-            out[rows] = torch.where(known[rows, :, None], out[donor[rows]], out[rows])
+    assert out is not None  # something is asked
+    return out
+
+
+@torch.no_grad()
+def ask(
+    model: Any,
+    rollouts: Rollouts,
+    question: Question,
+    how: EarlyExit = EVERY_PREFIX,
+    asked: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Append a suffix after every asked prefix and read the predictions at its last positions.
+
+    No tensor of shape (B, L, V) is ever made: ``question.read`` sees the logits of a chunk of
+    branches, as many as fit in ``how.memory_mb``. When memory runs out all the same, the budget is
+    halved, which is said, and the block is run again.
+
+    Args:
+        model: any causal LM; without a KV cache or with a sliding window shorter than the sequences
+            the definition (``naive``) is used instead, and said.
+        rollouts: B rows, rows of one prompt adjacent.
+        question: the suffix and what to keep of the prediction.
+        how: way and memory; its postfix and stride are already in ``question`` and ``asked``.
+        asked: (B, L + 1) bool, prefix lengths to ask after; default: 0 to each row's length.
+
+    Returns:
+        (B, L + 1, r) fp32; zeros where nothing was asked.
+
+    Raises:
+        ValueError: when nothing is asked.
+    """
+    rows, width = rollouts.completion_ids.shape
+    t = torch.arange(width + 1, device=rollouts.completion_ids.device)
+    reached = t <= rollouts.lengths[:, None]
+    asked = reached if asked is None else asked & reached
+    if not asked.any():
+        raise ValueError("asked holds no prefix within the completions; allowed is at least one.")
+    suffix = question.suffix.expand(rows, -1)
+    case = Case(plain_model(model), rollouts, asked, suffix, question.keep)
+    way = _way_for(case, how.way)
+    alike = not question.by_row and bool((suffix == suffix[:1]).all())
+    if way is _naive or not alike:
+        return _answers(case, question, way, how)
+    donor, shared = _shared_prefixes(rollouts)
+    known = asked & asked[donor] & (t <= shared[:, None])
+    out = _answers(replace(case, asked=asked & ~known), question, way, how)
+    for i in range(1, rollouts.num_generations):  # donors come before those they give to
+        some = slice(i, None, rollouts.num_generations)
+        out[some] = torch.where(known[some, :, None], out[donor[some]], out[some])
     return out

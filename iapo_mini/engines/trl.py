@@ -10,7 +10,8 @@ docs/scaleout.md. Nothing else in the library imports this module.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -18,11 +19,17 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from iapo_mini.advantages import exploration, normalize
-from iapo_mini.information import answer_entropies, check_stride, encode_postfix, informativeness
+from iapo_mini.config import RECIPES
+from iapo_mini.early_exit.question import EarlyExit, check_stride
+from iapo_mini.information import answer_entropies, encode_postfix, informativeness
 from iapo_mini.policy import Policy
 from iapo_mini.rewards import reward
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.tasks import POSTFIX, Problem, messages
+
+RECIPE = RECIPES["iapo"]
+LOSS_TYPES = {"sequence": "grpo", "token": "dapo"}
+"""TRL's name of each mean of the loss."""
 
 
 @dataclass
@@ -30,6 +37,8 @@ class IAPOConfig(GRPOConfig):
     """``GRPOConfig`` with the weights of IAPO's terms. TRL's own ``beta`` is the KL weight.
 
     Attributes:
+        loss_type, epsilon, epsilon_high, beta: TRL's own; their defaults are those of IAPO's recipe
+            (:data:`iapo_mini.config.RECIPES`).
         iapo_alpha: weight of the informativeness term (paper: alpha); 0 leaves the estimator out.
         iapo_beta: weight of the exploration term (paper: beta).
         iapo_correct_above: a completion counts as correct (the sign of the exploration term) when
@@ -39,8 +48,16 @@ class IAPOConfig(GRPOConfig):
         iapo_stride: ask for an early answer after every so many tokens, or ``"sentence"``.
     """
 
-    iapo_alpha: float = field(default=0.2, metadata={"help": "Weight of informativeness."})
-    iapo_beta: float = field(default=0.05, metadata={"help": "Weight of exploration."})
+    loss_type: str = field(
+        default=LOSS_TYPES[RECIPE.aggregation], metadata={"help": "Loss, as IAPO's recipe has it."}
+    )
+    epsilon: float = field(default=RECIPE.epsilon, metadata={"help": "Clip range below 1."})
+    epsilon_high: float | None = field(
+        default=RECIPE.epsilon_high, metadata={"help": "Clip range above 1."}
+    )
+    beta: float = field(default=RECIPE.kl_coef, metadata={"help": "Weight of the KL term."})
+    iapo_alpha: float = field(default=RECIPE.alpha, metadata={"help": "Weight of informativeness."})
+    iapo_beta: float = field(default=RECIPE.beta, metadata={"help": "Weight of exploration."})
     iapo_correct_above: float = field(default=0.0, metadata={"help": "Correct above this reward."})
     iapo_postfix: str = field(default=POSTFIX, metadata={"help": "Text that forces an answer."})
     iapo_memory_mb: float = field(default=256.0, metadata={"help": "Memory of the estimator."})
@@ -55,9 +72,13 @@ class IAPOConfig(GRPOConfig):
             raise ValueError(
                 f"iapo_memory_mb is {self.iapo_memory_mb}; allowed are numbers above 0."
             )
-        if str(self.iapo_stride).isdigit():  # parsers of the command line know one type a field
-            self.iapo_stride = int(self.iapo_stride)
-        check_stride(self.iapo_stride, "iapo_stride")
+        check_stride(self.stride, "iapo_stride")
+
+    @property
+    def stride(self) -> int | str:
+        """``iapo_stride`` as a number where it is one: command lines know one type a field."""
+        text = str(self.iapo_stride)
+        return int(text) if text.isdigit() else text
 
 
 class IAPOTrainer(GRPOTrainer):
@@ -68,9 +89,14 @@ class IAPOTrainer(GRPOTrainer):
             weights at once; DeepSpeed gathers them, TRL's FSDP does not).
     """
 
-    _tag_names = ("trl", "iapo")
+    args: IAPOConfig
+    model: torch.nn.Module
+    num_generations: int
+    _tag_names = ["trl", "iapo"]  # noqa: RUF012 (as TRL declares it)
 
-    def __init__(self, model, reward_funcs=None, args: IAPOConfig | None = None, **kwargs):
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: IAPOConfig | None = None, **kwargs: Any
+    ) -> None:
         args = IAPOConfig("iapo") if args is None else args
         super().__init__(model, reward_funcs, args=args, **kwargs)
         if self.is_fsdp_enabled and args.iapo_alpha > 0:
@@ -81,14 +107,16 @@ class IAPOTrainer(GRPOTrainer):
         self._policy = Policy(self.model, self._tokenizer)
         encode_postfix(self._policy, args.iapo_postfix)
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> torch.Tensor:
         """TRL's rewards, (all processes' rows, functions), remembered on the way."""
-        self._rewards = super()._calculate_rewards(
+        self._rewards: torch.Tensor = super()._calculate_rewards(
             inputs, prompts, completions, completion_ids_list
         )
         return self._rewards
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's batch with advantages (B,) made (B, T): group term plus token terms."""
         batch = super()._generate_and_score_completions(inputs)
         if not self.model.training:
@@ -113,7 +141,7 @@ class IAPOTrainer(GRPOTrainer):
             old_logprobs=torch.zeros(mask.shape, device=mask.device),
             num_generations=self.num_generations if whole_groups else 1,
             finished=mask.any(1),
-            correct=total > args.iapo_correct_above,
+            known={"correct": total > args.iapo_correct_above},
         )
         advantages = batch["advantages"][:, None] * own
         if args.iapo_alpha > 0:
@@ -123,7 +151,7 @@ class IAPOTrainer(GRPOTrainer):
             told = self.accelerator.gather(told).view(-1, 2).sum(0)
             self._metrics["train"]["informativeness"].append((told[0] / told[1]).item())
         if args.iapo_beta > 0:
-            rollouts.old_logprobs = self._old_logprobs(batch)
+            rollouts = replace(rollouts, old_logprobs=self._old_logprobs(batch))
             advantages = advantages + args.iapo_beta * normalize(exploration(rollouts), scored)
         batch["advantages"] = advantages
         return batch
@@ -132,16 +160,16 @@ class IAPOTrainer(GRPOTrainer):
         """s_{i,t}, (B, T) nats, by the policy of this step with all its weights here."""
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator):
             try:
-                entropies = answer_entropies(
-                    self._policy, rollouts, self.args.iapo_postfix,
-                    method="strided", stride=self.args.iapo_stride,
+                how = EarlyExit(
+                    self.args.iapo_postfix, self.args.stride,
                     memory_mb=self.args.iapo_memory_mb,
                 )  # fmt: skip
+                entropies = answer_entropies(self._policy, rollouts, how)
             finally:
                 self.model.train()  # the estimator's eval() is not for the update
         return informativeness(entropies, rollouts.completion_mask)
 
-    def _old_logprobs(self, batch) -> torch.Tensor:
+    def _old_logprobs(self, batch: dict[str, Any]) -> torch.Tensor:
         """log pi_old(o_t), (B, T) nats. TRL leaves it out where its loss does not need it."""
         if "old_per_token_logps" in batch:
             return batch["old_per_token_logps"]
@@ -156,7 +184,7 @@ class IAPOTrainer(GRPOTrainer):
         return logprobs
 
 
-def answer_reward(completions, answer, **kwargs) -> list[float]:
+def answer_reward(completions: list, answer: list[str], **kwargs: Any) -> list[float]:
     """Reward function for TRL: format and correctness as in :func:`iapo_mini.rewards.reward`.
 
     Args:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -22,17 +24,15 @@ from iapo_mini.rollouts import Rollouts
 from iapo_mini.sampling import check_sampling, encode_prompts, from_ids, sample
 from iapo_mini.tasks import Problem
 
-ENGINES = ("native", "vllm")
-
 MEMORY_SHARE = 0.4
 """Share of the card that vLLM may take for its weights and cache; the rest is for the update."""
 
 
 def sampler_of(engine: str, model: str) -> Callable[..., Rollouts]:
-    """The function that samples, with the arguments of :func:`iapo_mini.rollouts.sample`.
+    """The function that samples, with the arguments of :func:`iapo_mini.sampling.sample`.
 
     Args:
-        engine: one of ``ENGINES``. Without vLLM, ``"vllm"`` says so and samples natively.
+        engine: one of ``config.ENGINES``. Without vLLM, ``"vllm"`` says so and samples natively.
         model: what vLLM loads before the weights are put in.
     """
     if engine == "native":
@@ -53,13 +53,13 @@ def sampler_of(engine: str, model: str) -> Callable[..., Rollouts]:
         enable_prefix_caching=True,
     )  # fmt: skip
 
-    def with_vllm(policy: Policy, problems: list[Problem], **settings) -> Rollouts:
+    def with_vllm(policy: Policy, problems: list[Problem], **settings: Any) -> Rollouts:
         return sample_with(llm, vllm.SamplingParams, policy, problems, **settings)
 
     return with_vllm
 
 
-def sync_weights(llm, policy: Policy) -> None:
+def sync_weights(llm: Any, policy: Policy) -> None:
     """Put the policy's merged weights into the engine and forget what it cached of older ones."""
     executor = llm.llm_engine.model_executor
     executor.driver_worker.model_runner.model.load_weights(policy.merged_weights())
@@ -67,7 +67,7 @@ def sync_weights(llm, policy: Policy) -> None:
 
 
 def sample_with(
-    llm,
+    llm: Any,
     sampling_params: Callable,
     policy: Policy,
     problems: list[Problem],
@@ -78,7 +78,7 @@ def sample_with(
     seed: int = 0,
     keep_cache: bool = False,
 ) -> Rollouts:
-    """Sample with an engine, as :func:`iapo_mini.rollouts.sample` does without one.
+    """Sample with an engine, as :func:`iapo_mini.sampling.sample` does without one.
 
     Args:
         llm: a ``vllm.LLM`` in this process.
@@ -103,7 +103,5 @@ def sample_with(
     rows = [list(output.token_ids) for answer in answers for output in answer.outputs]
     rollouts = from_ids(policy, prompt_ids, prompt_mask, rows, num_generations)
     with torch.no_grad():
-        rollouts.old_logprobs, rollouts.token_entropies = token_logprobs(
-            policy.for_inference(), rollouts, temperature
-        )
-    return rollouts
+        logprobs, entropies = token_logprobs(policy.for_inference(), rollouts, temperature)
+    return replace(rollouts, old_logprobs=logprobs).filled(token_entropies=entropies)

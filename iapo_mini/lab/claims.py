@@ -232,22 +232,24 @@ def claims(
         The text of the file.
     """
     preset_of(preset)
-    options = {"out": out, "figures": figures, "parallel": parallel}
-    ablated = ablation(preset, **options)  # Table 1 with it
+    ablated = ablation(preset, out=out, figures=figures, parallel=parallel)  # Table 1 with it
     table = json.loads(results_path(Path(figures), "table1", preset).read_text())
-    swept = sweeps(preset, **options)
+    swept = sweeps(preset, out=out, figures=figures, parallel=parallel)
     sections = {
         "Fewer tokens at equal accuracy (Table 1)": _of_table1(table),
         "What each part is worth (Fig. 5)": _of_ablation(ablated),
         "The weights (Fig. 6)": _of_sweeps(swept),
         "Theory": _of_theory(_theory(preset, Path(figures))),
-        "The released code": _of_departures(departures(preset, **options)),
+        "The released code": _of_departures(
+            departures(preset, out=out, figures=figures, parallel=parallel)
+        ),
     }
     size = table["config"]["evaluation"]
+    command = "iapo-mini lab claims" + ("" if preset == "full" else f" --preset {preset}")
     lines = [
         "# The paper's claims, remade",
         "",
-        f"Made by `iapo-mini claims{'' if preset == 'full' else f' --preset {preset}'}` from the "
+        f"Made by `{command}` from the "
         f"results beside it. Ours: embedded policy, story world, {len(table['seeds'])} seeds, "
         f"{size['problems']} test stories, {size['num_generations']} completions each (sweeps and "
         f"departures: {len(swept['seeds'])} seeds, {swept['config']['evaluation']['problems']} "

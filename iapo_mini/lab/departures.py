@@ -19,14 +19,18 @@ mean square of what the token terms add, over that of the paper's.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import DynamicCache
 
-from iapo_mini.advantages import exploration, grpo, iapo, normalize
-from iapo_mini.information import INFORMATION as OURS
-from iapo_mini.information import answer_entropies, encode_postfix, entropy, informativeness
+from iapo_mini.advantages import ADVANTAGES, exploration, grpo, iapo, normalize
+from iapo_mini.config import RECIPES as LIBRARY
+from iapo_mini.config import Recipe
+from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit
+from iapo_mini.early_exit.reading import logits_entropy
+from iapo_mini.information import answer_entropies, encode_postfix, inform, informativeness
 from iapo_mini.intervals import format_interval, mean_interval
 from iapo_mini.lab.figures import methods
 from iapo_mini.lab.results import check_options, results_path
@@ -94,7 +98,7 @@ def misplaced_entropies(policy: Policy, rollouts: Rollouts, chunk: int = CHUNK) 
             longest, n = width + int(t[-1]), len(t)
             cache = DynamicCache(
                 [
-                    [x[:, :, :longest].repeat_interleave(n, 0) for x in (y.keys, y.values)]
+                    tuple(x[:, :, :longest].repeat_interleave(n, 0) for x in (y.keys, y.values))
                     for y in trunk.cache.layers
                 ]
             )
@@ -107,24 +111,25 @@ def misplaced_entropies(policy: Policy, rollouts: Rollouts, chunk: int = CHUNK) 
                 past_key_values=cache,
                 logits_to_keep=1,
             ).logits[:, -1]
-            out[i, t] = entropy(logits)
+            out[i, t] = logits_entropy(logits)
     return out
 
 
-def _smoothed(policy: Policy, rollouts: Rollouts, memory_mb: float, stride) -> torch.Tensor:
-    entropies = answer_entropies(policy, rollouts, memory_mb=memory_mb)
-    return smoothed(entropies, rollouts.completion_mask)
+def _smoothed(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
+    return smoothed(answer_entropies(policy, rollouts), rollouts.completion_mask)
 
 
-def _misplaced(policy: Policy, rollouts: Rollouts, memory_mb: float, stride) -> torch.Tensor:
+def _misplaced(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
     return informativeness(misplaced_entropies(policy, rollouts), rollouts.completion_mask)
 
 
-def _released(policy: Policy, rollouts: Rollouts, memory_mb: float, stride) -> torch.Tensor:
+def _released(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
     return smoothed(misplaced_entropies(policy, rollouts), rollouts.completion_mask)
 
 
-def _bracketless_terms(rollouts: Rollouts, alpha: float, beta: float, c: torch.Tensor):
+def _bracketless_terms(
+    rollouts: Rollouts, alpha: float, beta: float, c: torch.Tensor
+) -> torch.Tensor:
     mask = rollouts.completion_mask
     terms = alpha * bracketless(rollouts.informativeness * mask) + beta * bracketless(c)
     return (grpo(rollouts) + terms) * mask
@@ -143,19 +148,13 @@ def _all(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
     return _bracketless_terms(rollouts, alpha, beta, entropy_as_confidence(rollouts))
 
 
-ADVANTAGES = {
-    "departure_s": iapo,
-    "departure_norm": _bracket,
-    "departure_c": _entropy_c,
-    "departure_positions": iapo,
-    "departure_all": _all,
-}
-INFORMATION = {
-    "departure_s": _smoothed,
-    "departure_norm": OURS["iapo"],
-    "departure_c": OURS["iapo"],
-    "departure_positions": _misplaced,
-    "departure_all": _released,
+_IAPO = LIBRARY["iapo"]
+RECIPES = {
+    "departure_s": replace(_IAPO, information=_smoothed),
+    "departure_norm": replace(_IAPO, rule=_bracket),
+    "departure_c": replace(_IAPO, rule=_entropy_c),
+    "departure_positions": replace(_IAPO, information=_misplaced),
+    "departure_all": replace(_IAPO, rule=_all, information=_released),
 }
 WHAT = {
     "departure_s": "s is (H_t + H_{t-1}) / 2 - H_{t+1}",
@@ -180,12 +179,17 @@ def effect(policy: Policy, alpha: float, beta: float, prompts: int, seed: int) -
     problems = list(itertools.islice(stories("tune", seed=seed), prompts))
     rollouts = score(sample(policy, problems, seed=seed), policy.tokenizer, problems)
     mask, base = rollouts.completion_mask, grpo(rollouts)
-    rollouts.informativeness = OURS["iapo"](policy, rollouts, 256.0, 1)
-    ours = iapo(rollouts, alpha, beta)
+
+    def weighed(recipe: Recipe) -> torch.Tensor:
+        assert recipe.information is not None  # all of them are IAPO with something changed
+        informed = inform(policy, rollouts, recipe.information, EVERY_PREFIX)
+        rule = ADVANTAGES[recipe.rule] if isinstance(recipe.rule, str) else recipe.rule
+        return rule(informed, alpha, beta)
+
+    ours = weighed(_IAPO)
     out = {}
-    for name, rule in ADVANTAGES.items():
-        rollouts.informativeness = INFORMATION[name](policy, rollouts, 256.0, 1)
-        theirs = rule(rollouts, alpha, beta)
+    for name, recipe in RECIPES.items():
+        theirs = weighed(recipe)
         pair = torch.stack([ours[mask], theirs[mask]])
         size = ((theirs - base)[mask].square().mean() / (ours - base)[mask].square().mean()).sqrt()
         out[name] = {
@@ -210,7 +214,7 @@ def departures(
     size, out, figures = preset_of(preset).sweeps, Path(out), Path(figures)
     check_options(out, figures, parallel)
     recipe = tuned(preset, out, figures, parallel)["iapo"]
-    recipes = {"iapo": recipe} | {name: recipe | {"method": name} for name in ADVANTAGES}
+    recipes = {"iapo": recipe} | {name: recipe | {"method": name} for name in RECIPES}
     jobs = make_jobs(size, out / preset / "departures", recipes, methods=__name__)
     run_all(jobs, parallel)
     found, k = collect(jobs, size), max(size.ks)

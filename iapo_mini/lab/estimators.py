@@ -13,6 +13,7 @@ import itertools
 import json
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,24 +21,29 @@ from tqdm.auto import tqdm
 
 from iapo_mini import plots
 from iapo_mini.calibration import calibrate, calibration, exit_calibration
+from iapo_mini.early_exit.reading import logits_entropy
 from iapo_mini.information import (
     answer_entropies,
     answer_surprisals,
     belief_shift,
     candidate_logprobs,
-    entropy,
     informativeness,
     next_token_informativeness,
 )
 from iapo_mini.intervals import auc, bootstrap_interval, expected_calibration_error, spearman
 from iapo_mini.lab.exact import true_drops
+from iapo_mini.lab.figures import estimators as drawn
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policies import EMBEDDED, EMBEDDED_CALIBRATED, EMBEDDED_UNCALIBRATED
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.stories import MAX_VALUE, Segment, chain_of_thought, stories
+from iapo_mini.rollouts import Rollouts
 from iapo_mini.run_folder import versions, write_json
 from iapo_mini.sampling import from_texts
 from iapo_mini.tasks import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 POLICIES = ("calibrated", "embedded", "uncalibrated", "recalibrated")
 """The embedded policy after ``calibrate`` (shipped) and as it was; its twin, which has seen whole
@@ -50,7 +56,9 @@ _MODELS = {
 ESTIMATORS = ("entropy", "pmi", "candidates", "belief_shift", "next_token")
 
 
-def token_segments(tokenizer, segments: list[Segment], ids: list[int]) -> list[int]:
+def token_segments(
+    tokenizer: PreTrainedTokenizerBase, segments: list[Segment], ids: list[int]
+) -> list[int]:
     """Number of the segment each token begins in; tokens after the last text belong to the last."""
     ends = list(itertools.accumulate(len(s.text) for s in segments))
     out, position, current = [], 0, 0
@@ -62,7 +70,9 @@ def token_segments(tokenizer, segments: list[Segment], ids: list[int]) -> list[i
     return out
 
 
-def token_scores(policy: Policy, problems: list[Problem], chains: list[list[Segment]]):
+def token_scores(
+    policy: Policy, problems: list[Problem], chains: list[list[Segment]]
+) -> tuple[Rollouts, dict[str, np.ndarray]]:
     """Every estimator's value for every token of the given chains, nats, each (N, L)."""
     rollouts = from_texts(policy, problems, ["".join(s.text for s in c) for c in chains])
     mask = rollouts.completion_mask
@@ -75,7 +85,7 @@ def token_scores(policy: Policy, problems: list[Problem], chains: list[list[Segm
         "pmi": informativeness(
             answer_surprisals(policy, rollouts, [f" {p.answer}" for p in problems]), mask
         ),
-        "candidates": informativeness(entropy(beliefs), mask),
+        "candidates": informativeness(logits_entropy(beliefs), mask),
         "belief_shift": belief_shift(beliefs, mask),
         "next_token": next_token_informativeness(following, mask),
     }
@@ -95,7 +105,8 @@ def judge(policy: Policy, problems: list[Problem], chains: list[list[Segment]]) 
         segment sums and the true drops.
     """
     rollouts, scores = token_scores(policy, problems, chains)
-    whole = {name: [] for name in ("role", "steps", *scores, *(f"{n}/sentence" for n in scores))}
+    names = ("role", "steps", *scores, *(f"{n}/sentence" for n in scores))
+    whole: dict[str, list] = {name: [] for name in names}
     segment_sums: dict[str, list] = {name: [] for name in ("true", *scores)}
     for i, (problem, chain) in enumerate(zip(problems, chains)):
         n = int(rollouts.lengths[i])
@@ -194,12 +205,12 @@ def estimator_study(figures: str | Path = "figures", n_stories: int = 300) -> di
 
 def draw(results: dict, figures: Path) -> None:
     """Every figure that needs nothing but ``results/estimator.json``."""
-    plots.estimator_auc(results).savefig(figures / "estimator_auc.png", dpi=150)
-    plots.estimator_steps(results).savefig(figures / "estimator_steps.png", dpi=150)
+    drawn.estimator_auc(results).savefig(figures / "estimator_auc.png", dpi=150)
+    drawn.estimator_steps(results).savefig(figures / "estimator_steps.png", dpi=150)
     if "growth" in results:
-        plots.estimator_growth(results["growth"]).savefig(figures / "estimator_growth.png", dpi=150)
+        drawn.estimator_growth(results["growth"]).savefig(figures / "estimator_growth.png", dpi=150)
     if "tiny" in results and "qwen05b" in results:
-        plots.estimator_speed(results).savefig(figures / "estimator_speed.png", dpi=150)
+        drawn.estimator_speed(results).savefig(figures / "estimator_speed.png", dpi=150)
 
 
 def _cell(values: list[float]) -> str:

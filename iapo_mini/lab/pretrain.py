@@ -23,86 +23,80 @@ import math
 import os
 import random
 import time
-from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import AddedToken
 from tqdm.auto import tqdm
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
-from iapo_mini.calibration import calibrate, exit_calibration, exit_loss
-from iapo_mini.intervals import expected_calibration_error
-from iapo_mini.plots import reliability
+from iapo_mini.calibration import Trunk, calibrate, exit_loss
+from iapo_mini.lab.assess import assess
+from iapo_mini.lab.story_model import HEAD_WIDTH, build_model, build_tokenizer
 from iapo_mini.policies import EMBEDDED
 from iapo_mini.policy import load_policy
-from iapo_mini.problems.stories import MAX_VALUE, chain_of_thought, stories, token_roles
-from iapo_mini.rewards import parse_answer, score
-from iapo_mini.sampling import from_texts, sample
+from iapo_mini.problems.stories import MAX_VALUE, chain_of_thought, stories
 from iapo_mini.tasks import POSTFIX, render_prompt
 
-# ChatML without a system turn: the embedded policy needs no instructions.
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] != 'system' %}"
-    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_Row = tuple[list[int], list[int], int]
+"""Tokens of a prompt, tokens of its completion, token of its answer."""
 
 
-def build_tokenizer(n_stories: int = 6000) -> Qwen2Tokenizer:
-    """Byte-level Qwen2 tokenizer trained on the story world; `` 0`` to `` 99`` are one token each.
+@dataclass(frozen=True)
+class Settings:
+    """How to pretrain; the defaults made the embedded policy.
 
-    Qwen2-compatible on purpose: with ``model_type: qwen2`` transformers always loads
-    ``Qwen2Tokenizer`` and would replace any other pre-tokenizer.
+    Attributes:
+        steps: optimiser steps.
+        batch_size: stories per step.
+        exits: early exits per story; 0: none.
+        exit_weight: weight of the exit loss beside the next-token loss.
+        lr: peak learning rate of AdamW; Muon's is ten times as high.
+        hidden: hidden size, a multiple of 32.
+        layers: decoder layers.
+        seed: of weights and stories.
+        checkpoint_every: steps between checkpoints.
+        threads: CPU threads.
+
+    Raises:
+        ValueError: for a value out of range, naming it and what is allowed.
     """
-    rng = random.Random(0)
-    texts = []
-    for problem in itertools.islice(stories("train", seed=0), n_stories):
-        chain = "".join(s.text for s in chain_of_thought(problem, rng) if s.role != "format")
-        texts += [problem.question, chain, "user\n", "assistant\n"]
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-        texts, vocab_size=4000, show_progress=False
-    )
-    tokenizer.add_tokens([f" {n}" for n in range(100)])
-    tokenizer.add_tokens([AddedToken(tag, special=False) for tag in TAGS])
-    tokenizer.add_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
-    tokenizer.eos_token = "<|im_end|>"
-    tokenizer.pad_token = "<|endoftext|>"
-    tokenizer.padding_side = "left"
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+
+    steps: int = 1600
+    batch_size: int = 48
+    exits: int = 8
+    exit_weight: float = 0.5
+    lr: float = 2e-3
+    hidden: int = 128
+    layers: int = 4
+    seed: int = 0
+    checkpoint_every: int = 500
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "layers", "checkpoint_every", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed are 1 and above.")
+        if self.exits < 0:
+            raise ValueError(f"exits is {self.exits}; allowed are 0 (none) and above.")
+        if not 0 <= self.exit_weight < math.inf:
+            raise ValueError(f"exit_weight is {self.exit_weight}; allowed are 0 and above.")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr is {self.lr}; allowed are numbers above 0.")
+        if self.hidden < 1 or self.hidden % HEAD_WIDTH:
+            raise ValueError(f"hidden is {self.hidden}; allowed are multiples of {HEAD_WIDTH}.")
 
 
-def build_model(tokenizer: Qwen2Tokenizer, seed: int, hidden: int, layers: int) -> Qwen2ForCausalLM:
-    """Randomly initialised tiny Qwen2: tied embeddings, heads of 32, a KV head per query head."""
-    torch.manual_seed(seed)
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    config = Qwen2Config(
-        vocab_size=math.ceil(len(tokenizer) / 32) * 32,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
-        max_position_embeddings=512,
-        # The usual 0.02 suits widths in the thousands. At this one it starts names and items almost
-        # equal, and the model takes thousands of steps to tell them apart.
-        initializer_range=hidden**-0.5,
-        tie_word_embeddings=True,
-        eos_token_id=eos,
-        pad_token_id=pad,
-        bos_token_id=None,
-    )
-    model = Qwen2ForCausalLM(config)
-    model.generation_config.eos_token_id = eos
-    model.generation_config.pad_token_id = pad
-    return model
+AS_SHIPPED = Settings()
+"""What the embedded policy was made with."""
 
 
-def sample_batches(tokenizer, seed: int, batch_size: int, exits: int, skip: int = 0):
-    """Endless batches of right-padded (ids, completion start, length, exit positions, answers).
+def sample_batches(
+    tokenizer: Qwen2Tokenizer, seed: int, batch_size: int, exits: int, skip: int = 0
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless batches: right-padded ``ids`` (B, T), ``labels``, ``ends`` (B, exits), ``answers``.
 
     Rows of similar length share a batch. Exit positions index the last trunk token a branch sees:
     from the prompt's last token (no reasoning yet) to the closing ``<|im_end|>`` itself, so that
@@ -113,7 +107,7 @@ def sample_batches(tokenizer, seed: int, batch_size: int, exits: int, skip: int 
     answers = {str(n): tokenizer.encode(f" {n}")[0] for n in range(MAX_VALUE + 1)}
     emitted = 0
     while True:
-        rows = []
+        rows: list[_Row] = []
         for problem in itertools.islice(problems, 8 * batch_size):
             prompt = tokenizer.encode(render_prompt(tokenizer, problem))
             chain = "".join(s.text for s in chain_of_thought(problem, rng))
@@ -132,7 +126,7 @@ def sample_batches(tokenizer, seed: int, batch_size: int, exits: int, skip: int 
                 yield _collate(batch, cuts, tokenizer.pad_token_id)
 
 
-def _collate(batch, cuts, pad: int) -> dict[str, torch.Tensor]:
+def _collate(batch: list[_Row], cuts: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
     width = max(len(p) + len(c) for p, c, _ in batch)
     ids = torch.full((len(batch), width), pad)
     labels = torch.full((len(batch), width), -100)
@@ -144,7 +138,9 @@ def _collate(batch, cuts, pad: int) -> dict[str, torch.Tensor]:
     return {"ids": ids, "labels": labels, "ends": ends, "answers": answers}
 
 
-def losses(model, batch: dict[str, torch.Tensor], postfix: torch.Tensor):
+def losses(
+    model: Any, batch: dict[str, torch.Tensor], postfix: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Completion cross-entropy and early-exit cross-entropy (both nats per target, fp32).
 
     ``batch`` as from :func:`sample_batches`; ``postfix`` (K,) token ids. Without exits in the batch
@@ -152,18 +148,15 @@ def losses(model, batch: dict[str, torch.Tensor], postfix: torch.Tensor):
     """
     ids, ends = batch["ids"], batch["ends"]
     # Right padding and a causal mask: real tokens never see padding, so no mask is needed.
-    trunk = model(ids, use_cache=True)
+    read = model(ids, use_cache=True)
     lm = torch.nn.functional.cross_entropy(
-        trunk.logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten()
+        read.logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten()
     )
     if not ends.shape[1]:
         return lm, torch.zeros(())
     mask = torch.ones_like(ids, dtype=torch.bool)
-    position_ids = torch.arange(ids.shape[1]).expand_as(ids)
-    early = exit_loss(
-        model, trunk.past_key_values, mask, position_ids, ends, postfix, batch["answers"]
-    )
-    return lm, early
+    trunk = Trunk(read.past_key_values, mask, torch.arange(ids.shape[1]).expand_as(ids))
+    return lm, exit_loss(model, trunk, ends, postfix, batch["answers"])
 
 
 def build_optimizers(model: Qwen2ForCausalLM, lr: float) -> dict[str, torch.optim.Optimizer]:
@@ -171,7 +164,8 @@ def build_optimizers(model: Qwen2ForCausalLM, lr: float) -> dict[str, torch.opti
 
     Muon reached AdamW's loss in two thirds of the steps here (figures/recipe_search.md).
     """
-    matrices, rest = [], []
+    matrices: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inner = parameter.ndim == 2 and "layers" in name
         (matrices if inner else rest).append(parameter)
@@ -194,85 +188,103 @@ def schedule(step: int, steps: int, warmup: int = 100) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def pretrain(
-    out: str | Path,
-    steps: int = 1600,
-    batch_size: int = 48,
-    exits: int = 8,
-    exit_weight: float = 0.5,
-    lr: float = 2e-3,
-    hidden: int = 128,
-    layers: int = 4,
-    seed: int = 0,
-    checkpoint_every: int = 500,
-    threads: int = 2,
-) -> Path:
+class _Log:
+    """A line per 50 steps: means of both losses since the last line, speed, and time so far."""
+
+    def __init__(self, path: Path, minutes_before: float) -> None:
+        self.path, self.minutes_before = path, minutes_before
+        self.began, self.seen, self.totals = time.perf_counter(), 0, torch.zeros(2)
+
+    def minutes(self) -> float:
+        """Minutes of training, those before a kill included."""
+        return self.minutes_before + (time.perf_counter() - self.began) / 60
+
+    def add(self, lm: torch.Tensor, early: torch.Tensor, tokens: int) -> None:
+        """Count a step."""
+        self.seen += tokens
+        self.totals += torch.stack([lm.detach(), early.detach()])
+
+    def write(self, step: int, learning_rate: float) -> list[float]:
+        """Write the line of a step, counted from 0; return the mean losses."""
+        minutes, elapsed = self.minutes(), time.perf_counter() - self.began
+        mean = (self.totals / ((step % 50) + 1)).tolist()
+        row = {
+            "step": step + 1,
+            "lm_loss": round(mean[0], 4),
+            "exit_loss": round(mean[1], 4),
+            "learning_rate": learning_rate,
+            "tokens_per_second": round(self.seen / elapsed),
+            "minutes": round(minutes, 2),
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.totals.zero_()
+        return mean
+
+
+def _resume(
+    checkpoint: Path, log: Path, model: Any, optimizers: dict[str, torch.optim.Optimizer]
+) -> tuple[int, float]:
+    """Steps done and minutes they took; the log is cut to them, or removed when it is another's."""
+    if not checkpoint.exists():
+        log.unlink(missing_ok=True)
+        return 0, 0.0
+    state = torch.load(checkpoint, weights_only=True)
+    model.load_state_dict(state["model"])
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(state[name])
+    lines = log.read_text().splitlines() if log.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+    log.write_text("".join(line + "\n" for line in kept))
+    return state["step"], state["minutes"]
+
+
+def _save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def pretrain(out: str | Path, settings: Settings = AS_SHIPPED) -> Path:
     """Train the embedded policy and save it with its tokenizer to ``out`` (transformers format).
 
     Checkpoints go to ``out/checkpoint.pt`` (written to a temporary name and renamed); a killed run
     started again with the same arguments goes on where it was. The log, ``out/pretrain_log.jsonl``,
     has one line per 50 steps with both losses (nats), learning rate, tokens/s and minutes.
     """
-    torch.set_num_threads(threads)
-    out = Path(out)
+    torch.set_num_threads(settings.threads)
+    out, steps = Path(out), settings.steps
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, seed, hidden, layers)
-    optimizers = build_optimizers(model, lr)
+    model = build_model(tokenizer, settings.seed, settings.hidden, settings.layers)
+    optimizers = build_optimizers(model, settings.lr)
     postfix = torch.tensor(tokenizer.encode(POSTFIX))
-    checkpoint, log = out / "checkpoint.pt", out / "pretrain_log.jsonl"
-    start, minutes = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(state[name])
-        start, minutes = state["step"], state["minutes"]
-        lines = log.read_text().splitlines() if log.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= start]
-        log.write_text("".join(line + "\n" for line in kept))
-    elif log.exists():
-        log.unlink()
-    batches = sample_batches(tokenizer, seed, batch_size, exits, skip=start)
+    checkpoint, log_file = out / "checkpoint.pt", out / "pretrain_log.jsonl"
+    start, minutes = _resume(checkpoint, log_file, model, optimizers)
+    batches = sample_batches(
+        tokenizer, settings.seed, settings.batch_size, settings.exits, skip=start
+    )
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc="pretrain")
-    began, seen, totals = time.perf_counter(), 0, torch.zeros(2)
+    log = _Log(log_file, minutes)
     for step in bar:
-        batch = next(batches)
+        batch, share = next(batches), schedule(step, steps)
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * schedule(step, steps)
+                group["lr"] = group["peak"] * share
         lm, early = losses(model, batch, postfix)
         model.zero_grad()
-        (lm + exit_weight * early).backward()
+        (lm + settings.exit_weight * early).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers.values():
             optimizer.step()
-        seen += batch["ids"].numel()
-        totals += torch.stack([lm.detach(), early.detach()])
+        log.add(lm, early, batch["ids"].numel())
         if (step + 1) % 50 == 0 or step + 1 == steps:
-            elapsed = time.perf_counter() - began
-            mean = (totals / ((step % 50) + 1)).tolist()
-            row = {
-                "step": step + 1,
-                "lm_loss": round(mean[0], 4),
-                "exit_loss": round(mean[1], 4),
-                "learning_rate": lr * schedule(step, steps),
-                "tokens_per_second": round(seen / elapsed),
-                "minutes": round(minutes + elapsed / 60, 2),
-            }
-            with log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            mean = log.write(step, settings.lr * share)
             bar.set_postfix(lm=f"{mean[0]:.3f}", exit=f"{mean[1]:.3f}")
-            totals.zero_()
-        if (step + 1) % checkpoint_every == 0:
-            state = {
-                "model": model.state_dict(),
-                "step": step + 1,
-                "minutes": minutes + (time.perf_counter() - began) / 60,
-            } | {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-            temporary = checkpoint.with_suffix(".tmp")
-            torch.save(state, temporary)
-            os.replace(temporary, checkpoint)
+        if (step + 1) % settings.checkpoint_every == 0:
+            state = {"model": model.state_dict(), "step": step + 1, "minutes": log.minutes()}
+            state |= {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+            _save_checkpoint(checkpoint, state)
     model.eval().save_pretrained(out)
     tokenizer.save_pretrained(out)
     checkpoint.unlink(missing_ok=True)
@@ -295,86 +307,35 @@ def calibrated(out: str | Path, steps: int = 700, threads: int = 2) -> Path:
             part = history[i : i + 50]
             means = {k: round(sum(x[k] for x in part) / len(part), 5) for k in part[0]}
             log.write(json.dumps({"step": i + len(part)} | means) + "\n")
-    policy.merged("cpu").to(torch.bfloat16).save_pretrained(out)
+    policy.merged("cpu").bfloat16().save_pretrained(out)
     policy.tokenizer.save_pretrained(out)
     return out
 
 
-def report(folder: str | Path, figures: str | Path = "figures", n_stories: int = 1000) -> dict:
-    """Judge a pretrained policy on the test stream: is it a fair start, are its exits calibrated?
-
-    Writes ``figures/results/policy.json`` and the reliability diagram ``figures/calibration.png``.
-    Early exits are asked at every tenth of the chain:
-
-    * ``ece``: on chains written by the world, against the true answer;
-    * ``ece_sampled``: on the policy's own samples, against the answer that the completion ends
-      with, which is the y of the paper's I(y; o_t | q, o_<t) (ill-formed completions left out);
-    * ``ece_sampled_truth``: the same samples against the true answer: what a chain with a mistake
-      in it does to the forced answer.
-
-    ``*_by_tenth`` is the error at each tenth alone, entropies are on the world's chains.
-    """
-    folder, figures = Path(folder), Path(figures)
-    policy = load_policy(str(folder), lora_rank=0)
-    problems = list(itertools.islice(stories("test", seed=0), n_stories))
-    rng = random.Random("report")
-    texts = ["".join(s.text for s in chain_of_thought(p, rng)) for p in problems]
-    written = from_texts(policy, problems, texts)
-    exits = exit_calibration(policy, written, [p.answer for p in problems])
-    own = score(sample(policy, problems, num_generations=4, seed=0), policy.tokenizer, problems)
-    ends = [parse_answer(text) for text in own.texts(policy.tokenizer)]
-    whole = torch.tensor([answer is not None for answer in ends])
-    own_exits = exit_calibration(policy, own, [answer or "0" for answer in ends])
-    truth_exits = exit_calibration(policy, own, [p.answer for p in problems for _ in range(4)])
-    own_exits = {name: values[whole] for name, values in own_exits.items()}
-    roles: Counter[str] = Counter()
-    for ids, mask in zip(own.completion_ids, own.completion_mask):
-        roles.update(token_roles(policy.tokenizer, ids[mask].tolist()))
-
-    def error(e: dict, at=slice(None)) -> float:
-        confidence, correct = e["confidence"][:, at], e["correct"][:, at]
-        return expected_calibration_error(confidence.flatten(), correct.flatten())
-
-    log = [json.loads(line) for line in (folder / "pretrain_log.jsonl").read_text().splitlines()]
-    tenths = range(exits["entropy"].shape[1])
-    result = {
-        "ece": error(exits),
-        "ece_by_tenth": [error(exits, t) for t in tenths],
-        "ece_sampled": error(own_exits),
-        "ece_sampled_by_tenth": [error(own_exits, t) for t in tenths],
-        "ece_sampled_truth": error(truth_exits),
-        "entropy_start_nats": float(exits["entropy"][:, 0].mean()),
-        "entropy_end_nats": float(exits["entropy"][:, -1].mean()),
-        "entropy_end_sampled_nats": float(own_exits["entropy"][:, -1].mean()),
-        "accuracy": float(own.correct.float().mean()),
-        "mean_length": float(own.lengths.float().mean()),
-        "share_not_compute": 1 - roles["compute"] / sum(roles.values()),
-        "megabytes": sum(f.stat().st_size for f in folder.iterdir()) / 1e6,
-        "train_minutes": log[-1]["minutes"],
-        "stories": n_stories,
-    }
-    (figures / "results").mkdir(parents=True, exist_ok=True)
-    (figures / "results" / "policy.json").write_text(json.dumps(result, indent=1) + "\n")
-    sets = {"world's chains, true answer": exits, "own chains, own final answer": own_exits}
-    reliability(sets).savefig(figures / "calibration.png", dpi=150)
-    return result
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Command line of ``python -m iapo_mini.lab.pretrain``."""
+    """Command line of ``python -m iapo_mini.lab.pretrain``; status 2 for a value out of range."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    default = AS_SHIPPED
     parser.add_argument("--out", default="runs/pretrain", help="folder for the policy and its log")
-    parser.add_argument("--steps", type=int, default=1600, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, default=48, help="stories per step")
-    parser.add_argument("--exits", type=int, default=8, help="early exits per story; 0: none")
-    parser.add_argument("--exit-weight", type=float, default=0.5, help="weight of the exit loss")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--hidden", type=int, default=128, help="hidden size (multiple of 32)")
-    parser.add_argument("--layers", type=int, default=4, help="decoder layers")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--steps", type=int, default=default.steps, help="optimiser steps")
+    parser.add_argument(
+        "--batch-size", type=int, default=default.batch_size, help="stories per step"
+    )
+    parser.add_argument(
+        "--exits", type=int, default=default.exits, help="early exits per story; 0: none"
+    )
+    parser.add_argument(
+        "--exit-weight", type=float, default=default.exit_weight, help="weight of the exit loss"
+    )
+    parser.add_argument("--lr", type=float, default=default.lr, help="peak learning rate")
+    parser.add_argument(
+        "--hidden", type=int, default=default.hidden, help="hidden size (multiple of 32)"
+    )
+    parser.add_argument("--layers", type=int, default=default.layers, help="decoder layers")
+    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--threads", type=int, default=default.threads, help="CPU threads")
     parser.add_argument(
         "--report-only", action="store_true", help="judge the policy in --out, train nothing"
     )
@@ -385,14 +346,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--figures", default="figures", help="where the report goes")
     options = vars(parser.parse_args(argv))
-    if options.pop("calibrate"):
-        calibrated(options["out"], threads=options["threads"])
+    out, figures = options.pop("out"), options.pop("figures")
+    report_only, calibrate_only = options.pop("report_only"), options.pop("calibrate")
+    try:
+        settings = Settings(**options)
+    except ValueError as error:
+        parser.exit(2, f"pretrain: {error}\n")
+    if calibrate_only:
+        calibrated(out, threads=settings.threads)
         return
-    report_only, figures = options.pop("report_only"), options.pop("figures")
     if not report_only:
-        pretrain(**options)
-    torch.set_num_threads(options["threads"])
-    print(json.dumps(report(options["out"], figures), indent=1))
+        pretrain(out, settings)
+    torch.set_num_threads(settings.threads)
+    print(json.dumps(assess(out, figures), indent=1))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Where results go, what a results file holds, and how it is shown.
 
 Every experiment trains its rows from the same start policy on the same prompts
-(:mod:`iapo_mini.lab.runs`), judges each on the same stories and writes one results file. ``<preset>`` is in the name of a file
-unless it is ``full``; compare has it always.
+(:mod:`iapo_mini.lab.runs`), judges each on the same stories and writes one results file.
+``<preset>`` is in the name of a file unless it is ``full``; compare has it always.
 
     figures/results/compare_<preset>.json, table1.json
       seeds      [int, ...]

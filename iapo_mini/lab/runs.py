@@ -64,7 +64,7 @@ def make_jobs(
                 "seed": seed,
                 "threads": 1,
             }
-            config = dataclasses.asdict(TrainConfig(**settings | recipe))
+            config = TrainConfig(**settings | recipe).settings()
         measured = ("problems", "num_generations", "ks")
         job = {
             "run": str(out / f"{name}-{seed}"),
@@ -190,7 +190,7 @@ def _as_now(saved: dict, run: str) -> dict:
 
 
 def collect(jobs: Sequence[dict], size: Size) -> dict:
-    """Gather finished jobs into the common part of a results file (:mod:`iapo_mini.lab.results`)."""
+    """Gather finished jobs into the common part of a results file (``lab.results``)."""
     methods: dict[str, dict] = {}
     curves: dict[str, list] = {}
     configs: dict[str, dict] = {}

@@ -48,7 +48,7 @@ TRAINED: dict[str, tuple[str, dict]] = {
     "iapo_sentence": ("iapo", {"estimator_stride": "sentence"}),
 }
 """Row -> the method whose tuned settings it has, and what it changes in them."""
-COMPARED = (("iapo", "grpo"), ("iapo", "iapo_ne"), ("iapo_sentence", "iapo"))
+PAIRS = (("iapo", "grpo"), ("iapo", "iapo_ne"), ("iapo_sentence", "iapo"))
 METRICS = ("length", "pass@1", "ratio@1")
 SIZES = {
     "quick": preset_of("quick").sweeps,
@@ -94,7 +94,7 @@ def starts(
             for method in TRAINED
         }
     gaps = {
-        name: {f"{one} - {other}": _differences(row[one], row[other]) for one, other in COMPARED}
+        name: {f"{one} - {other}": _differences(row[one], row[other]) for one, other in PAIRS}
         for name, row in rows.items()
     }
     results = {

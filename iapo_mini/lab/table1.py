@@ -16,7 +16,7 @@ from iapo_mini.lab.results import check_options, draw_comparison, file_stem, res
 from iapo_mini.lab.runs import START, collect, make_jobs, run_all
 from iapo_mini.lab.sizes import preset_of
 from iapo_mini.lab.tuning import tuned
-from iapo_mini.policy import load_policy
+from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.stories import stories
 from iapo_mini.run_folder import write_json
 from iapo_mini.sampling import from_texts, sample
@@ -92,7 +92,7 @@ def wall_clock(jobs: Sequence[dict], names: Sequence[str], problems: int) -> dic
     return out
 
 
-def _policy_of(job: dict):
+def _policy_of(job: dict) -> Policy:
     if job["config"] is None:
         return load_policy()
     return load_policy(adapter=str(Path(job["run"]) / "train" / "final"), lora_rank=0)

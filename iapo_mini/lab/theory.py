@@ -46,26 +46,27 @@ from iapo_mini.lab.exact import (
     added_score,
     covariance,
     entropy,
-    every_string,
     log_policy,
     policy_gradient,
     string_drops,
     string_logprobs,
-    strings_of,
 )
 from iapo_mini.lab.figures import theory as drawn
 from iapo_mini.lab.results import results_path
 from iapo_mini.lab.theory_stories import story_experiments
+from iapo_mini.lab.worlds import WORLDS, random_worlds
 from iapo_mini.run_folder import versions, writable_folder, write_json
 
 ETAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Step sizes; the order of the error is fitted on those up to 0.3."""
 
 Interval = tuple[float, float, float]
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Measured and predicted change, (...,) each."""
 
 
 @dataclass(frozen=True)
-class Preset:
+class TheorySize:
     """Size of the experiments.
 
     Attributes:
@@ -81,9 +82,9 @@ class Preset:
     updates: int
 
 
-PRESETS = {
-    "quick": Preset(seeds=2, worlds=10, stories=2, updates=5),
-    "full": Preset(seeds=5, worlds=200, stories=60, updates=60),
+SIZES = {
+    "quick": TheorySize(seeds=2, worlds=10, stories=2, updates=5),
+    "full": TheorySize(seeds=5, worlds=200, stories=60, updates=60),
 }
 
 
@@ -91,63 +92,6 @@ def share(values: Sequence[float]) -> Interval:
     """Mean and interval of shares: Student's t knows no bounds, a share does."""
     mean, low, high = mean_interval(values)
     return mean, max(low, 0.0), min(high, 1.0)
-
-
-# Worlds: the completions, and how answers and policies are drawn.
-
-
-def random_worlds(count: int, seed: int) -> tuple[Strings, torch.Tensor, torch.Tensor]:
-    """All strings of up to four of two symbols; the answer (of three) hangs on the whole string.
-
-    What is told in all, H(y) - H(y | o), is the same for every completion (chain rule), so the
-    premise of Corollary 4.2 holds here by itself.
-
-    Returns:
-        The strings, logits (count, N, V + 1) and p(y | o) (count, S, 3), one answer in ten drawn
-        at random; answer 0 is the correct one.
-    """
-    strings = strings_of(every_string(2, 4), 2)
-    generator = torch.Generator().manual_seed(seed)
-    read = torch.randint(3, (count, len(strings.mask)), generator=generator)
-    answers = 0.9 * torch.nn.functional.one_hot(read, 3).double() + 0.1 / 3
-    return strings, random_logits(strings, count, generator), answers
-
-
-def filler_worlds(count: int, seed: int) -> tuple[Strings, torch.Tensor, torch.Tensor]:
-    """Talk, then the answer: up to six times a symbol that says nothing, then one of three answers.
-
-    Every completion tells all there is to tell, so a longer one tells less per token: the premise
-    of Corollary 4.2 holds. Returns as :func:`random_worlds`.
-    """
-    strings = strings_of([(3,) * m + (a,) for m in range(7) for a in range(3)], 4)
-    answers = torch.eye(3, dtype=torch.float64).repeat(7, 1).expand(count, -1, -1)
-    theta = random_logits(strings, count, torch.Generator().manual_seed(seed))
-    theta[..., 3] += 2  # a talker
-    return strings, theta, answers
-
-
-def clue_worlds(count: int, seed: int) -> tuple[Strings, torch.Tensor, torch.Tensor]:
-    """One clue or more: the answer has four bits, every symbol tells one, the rest is guessed.
-
-    m clues and the end-of-sequence token tell m ln 2 nats in m + 1 tokens (with even odds), more
-    per token the longer the completion: the premise fails. Returns as :func:`random_worlds`.
-    """
-    told = every_string(2, 4)
-    answers = torch.tensor(
-        [[float(leaf[: len(o)] == o) for leaf in every_string(2, 4, 4)] for o in told]
-    ).double()
-    answers = (answers / answers.sum(1, keepdim=True)).expand(count, -1, -1)
-    strings = strings_of(told, 2)
-    return strings, random_logits(strings, count, torch.Generator().manual_seed(seed)), answers
-
-
-WORLDS = {"random": random_worlds, "filler": filler_worlds, "clue": clue_worlds}
-
-
-def random_logits(strings: Strings, count: int, generator: torch.Generator) -> torch.Tensor:
-    """(count, N, V + 1) fp64, normal with standard deviation 1."""
-    size = (count, *strings.allowed.shape)
-    return torch.randn(size, generator=generator, dtype=torch.float64)
 
 
 # Theorem 4.1
@@ -184,9 +128,7 @@ def expected_length(strings: Strings, theta: torch.Tensor) -> torch.Tensor:
     return string_logprobs(strings, theta).exp() @ strings.lengths
 
 
-def length_change(
-    strings: Strings, theta: torch.Tensor, change: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def length_change(strings: Strings, theta: torch.Tensor, change: torch.Tensor) -> Pair:
     """Theorem 4.1: ``(measured, predicted)`` change of the expected length, (...,) tokens each.
 
     Args:
@@ -201,7 +143,7 @@ def length_change(
 
 
 def agreement(
-    change: Callable[[int, float], tuple[torch.Tensor, torch.Tensor]],
+    change: Callable[[int, float], Pair],
     seeds: int,
     etas: Sequence[float] = ETAS,
 ) -> dict:
@@ -238,10 +180,10 @@ def agreement(
     }
 
 
-def theorem(preset: Preset) -> dict:
+def theorem(preset: TheorySize) -> dict:
     """Theorem 4.1 in random worlds, for the informativeness term and for a random direction."""
 
-    def change(seed: int, eta: float, random: bool = False):
+    def change(seed: int, eta: float, random: bool = False) -> Pair:
         strings, theta, answers = random_worlds(preset.worlds, seed)
         added = token_direction(strings, theta, normalized_drops(strings, theta, answers))
         if random:
@@ -262,9 +204,9 @@ def theorem(preset: Preset) -> dict:
 # Corollary 4.2
 
 
-def corollary_tables(preset: Preset, eta: float = 0.01) -> dict:
+def corollary_tables(preset: TheorySize, eta: float = 0.01) -> dict:
     """Premise and conclusion of Corollary 4.2 in three kinds of worlds, one small step each."""
-    out = {}
+    out: dict[str, dict] = {}
     for name, draw in WORLDS.items():
         found: dict[str, list] = {}
         by_length: dict[int, list] = {}
@@ -294,7 +236,7 @@ def corollary_tables(preset: Preset, eta: float = 0.01) -> dict:
     return out
 
 
-def corollary_paths(preset: Preset, eta: float = 1.0) -> dict:
+def corollary_paths(preset: TheorySize, eta: float = 1.0) -> dict:
     """Expected length over many updates, GRPO against IAPO, in filler and in clue worlds."""
     out = {}
     for name in ("filler", "clue"):
@@ -319,7 +261,7 @@ def corollary_paths(preset: Preset, eta: float = 1.0) -> dict:
 
 def entropy_change(
     logits: torch.Tensor, advantages: torch.Tensor, eta: float, natural: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Pair:
     """``(measured, predicted)`` change of a policy's entropy by one step, (...,) nats each.
 
     H(pi_new) - H(pi_0) ~ -eta Cov_{o~pi_0}(log pi_0(o), A(o)) (paper, exploration) is what the
@@ -338,16 +280,14 @@ def entropy_change(
     return measured, -covariance(p, log_p, step)
 
 
-def completion_entropy_change(
-    strings: Strings, theta: torch.Tensor, change: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def completion_entropy_change(strings: Strings, theta: torch.Tensor, change: torch.Tensor) -> Pair:
     """The same for whole completions: change of H(p(o)) and -Cov(log p(o), S(o)), (...,) nats."""
     before, after = (string_logprobs(strings, x) for x in (theta, theta + change))
     measured = (before.exp() * before).sum(-1) - (after.exp() * after).sum(-1)
     return measured, -covariance(before.exp(), before, added_score(strings, theta, change))
 
 
-def exploration(preset: Preset, choices: int = 8, eta: float = 0.01) -> dict:
+def exploration(preset: TheorySize, choices: int = 8, eta: float = 0.01) -> dict:
     """Entropy after A = +pi_0 and A = -pi_0, for random policies over ``choices`` tokens."""
 
     def logits(seed: int) -> torch.Tensor:
@@ -360,7 +300,7 @@ def exploration(preset: Preset, choices: int = 8, eta: float = 0.01) -> dict:
     out: dict = {"etas": list(ETAS), "choices": choices, "strings": {}}
     for name, sign in (("plus", 1), ("minus", -1)):
 
-        def change(seed: int, eta: float, natural: bool = True, sign: int = sign):
+        def change(seed: int, eta: float, natural: bool = True, sign: int = sign) -> Pair:
             drawn = logits(seed)
             return entropy_change(drawn, sign * drawn.softmax(-1), eta, natural)
 
@@ -386,7 +326,7 @@ def theory(preset: str = "full", figures: str | Path = "figures", progress: bool
     Files are written at the end, each whole or not at all: a run that is stopped changes nothing.
 
     Args:
-        preset: a key of ``PRESETS``; figures: folder of figures; progress: show progress bars.
+        preset: a key of ``SIZES``; figures: folder of figures; progress: show progress bars.
 
     Returns:
         The content of the results file, as described at the head of this module.
@@ -394,9 +334,9 @@ def theory(preset: str = "full", figures: str | Path = "figures", progress: bool
     Raises:
         ValueError: for an unknown preset, or a folder where nothing can be written.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset is {preset!r}; allowed are {', '.join(PRESETS)}.")
-    figures, sizes = Path(figures), PRESETS[preset]
+    if preset not in SIZES:
+        raise ValueError(f"preset is {preset!r}; allowed are {', '.join(SIZES)}.")
+    figures, sizes = Path(figures), SIZES[preset]
     writable_folder(figures / "results", "figures")
     results: dict = {"preset": {"name": preset} | asdict(sizes), "versions": versions()}
     results["theorem"] = theorem(sizes)

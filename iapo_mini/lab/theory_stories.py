@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -21,6 +22,8 @@ from iapo_mini.problems.stories import stories
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.sampling import sample
 from iapo_mini.tasks import Problem
+
+Read = TypeVar("Read")
 
 
 def within(values: torch.Tensor, group: int) -> torch.Tensor:
@@ -77,8 +80,8 @@ def sampled(policy: Policy, problems: list[Problem], seed: int) -> Rollouts:
     """Eight completions each, with their informativeness by the library's estimator."""
     rollouts = sample(policy, problems, seed=seed)
     entropies = answer_entropies(policy, rollouts)
-    rollouts.informativeness = informativeness(entropies, rollouts.completion_mask)
-    return rollouts
+    s = informativeness(entropies, rollouts.completion_mask)
+    return rollouts.filled(informativeness=s)
 
 
 def over_seeds(found: Sequence[dict]) -> dict:
@@ -111,7 +114,9 @@ def information_gradient(policy: Policy, rollouts: Rollouts) -> dict[str, torch.
 
 
 @torch.no_grad()
-def at(policy: Policy, change: dict[str, torch.Tensor], size: float, read: Callable):
+def at(
+    policy: Policy, change: dict[str, torch.Tensor], size: float, read: Callable[[], Read]
+) -> Read:
     """``read()`` while ``size * change`` is added to the policy's parameters."""
     before = {name: p.clone() for name, p in policy.trainable().items()}
     try:

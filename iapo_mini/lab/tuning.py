@@ -7,24 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from iapo_mini import plots
+from iapo_mini.config import RECIPES, TrainConfig
 from iapo_mini.lab.results import check_options, results_path
 from iapo_mini.lab.runs import START, collect, make_jobs, run_all
 from iapo_mini.lab.sizes import preset_of
 from iapo_mini.run_folder import versions, write_json
-
-RECIPES: dict[str, dict] = {
-    "grpo": {"method": "grpo"},
-    "dapo": {"method": "dapo", "aggregation": "token", "epsilon": 0.2, "epsilon_high": 0.28},
-    "gfpo": {"method": "gfpo"},
-    "gtpo": {"method": "gtpo", "alpha": 0.1},
-    "sgrpo": {"method": "sgrpo"},
-    "iapo_ni": {"method": "iapo_ni"},
-    "iapo_ne": {"method": "iapo_ne"},
-    "iapo": {"method": "iapo"},
-    "iapo_pmi": {"method": "iapo_pmi"},
-}
-"""What makes each row of Table 1 the method it is; learning rate and weights are tuned."""
-
 
 _WEIGHTS: dict[str, Sequence[dict]] = {
     "gtpo": ({"alpha": 0.1}, {"alpha": 0.4}),
@@ -49,7 +36,7 @@ def trials_of(method: str) -> list[dict]:
         tried = [(7e-4, first), (7e-4, second), (1.4e-3, first)]
     else:
         tried = [(rate, {}) for rate in (3.5e-4, 7e-4, 1.4e-3)]
-    return [RECIPES[method] | {"learning_rate": rate} | weights for rate, weights in tried]
+    return [{"method": method, "learning_rate": rate} | weights for rate, weights in tried]
 
 
 def _tried(preset: str) -> dict[str, list[dict]]:
@@ -132,15 +119,23 @@ def tuning_table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def _whole(tried: Mapping[str, Sequence[Mapping]]) -> dict[str, list[dict]]:
+    """Trials with every setting filled in: what a recipe brings need not be written out."""
+    return {
+        method: [TrainConfig(**settings).settings() for settings in rows]
+        for method, rows in tried.items()
+    }
+
+
 def tuned(preset: str, out: Path, figures: Path, parallel: int | None) -> dict[str, dict]:
     """Method -> the settings that :func:`tune` chose; from its file if that has these trials."""
     path = results_path(figures, "tuning", preset)
-    results = json.loads(path.read_text()) if path.is_file() else {"trials": None}
-    settings = {
+    results: dict = json.loads(path.read_text()) if path.is_file() else {"trials": None}
+    before = {
         method: [trial["settings"] for trial in rows]
         for method, rows in (results["trials"] or {}).items()
     }
-    if settings != _tried(preset):
+    if _whole(before) != _whole(_tried(preset)):
         results = tune(preset, out=out, figures=figures, parallel=parallel)
     return {
         method: results["trials"][method][index]["settings"]

@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from iapo_mini.problems.stories import SPLITS, stories
 from iapo_mini.problems.verify import as_number
@@ -53,7 +54,7 @@ class Source:
     limit: int | None = None
 
 
-def _field(row: dict, name: str) -> str:
+def _field(row: object, name: str) -> str:
     value = row.get(name) if isinstance(row, dict) else None
     value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if not isinstance(value, str) or not value.strip():
@@ -96,8 +97,8 @@ def _read_dapo_math(row: dict) -> tuple[str, str]:
 
 def _read_commonsense_qa(row: dict) -> tuple[str, str]:
     question, answer = _field(row, "question"), _field(row, "answerKey")
-    choices = row.get("choices")
     try:
+        choices = row["choices"]
         lettered = list(zip(choices["label"], choices["text"], strict=True))
     except (TypeError, KeyError, ValueError):
         raise ValueError("no 'label' and 'text' lists of one length under 'choices'") from None
@@ -257,9 +258,10 @@ def cut(problems: list[Problem], split: str) -> list[Problem]:
     return [problem for problem in problems if problem.question in kept]
 
 
-def _read(rows: Iterable[tuple[str, object]], source: Source, name: str) -> list[Problem]:
+def _read(rows: Iterable[tuple[str, Any]], source: Source, name: str) -> list[Problem]:
     """Problems of all rows; a row is ``(where it stands, its object or its line of JSON)``."""
-    problems, bad, seen, count = [], [], set(), 0
+    problems, bad, count = [], [], 0
+    seen: set[str] = set()
     for place, row in rows:
         count += 1
         try:

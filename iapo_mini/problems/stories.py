@@ -23,8 +23,12 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from iapo_mini.tasks import Problem, Step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROLES = ("compute", "restate", "plan", "check", "hedge", "conclude")
 """Roles of chain-of-thought tokens. Tags and the final answer have the role ``"format"``, and text
@@ -311,14 +315,14 @@ def _label_sentence(sentence: str) -> list[Segment]:
     return [Segment(sentence, "other")]
 
 
-def token_roles(tokenizer, ids: list[int]) -> list[str]:
+def token_roles(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """Role of each token of a completion: a token belongs to the segment it begins in.
 
     Args:
         tokenizer: the policy's tokenizer.
         ids: token ids of one completion, without padding.
     """
-    pieces = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+    pieces = [str(tokenizer.decode([i], skip_special_tokens=False)) for i in ids]
     ends: list[tuple[int, str]] = []
     position = 0
     for segment in label_roles("".join(pieces)):

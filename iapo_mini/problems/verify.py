@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Callable
 from fractions import Fraction
+from typing import IO
 
 MAX_LENGTH = 400
 """Characters; a longer answer is wrong (the longest of MATH-500's references has 53)."""
@@ -142,17 +143,17 @@ def _as_words(text: str) -> str | None:
 
 
 _lock = threading.Lock()
-_process: subprocess.Popen | None = None
+_process: subprocess.Popen[str] | None = None
 
 
 def _ask(given: str, reference: str) -> bool:
     """What math-verify says; one question at a time, whichever thread asks."""
     with _lock:
-        process = _started()
+        questions, answers = _pipes(_started())
         try:
-            process.stdin.write(json.dumps([given, reference]) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
+            questions.write(json.dumps([given, reference]) + "\n")
+            questions.flush()
+            line = answers.readline()
         except OSError:  # it ended before it had read the question
             line = ""
         except BaseException:  # an interrupt: its answer must not be read as the next one's
@@ -163,7 +164,7 @@ def _ask(given: str, reference: str) -> bool:
         return line.strip() == "true"
 
 
-def _started() -> subprocess.Popen:
+def _started() -> subprocess.Popen[str]:
     """The process that compares, running and ready."""
     global _process
     if _process is None or _process.poll() is not None:
@@ -175,13 +176,20 @@ def _started() -> subprocess.Popen:
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
         )
-        if _process.stdout.readline().strip() != "ready":
+        _, answers = _pipes(_process)
+        if answers.readline().strip() != "ready":
             _stop()
             raise RuntimeError(
                 "math-verify can't be started; pip install 'math-verify>=0.9', and "
                 f"'{sys.executable} {__file__}' shows what it says."
             )
     return _process
+
+
+def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
+    """What the process reads and what it writes."""
+    assert process.stdin is not None and process.stdout is not None  # both were asked for
+    return process.stdin, process.stdout
 
 
 @atexit.register
@@ -191,7 +199,7 @@ def _stop() -> None:
     if process is not None:
         process.kill()
         process.wait()
-        for pipe in (process.stdin, process.stdout):
+        for pipe in _pipes(process):
             with contextlib.suppress(OSError):
                 pipe.close()
 

@@ -1,7 +1,7 @@
 """Is a training run healthy? Its metrics held against what is normal, and advice where they differ.
 
-``iapo-mini diagnose RUN`` prints :func:`report` of :func:`diagnose`. The ranges are wide: what lies
-outside deserves a look, and is not always a fault.
+``iapo-mini diagnose RUN`` prints :func:`findings_text` of :func:`diagnose`. The ranges are wide:
+what lies outside deserves a look, and is not always a fault.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def _adapter(run: Path) -> list[Finding]:
     return []
 
 
-def report(found: Sequence[Finding]) -> str:
+def findings_text(found: Sequence[Finding]) -> str:
     """Findings as text: a line each, advice below those that deserve a look."""
     width = max(len(finding.what) for finding in found)
     lines = []

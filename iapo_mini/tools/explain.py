@@ -51,7 +51,7 @@ def explain(
     ids = rollouts.completion_ids[0, :n].tolist()
     return Explained(
         problem,
-        [policy.tokenizer.decode([i], skip_special_tokens=False) for i in ids],
+        [str(policy.tokenizer.decode([i], skip_special_tokens=False)) for i in ids],
         s[:n].tolist(),
         entropies[0, : n + 1].tolist(),
         token_roles(policy.tokenizer, ids) if problem.steps else None,

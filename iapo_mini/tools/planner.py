@@ -1,7 +1,8 @@
 """How much memory a training run will take on a card, by part, before anything is loaded.
 
-The architecture is built on torch's ``meta`` device, which holds shapes and no numbers, so weights,
-adapter, optimiser and cache are counted, not estimated (tests hold them against real tensors).
+Weights, adapter, optimiser and cache are counted, not estimated (tests hold them against real
+tensors). For the built-in shapes that takes no model code; another architecture is built on torch's
+``meta`` device, which holds shapes and no numbers.
 Activations are the sum of what one decoder layer of the Llama family keeps for its backward pass;
 working memory and the CUDA context are estimates, and say so in the table.
 
@@ -13,36 +14,81 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
+from typing import TYPE_CHECKING
 
 from iapo_mini.config import TrainConfig
-from iapo_mini.information import INFORMATION
 from iapo_mini.memory import CACHE_BLOCK, CARD_BLOCK, LOGIT_BYTES, LOGITS_MB
-from iapo_mini.policy import model_source, quiet_libraries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 GB = 2**30
 
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a causal LM decides how much memory it takes.
+
+    Attributes:
+        hidden, inner: widths of the residual stream and of the MLP.
+        layers, heads, kv_heads, head_dim: of the decoder.
+        vocabulary: rows of the vocabulary head.
+        linear: (inputs, outputs) of every linear layer but the vocabulary head.
+        other: numbers that are no weights of those: embeddings, head, norms, biases.
+    """
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    linear: tuple[tuple[int, int], ...]
+    other: int
+
+
+def _qwen2(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int
+) -> Shape:
+    """A Qwen2 architecture: biases on queries, keys and values, two norms a layer, tied head."""
+    head_dim = hidden // heads
+    kv = kv_heads * head_dim
+    layer = ((hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden),
+             (hidden, inner), (hidden, inner), (inner, hidden))  # fmt: skip
+    other = layers * (hidden + 2 * kv + 2 * hidden) + hidden + vocabulary * hidden
+    widths = (hidden, inner, layers, heads, kv_heads, head_dim, vocabulary)
+    return Shape(*widths, layer * layers, other)
+
+
+def _untied(model: Shape) -> Shape:
+    """The same with a vocabulary head of its own."""
+    return replace(model, other=model.other + model.vocabulary * model.hidden)
+
+
 SHAPES = {
-    "qwen2.5-0.5b": dict(
-        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-        num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True,
-    ),
-    "qwen2.5-1.5b": dict(
-        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-        num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True,
-    ),
-    "qwen2.5-3b": dict(
-        hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36, num_attention_heads=16,
-        num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True,
-    ),
-    "qwen2.5-7b": dict(
-        hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, vocab_size=152_064, tie_word_embeddings=False,
-    ),
-}  # fmt: skip
-"""Shapes that need no network: arguments of ``Qwen2Config``, from the models' config.json."""
+    "qwen2.5-0.5b": _qwen2(896, 4864, 24, 14, 2, 151_936),
+    "qwen2.5-1.5b": _qwen2(1536, 8960, 28, 12, 2, 151_936),
+    "qwen2.5-3b": _qwen2(2048, 11_008, 36, 16, 2, 151_936),
+    "qwen2.5-7b": _untied(_qwen2(3584, 18_944, 28, 28, 4, 152_064)),
+}
+"""Shapes that need no network, from the models' config.json."""
+
+UNTIED = ("qwen2.5-7b",)
+"""Those whose vocabulary head is not their embedding."""
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    """The configuration of a built-in shape, to make a model of it. Loads transformers."""
+    from transformers import Qwen2Config
+
+    model = SHAPES[name]
+    return Qwen2Config(
+        hidden_size=model.hidden, intermediate_size=model.inner, num_hidden_layers=model.layers,
+        num_attention_heads=model.heads, num_key_value_heads=model.kv_heads,
+        vocab_size=model.vocabulary, tie_word_embeddings=name not in UNTIED,
+    )  # fmt: skip
+
 
 CARD_GB = {"t4": 14.7}
 """GB of cards known by name; others are given by size, such as ``12gb``."""
@@ -83,8 +129,8 @@ class Plan:
         return int(self.tensors * (1 + FRAGMENTATION) + CONTEXT_GB * GB)
 
 
-def shape(model: str) -> PreTrainedConfig:
-    """The configuration of a model: a built-in shape, a folder's or a hub id's config.json.
+def shape(model: str) -> Shape:
+    """The shape of a model: a built-in one, or that of a folder's or a hub id's config.json.
 
     Args:
         model: a key of ``SHAPES``, a hub id of one of those (``Qwen/Qwen2.5-7B-Instruct``), a
@@ -94,19 +140,47 @@ def shape(model: str) -> PreTrainedConfig:
         ValueError: when there is no configuration to be had.
     """
     name = model.rsplit("/", 1)[-1].lower()
-    for known, sizes in SHAPES.items():
+    for known, found in SHAPES.items():
         if re.fullmatch(re.escape(known) + r"(-instruct)?", name):
-            return Qwen2Config(**sizes)
+            return found
+    from transformers import AutoConfig
+
+    from iapo_mini.policy import model_source, quiet_libraries
+
     quiet_libraries()
     try:
-        return AutoConfig.from_pretrained(
-            model_source(model, weights=False), trust_remote_code=False
+        return shape_of(
+            AutoConfig.from_pretrained(model_source(model, weights=False), trust_remote_code=False)
         )
     except (OSError, KeyError) as error:
         raise ValueError(
             f"model is '{model}', whose config.json can't be had; allowed are a model folder, a "
             f"hub id that this machine can reach, or one of {', '.join(SHAPES)}."
         ) from error
+
+
+def shape_of(config: PreTrainedConfig) -> Shape:
+    """The shape of a causal LM with this configuration, counted on the meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    text = config.get_text_config()
+    heads, hidden = text.num_attention_heads, text.hidden_size
+    return Shape(
+        hidden=hidden,
+        inner=getattr(text, "intermediate_size", None) or 4 * hidden,
+        layers=model.layers,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or hidden // heads,
+        vocabulary=text.vocab_size,
+        linear=tuple((m.in_features, m.out_features) for m in linear),
+        other=sum(p.numel() for p in model.parameters()) - sum(m.weight.numel() for m in linear),
+    )
 
 
 def card_gb(gpu: str) -> float:
@@ -125,72 +199,61 @@ def card_gb(gpu: str) -> float:
     return float(found[1])
 
 
-def weight_bytes(config: PreTrainedConfig, rank: int, four_bit: bool, width: int) -> dict[str, int]:
+def weight_bytes(model: Shape, rank: int, four_bit: bool, width: int) -> dict[str, int]:
     """Bytes of all that has weights: part -> bytes.
 
     Args:
-        config: of a causal LM.
+        model: shape of a causal LM.
         rank: of the adapter on every linear layer but the vocabulary head.
         four_bit: whether those layers are in NF4 with double quantisation: half a byte a weight, a
             byte for 64 of them, four bytes for 256 of those, and the tables of a layer.
         width: bytes of a weight that is not quantised.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    adapter = 4 * sum(rank * (m.in_features + m.out_features) for m in linear)
-    inner = sum(m.weight.numel() for m in linear)
-    plain = sum(p.numel() for p in model.parameters()) - inner
+    adapter = 4 * sum(rank * (inputs + outputs) for inputs, outputs in model.linear)
+    inner = sum(inputs * outputs for inputs, outputs in model.linear)
     quantised = 0
-    for m in linear if four_bit else ():
-        blocks = math.ceil(m.weight.numel() / 64)
+    for inputs, outputs in model.linear if four_bit else ():
+        blocks = math.ceil(inputs * outputs / 64)
         tables = 4 * (16 + 256 + 1)  # NF4's values, those of the second quantisation, their mean
-        quantised += math.ceil(m.weight.numel() / 2) + blocks + 4 * math.ceil(blocks / 256) + tables
+        quantised += math.ceil(inputs * outputs / 2) + blocks
+        quantised += 4 * math.ceil(blocks / 256) + tables
+    kept = width * (model.other + (0 if four_bit else inner))
     return {
         "4-bit weights": quantised,
-        "16-bit weights" if width == 2 else "weights": width * (plain + (0 if four_bit else inner)),
+        "16-bit weights" if width == 2 else "weights": kept,
         "adapter": adapter,
         "gradients": adapter,
         "AdamW moments": 2 * adapter,
     }
 
 
-def cache_bytes(config: PreTrainedConfig, rows: int, prompt: int, completion: int, width: int):
+def cache_bytes(model: Shape, rows: int, prompt: int, completion: int, width: int) -> int:
     """Bytes of the keys and values of ``rows`` completions as sampling lays them out."""
-    text = config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    # The buffers of rollouts.sample grow by a block whenever a token no longer fits.
+    # The buffers of sampling.sample grow by a block whenever a token no longer fits.
     length = prompt + CACHE_BLOCK
     while length < prompt + completion:
         length += CACHE_BLOCK + 1
-    return 2 * text.num_hidden_layers * rows * kv_heads * head_dim * length * width
+    return 2 * model.layers * rows * model.kv_heads * model.head_dim * length * width
 
 
-def layer_bytes(config: PreTrainedConfig, rank: int, width: int) -> int:
+def layer_bytes(model: Shape, rank: int, width: int) -> int:
     """Bytes that one decoder layer under LoRA keeps of one token for the backward pass.
 
     The adapter computes in fp32, so in 16 bits it keeps its own copy of the input of each of the
     seven linear layers; that, and not the model, is the larger part.
     """
-    text = config.get_text_config()
-    hidden, inner = text.hidden_size, getattr(text, "intermediate_size", 4 * text.hidden_size)
-    head_dim = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
-    queries = text.num_attention_heads * head_dim
-    norms = 2 * 4 * hidden
-    inputs = 4 * (hidden * (2 if width == 4 else 5) + queries + inner + 7 * rank)
+    queries = model.heads * model.head_dim
+    norms = 2 * 4 * model.hidden
+    inputs = 4 * (model.hidden * (2 if width == 4 else 5) + queries + model.inner + 7 * rank)
     attention = 4 * queries * width  # queries, keys and values for all heads, output
-    return norms + inputs + attention + 3 * inner * width
+    return norms + inputs + attention + 3 * model.inner * width
 
 
-def plan(
-    config: PreTrainedConfig, settings: TrainConfig, prompt: int, width: int | None = None
-) -> Plan:
+def plan(model: Shape, settings: TrainConfig, prompt: int, width: int | None = None) -> Plan:
     """Predict the memory of a run.
 
     Args:
-        config: of the model, from :func:`shape`.
+        model: from :func:`shape`.
         settings: of the run; its ``model`` is not looked at.
         prompt: tokens of the longest prompt.
         width: bytes of a weight that is not quantised and of an activation; default 2 with
@@ -204,38 +267,34 @@ def plan(
     if settings.lora_rank < 1:
         raise ValueError("lora_rank is 0; the planner knows adapters, allowed are 1 and above.")
     width = width or (2 if settings.four_bit else 4)
-    text, group = config.get_text_config(), settings.num_generations
+    group, hidden, inner = settings.num_generations, model.hidden, model.inner
     rows, completion = settings.prompts_per_step * group, settings.max_completion_length
-    vocabulary, hidden = text.vocab_size, text.hidden_size
-    inner = getattr(text, "intermediate_size", 4 * hidden)
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
-    kept = cache_bytes(config, rows, prompt, completion, width)
+    kept = cache_bytes(model, rows, prompt, completion, width)
     dequantised = inner * hidden * width if settings.four_bit else 0
     size = settings.micro_batch_size
     if settings.gradient_checkpointing:
         size = min(size, rows)
         tokens = size * (prompt + completion)
-        layer = tokens * layer_bytes(config, settings.lora_rank, width)
-        kept_by_layers = text.num_hidden_layers * tokens * hidden * width
+        layer = tokens * layer_bytes(model, settings.lora_rank, width)
+        kept_by_layers = model.layers * tokens * hidden * width
     else:
         size = min(math.ceil(size / group) * group, rows)
         tokens = size * completion + size // group * prompt
-        layer = tokens * layer_bytes(config, settings.lora_rank, width)
+        layer = tokens * layer_bytes(model, settings.lora_rank, width)
         # The keys and values of the prompt are copied for each of its completions.
-        copied = size * prompt * 2 * heads * head_dim * width
-        kept_by_layers = text.num_hidden_layers * (layer + copied)
+        copied = size * prompt * 2 * model.heads * model.head_dim * width
+        kept_by_layers = model.layers * (layer + copied)
         layer = 0
     # Final hidden states, those picked for the head, and their gradients.
     kept_by_layers += 4 * size * completion * hidden * width
-    logits = min(int(LOGITS_MB * 2**20), LOGIT_BYTES * size * completion * vocabulary)
+    logits = min(int(LOGITS_MB * 2**20), LOGIT_BYTES * size * completion * model.vocabulary)
     phases = {
         "sampling": {
             "KV cache": kept,
             # One after the other: logits and what is made of them, the weights of the largest
             # layer, and the buffer of one layer while it grows.
             "working memory (estimate)": max(
-                rows * vocabulary * (width + 5 * 4), dequantised, kept // text.num_hidden_layers
+                rows * model.vocabulary * (width + 5 * 4), dequantised, kept // model.layers
             ),
         },
         "information": {
@@ -243,7 +302,7 @@ def plan(
             "estimator": int(settings.estimator_memory_mb * 2**20),
             "working memory (estimate)": 10 * CARD_BLOCK + dequantised,
         }
-        if settings.method in INFORMATION
+        if settings.recipe().information is not None
         else {},
         "update, at the head": {"activations": kept_by_layers, "logits chunk": logits},
         "update, in a layer": {
@@ -251,11 +310,11 @@ def plan(
             "working memory (estimate)": tokens * inner * (2 + width) + dequantised,
         },
     }
-    return Plan(weight_bytes(config, settings.lora_rank, settings.four_bit, width), phases)
+    return Plan(weight_bytes(model, settings.lora_rank, settings.four_bit, width), phases)
 
 
 def lower(
-    config: PreTrainedConfig, settings: TrainConfig, prompt: int, limit: float
+    model: Shape, settings: TrainConfig, prompt: int, limit: float
 ) -> list[tuple[str, TrainConfig, Plan]]:
     """What to change, cheapest first, until the run fits into ``limit`` bytes.
 
@@ -269,7 +328,7 @@ def lower(
         return {name: max(least, value // 2)} if value > least else {}
 
     steps: list[tuple[str, TrainConfig, Plan]] = []
-    now = plan(config, settings, prompt)
+    now = plan(model, settings, prompt)
     while now.total > limit:
         options = (  # time lost grows from the first to the last
             {} if settings.four_bit else {"four_bit": True},
@@ -281,7 +340,7 @@ def lower(
         )
         for change in filter(None, options):
             changed = replace(settings, **change)
-            after = plan(config, changed, prompt)
+            after = plan(model, changed, prompt)
             if after.total < 0.99 * now.total:
                 break
         else:
@@ -292,7 +351,7 @@ def lower(
     return steps
 
 
-def table(plans: dict[str, Plan]) -> str:
+def plan_table(plans: dict[str, Plan]) -> str:
     """Plans side by side as a Markdown table, in GB; the keys of ``plans`` head the columns."""
     columns = list(plans.values())
     parts = [("always", part) for part in dict.fromkeys(p for x in columns for p in x.always)]

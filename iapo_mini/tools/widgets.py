@@ -12,14 +12,17 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from iapo_mini.advantages import grpo, iapo
-from iapo_mini.early_exit import prefixes
-from iapo_mini.information import encode_postfix, entropy, informativeness
+from iapo_mini.early_exit.prefixes import ask
+from iapo_mini.early_exit.question import Question
+from iapo_mini.early_exit.reading import logits_entropy
+from iapo_mini.information import encode_postfix, informativeness
 from iapo_mini.plots import COLORS
 from iapo_mini.policy import Policy
 from iapo_mini.problems.stories import token_roles
@@ -27,6 +30,9 @@ from iapo_mini.rewards import score
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.sampling import sample
 from iapo_mini.tasks import Problem
+
+if TYPE_CHECKING:
+    import ipywidgets
 
 _PAGE = "font-family:monospace;background:white;color:black;padding:6px;line-height:1.9"
 
@@ -58,9 +64,10 @@ def forced_answers(policy: Policy, rollouts: Rollouts, k: int = 6) -> ForcedAnsw
 
     def read(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         p, ids = torch.softmax(logits[:, 0].float(), dim=-1).topk(k)
-        return torch.cat([entropy(logits), p, ids.float()], dim=1)  # ids below 2**24 stay exact
+        # Ids below 2**24 stay exact.
+        return torch.cat([logits_entropy(logits), p, ids.float()], dim=1)
 
-    found = prefixes.ask(policy.for_inference(), rollouts, encode_postfix(policy), read)
+    found = ask(policy.for_inference(), rollouts, Question(encode_postfix(policy), read))
     return ForcedAnswers(found[..., 0], found[..., 1 : k + 1], found[..., k + 1 :].long())
 
 
@@ -132,6 +139,118 @@ def bars_svg(values: Sequence[float], at: int, label: str) -> str:
     )
 
 
+@dataclass(frozen=True)
+class _Scene:
+    """What the explorer shows: B completions, G of each problem, with all that is known of them."""
+
+    policy: Policy
+    problems: list[Problem]
+    rollouts: Rollouts
+    forced: ForcedAnswers
+
+    def length(self, i: int) -> int:
+        """Tokens of completion i, without end of sequence."""
+        return int(self.rollouts.lengths[i]) - int(self.rollouts.finished[i])
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """Each token by itself, special ones included."""
+        decode = self.policy.tokenizer.decode
+        return [str(decode([i], skip_special_tokens=False)) for i in ids]
+
+    def completions(self, problem: int) -> list[tuple[str, int]]:
+        """Title and index of each completion of a problem, as a menu takes them."""
+        group = self.rollouts.num_generations
+        return [
+            (f"{self.length(i)} tokens, {'right' if self.rollouts.correct[i] else 'wrong'}", i)
+            for i in range(problem * group, (problem + 1) * group)
+        ]
+
+    def values(self, i: int, color: str, alpha: float, beta: float) -> tuple[list[float], str]:
+        """One number for each token of completion i, and their unit."""
+        if color == "information":
+            values, unit = self.rollouts.informativeness, "nats"
+        elif color == "IAPO advantage":
+            values, unit = iapo(self.rollouts, alpha, beta), "advantage"
+        else:
+            values, unit = grpo(self.rollouts), "advantage"
+        return values[i, : self.length(i)].tolist(), unit
+
+    def completion_html(self, i: int, at: int, values: list[float], unit: str) -> str:
+        """Completion i of which ``at`` tokens are read; only a story's tokens have roles."""
+        ids = self.rollouts.completion_ids[i, : self.length(i)].tolist()
+        is_story = bool(self.problems[i // self.rollouts.num_generations].steps)
+        roles = token_roles(self.policy.tokenizer, ids) if is_story else None
+        return tokens_html(self.texts(ids), values, roles, at, unit)
+
+    def forced_html(self, i: int, at: int) -> str:
+        """What the policy answers after ``at`` tokens of completion i."""
+        likely = self.texts(self.forced.ids[i, at].tolist())
+        p, nats = self.forced.probabilities[i, at].tolist(), float(self.forced.entropies[i, at])
+        return answers_html(likely, p, nats)
+
+
+class _Controls:
+    """The explorer's controls and pictures; whoever moves a control has the pictures drawn anew."""
+
+    def __init__(self, scene: _Scene, alpha: float, beta: float) -> None:
+        import ipywidgets as w
+
+        self.scene = scene
+        titles = [
+            p.question if len(p.question) < 80 else p.question[:77] + "..." for p in scene.problems
+        ]
+        self.story = w.Dropdown(
+            options=list(zip(titles, range(len(titles)))),
+            description="story",
+            layout=w.Layout(width="480px"),
+        )
+        self.completion = w.Dropdown(description="completion")
+        self.position = w.IntSlider(
+            min=0, description="tokens read", layout=w.Layout(width="480px")
+        )
+        self.color = w.ToggleButtons(options=["information", "IAPO advantage", "GRPO advantage"])
+        wide = w.Layout(width="380px")
+        self.alpha, self.beta = (
+            w.FloatSlider(value=value, min=0, max=1, step=0.01, description=name, layout=wide)
+            for name, value in (("alpha", alpha), ("beta", beta))
+        )
+        self.question, self.tokens, self.answers, self.bars = (w.HTML() for _ in range(4))
+        self.busy = False  # while controls set each other, nothing is drawn
+        self.story.observe(self.choose_story, "value")
+        self.completion.observe(self.choose_completion, "value")
+        for control in (self.position, self.color, self.alpha, self.beta):
+            control.observe(self.draw, "value")
+        self.choose_story()
+
+    def choose_story(self, _: object = None) -> None:
+        options = self.scene.completions(self.story.value)
+        self.busy = True  # the assignments below would each draw everything
+        self.completion.options, self.completion.value = options, options[0][1]
+        asked = self.scene.problems[self.story.value].question
+        self.question.value = f"<b>{html.escape(asked)}</b>"
+        self.busy = False
+        self.choose_completion()
+
+    def choose_completion(self, _: object = None) -> None:
+        if self.busy:
+            return
+        self.busy = True
+        self.position.max = self.scene.length(self.completion.value)
+        self.position.value = self.position.max
+        self.busy = False
+        self.draw()
+
+    def draw(self, _: object = None) -> None:
+        if self.busy:
+            return
+        i, at, color = self.completion.value, self.position.value, self.color.value
+        values, unit = self.scene.values(i, color, self.alpha.value, self.beta.value)
+        self.tokens.value = self.scene.completion_html(i, at, values, unit)
+        self.answers.value = self.scene.forced_html(i, at)
+        label = f"{color} of each token" + (" (nats)" if unit == "nats" else "")
+        self.bars.value = bars_svg(values, at, label)
+
+
 def explorer(
     policy: Policy,
     problems: Sequence[Problem],
@@ -140,7 +259,7 @@ def explorer(
     alpha: float = 0.2,
     beta: float = 0.05,
     seed: int = 0,
-):
+) -> ipywidgets.VBox:
     """Controls and pictures of completions, as one widget.
 
     Args:
@@ -167,86 +286,19 @@ def explorer(
     rollouts = sample(policy, problems, num_generations=num_generations, seed=seed)
     rollouts = score(rollouts, policy.tokenizer, problems)
     forced = forced_answers(policy, rollouts)
-    rollouts.informativeness = informativeness(forced.entropies, rollouts.completion_mask)
-    lengths = (rollouts.lengths - rollouts.finished.long()).tolist()  # without end of sequence
-
-    def text(i: int) -> str:
-        return policy.tokenizer.decode([i], skip_special_tokens=False)
-
-    titles = [p.question if len(p.question) < 80 else p.question[:77] + "..." for p in problems]
-    story = w.Dropdown(
-        options=list(zip(titles, range(len(problems)))),
-        description="story",
-        layout=w.Layout(width="480px"),
-    )
-    completion = w.Dropdown(description="completion")
-    position = w.IntSlider(min=0, description="tokens read", layout=w.Layout(width="480px"))
-    color = w.ToggleButtons(options=["information", "IAPO advantage", "GRPO advantage"])
-    wide = w.Layout(width="380px")
-    sliders = [
-        w.FloatSlider(value=value, min=0, max=1, step=0.01, description=name, layout=wide)
-        for name, value in (("alpha", alpha), ("beta", beta))
-    ]
-    question, tokens, answers, bars = (w.HTML() for _ in range(4))
-    busy = [False]
-
-    def choose_story(_=None) -> None:
-        first = story.value * num_generations
-        options = [
-            (f"{lengths[i]} tokens, {'right' if rollouts.correct[i] else 'wrong'}", i)
-            for i in range(first, first + num_generations)
-        ]
-        busy[0] = True  # the assignments below would each draw everything
-        completion.options, completion.value = options, first
-        question.value = f"<b>{html.escape(problems[story.value].question)}</b>"
-        busy[0] = False
-        choose_completion()
-
-    def choose_completion(_=None) -> None:
-        if busy[0]:
-            return
-        busy[0] = True
-        position.max = lengths[completion.value]
-        position.value = position.max
-        busy[0] = False
-        draw()
-
-    def draw(_=None) -> None:
-        if busy[0]:
-            return
-        i, at = completion.value, position.value
-        n = lengths[i]
-        if color.value == "information":
-            values, unit = rollouts.informativeness, "nats"
-        elif color.value == "IAPO advantage":
-            values, unit = iapo(rollouts, *(s.value for s in sliders)), "advantage"
-        else:
-            values, unit = grpo(rollouts), "advantage"
-        values, ids = values[i, :n].tolist(), rollouts.completion_ids[i, :n].tolist()
-        is_story = bool(problems[i // num_generations].steps)
-        roles = token_roles(policy.tokenizer, ids) if is_story else None
-        tokens.value = tokens_html([text(j) for j in ids], values, roles, at, unit)
-        likely = [text(j) for j in forced.ids[i, at].tolist()]
-        p, nats = forced.probabilities[i, at].tolist(), float(forced.entropies[i, at])
-        answers.value = answers_html(likely, p, nats)
-        label = f"{color.value} of each token" + (" (nats)" if unit == "nats" else "")
-        bars.value = bars_svg(values, at, label)
-
-    story.observe(choose_story, "value")
-    completion.observe(choose_completion, "value")
-    for control in (position, color, *sliders):
-        control.observe(draw, "value")
-    choose_story()
+    known = informativeness(forced.entropies, rollouts.completion_mask)
+    scene = _Scene(policy, problems, rollouts.filled(informativeness=known), forced)
+    c = _Controls(scene, alpha, beta)
     box = w.VBox(
         [
-            w.HBox([story, completion]),
-            w.HBox([position, color]),
-            w.HBox(sliders),
-            question,
-            tokens,
-            w.HBox([answers, bars]),
+            w.HBox([c.story, c.completion]),
+            w.HBox([c.position, c.color]),
+            w.HBox([c.alpha, c.beta]),
+            c.question,
+            c.tokens,
+            w.HBox([c.answers, c.bars]),
         ]
     )
-    box.story, box.completion, box.position, box.color = story, completion, position, color
-    box.alpha, box.beta = sliders
+    box.story, box.completion, box.position, box.color = c.story, c.completion, c.position, c.color
+    box.alpha, box.beta = c.alpha, c.beta
     return box

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_rgba
 from matplotlib.figure import Figure
@@ -18,6 +20,9 @@ from matplotlib.patches import Patch, Rectangle
 from iapo_mini.intervals import mean_interval
 from iapo_mini.plots import COLORS, LABELS, MARKERS, STYLES, band, interval_of
 from iapo_mini.problems.stories import ROLES, token_roles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def tradeoff(methods: Mapping[str, Mapping], ks: Sequence[int]) -> Figure:
@@ -90,7 +95,9 @@ COLUMNS = 110
 """Letters per line of a completion."""
 
 
-def case_study(question: str, texts: Mapping[str, str], tokenizer) -> Figure:
+def case_study(
+    question: str, texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase
+) -> Figure:
     """One story answered by several policies, every token on the colour of its role (Fig. 7).
 
     Args:
@@ -99,7 +106,7 @@ def case_study(question: str, texts: Mapping[str, str], tokenizer) -> Figure:
     blocks = {}
     for name, text in texts.items():
         ids = tokenizer.encode(text, add_special_tokens=False)
-        pieces = [tokenizer.decode([i]) for i in ids]
+        pieces = [str(tokenizer.decode([i])) for i in ids]
         colors = [to_rgba(COLORS[role], 0.45) for role in token_roles(tokenizer, ids)]
         title = f"{LABELS.get(name, name)}: {len(ids)} tokens"
         blocks[title] = list(zip(pieces, colors))
@@ -136,11 +143,12 @@ def heat_maps(question: str, completions: Mapping[str, tuple], span: float = 2.0
     return fig
 
 
-def _stacked(question: str, blocks: Mapping[str, list[tuple[str, tuple]]]):
+def _stacked(question: str, blocks: Mapping[str, list[tuple[str, tuple]]]) -> tuple[Figure, Axes]:
     """Story on top, then a titled block of text for each policy, every token on its colour."""
     wrapped = {}
     for title, pieces in blocks.items():
-        lines, used = [[]], 0
+        lines: list[list[tuple[str, tuple]]] = [[]]
+        used = 0
         for piece, color in pieces:
             if used + len(piece) > COLUMNS:
                 lines.append([])
@@ -157,9 +165,9 @@ def _stacked(question: str, blocks: Mapping[str, list[tuple[str, tuple]]]):
     ax.set_axis_off()
     ax.set_xlim(0, COLUMNS + 2)
     ax.set_ylim(rows, 0)
-    text = {"family": "monospace", "fontsize": size, "va": "center"}
-    for y, line in enumerate(told):
-        ax.text(0, y + 0.7, line, style="italic", **text)
+    text: dict[str, Any] = {"family": "monospace", "fontsize": size, "va": "center"}
+    for i, sentence in enumerate(told):
+        ax.text(0, i + 0.7, sentence, style="italic", **text)
     y = len(told) + 1.2
     for title, lines in wrapped.items():
         ax.text(0, y, title, weight="bold", **text)
@@ -191,7 +199,7 @@ def sweeps(results: Mapping) -> Figure:
         values = [point["value"] for point in results[weight]]
         for ax, (metric, label) in zip(row, panels.items()):
             intervals = [mean_interval(point[metric]) for point in results[weight]]
-            band(ax, values, intervals, "o-", COLORS["iapo"], "IAPO", lw=1.5, ms=4)
+            band(ax, values, intervals, "o-", color=COLORS["iapo"], label="IAPO", lw=1.5, ms=4)
             ax.set_xscale("log")
             ax.set_xlabel(f"{weight} (log scale)")
             ax.set_ylabel(label)
@@ -222,7 +230,7 @@ def means(results: Mapping) -> Figure:
             color, label = COLORS[method], f"{LABELS[method]}, {aggregation} mean"
             by_step = [mean_interval(x) for x in zip(*found["length_by_step"])]
             steps = range(1, len(by_step) + 1)
-            band(left, steps, by_step, style, color, label, alpha=0.15, lw=1.8)
+            band(left, steps, by_step, style, color=color, label=label, alpha=0.15, lw=1.8)
             mean, low, high = _drawn(found["pass@1"])
             right.barh(y, mean, color=color, hatch=hatch, edgecolor="white", alpha=0.75, height=0.6)
             right.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color="black", capsize=3)

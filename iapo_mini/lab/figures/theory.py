@@ -8,16 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from iapo_mini.plots import LABELS, STYLES, band
 
 
-def _curve(ax, x, intervals, label: str, color: str, style: str) -> None:
-    band(ax, x, intervals, style, color, label, ms=4, lw=1.5)
+def _curve(
+    ax: Axes, x: ArrayLike, intervals: ArrayLike, label: str, color: str, style: str
+) -> None:
+    band(ax, x, intervals, style, color=color, label=label, ms=4, lw=1.5)
 
 
-def _predicted_measured(ax, looks: Mapping[str, tuple], unit: str) -> None:
+def _predicted_measured(ax: Axes, looks: Mapping[str, tuple], unit: str) -> None:
     """Measured against predicted, both per unit of step, and the line on which they are equal.
 
     Args:
@@ -35,7 +39,7 @@ def _predicted_measured(ax, looks: Mapping[str, tuple], unit: str) -> None:
     ax.legend(frameon=False, fontsize=8)
 
 
-def _error_by_step(ax, etas: Sequence[float], curves: Mapping[str, tuple]) -> None:
+def _error_by_step(ax: Axes, etas: Sequence[float], curves: Mapping[str, tuple]) -> None:
     """Relative error of the prediction by step size; label -> ``(intervals, color, style)``."""
     for label, (intervals, color, style) in curves.items():
         _curve(ax, etas, np.maximum(intervals, 1e-9), label, color, style)
@@ -109,11 +113,12 @@ def theory_corollary(corollary: Mapping) -> Figure:
     middle.set_ylabel("expected length (tokens)")
     middle.set_title("length follows", fontsize=10)
     by_length = corollary["stories"]["by_length"]
-    x = [float(r) for r in by_length]
-    _curve(right, x, list(by_length.values()), "sampled", "#009E73", "D-")
+    relative = [float(r) for r in by_length]
+    _curve(right, relative, list(by_length.values()), "sampled", "#009E73", "D-")
     if "1" in by_length:
         mean = by_length["1"][0]
-        right.plot(x, mean / np.array(x), "k:", lw=1, label="equal information in all")
+        even = mean / np.array(relative)
+        right.plot(relative, even, "k:", lw=1, label="equal information in all")
     right.set_xlabel("length / mean length of the story")
     right.set_title("embedded policy on test stories", fontsize=10)
     left.axhline(0, color="black", lw=0.8)

@@ -1,17 +1,87 @@
-"""Log-probabilities with the vocabulary head in chunks and layers checkpointed: the same numbers.
+"""Log-probabilities against plain passes: shared prompts, padding, chunks, checkpointed layers.
 
 A large vocabulary is what runs a small card out of memory; here a tiny budget has the same effect.
 """
 
 import pytest
 import torch
-from helpers import make_rollouts, perturb_lora, plain_logprobs, saved_bytes, tiny_policy
+from helpers import (
+    close,
+    make_rollouts,
+    padded_pairs,
+    perturb_lora,
+    plain_log_softmax,
+    plain_logprobs,
+    saved_bytes,
+    tiny_policy,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iapo_mini.logprobs import head_alone, token_logprobs
 from iapo_mini.policy import load_policy
 
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_shared_prompts_change_neither_logprobs_nor_gradients(tiny_folder, lora_rank, temperature):
+    policy = perturb_lora(load_policy(tiny_folder, lora_rank=lora_rank))
+    rollouts = make_rollouts([9, 4, 6], [5, 1, 8, 3, 8, 2], group=2)
+    weights = torch.randn(rollouts.completion_ids.shape)
+
+    def gradients(logprobs):
+        (logprobs * weights).sum().backward()
+        grads = {name: p.grad.clone() for name, p in policy.trainable().items()}
+        policy.model.zero_grad()
+        return grads
+
+    naive = plain_logprobs(policy.model, rollouts, temperature)
+    expected = gradients(naive)
+    assert all(g.abs().max() > 1e-3 for g in expected.values() if g.ndim == 2)
+    for rows_per_block in (1, 4, 16):
+        logprobs, _ = token_logprobs(policy.model, rollouts, temperature, rows_per_block)
+        torch.testing.assert_close(logprobs, naive, atol=1e-4, rtol=0)
+        for name, grad in gradients(logprobs).items():
+            scale = expected[name].abs().max()
+            torch.testing.assert_close(grad, expected[name], atol=1e-4 * float(scale), rtol=1e-3)
+
+
+def test_entropies_of_token_logprobs(base_policy):
+    rollouts = make_rollouts([5, 7], [4, 1, 6, 3], group=2)
+    with torch.no_grad():
+        _, entropies = token_logprobs(base_policy.model, rollouts, temperature=0.7)
+        for i, n in enumerate(rollouts.lengths.tolist()):
+            log_p = plain_log_softmax(base_policy.model, rollouts, i, temperature=0.7)
+            expected = torch.distributions.Categorical(logits=log_p).entropy()
+            torch.testing.assert_close(entropies[i, :n], expected, atol=1e-4, rtol=0)
+            assert not entropies[i, n:].any()
+
+
+def test_entropies_carry_no_gradient(lora_policy):
+    logprobs, entropies = token_logprobs(lora_policy.model, make_rollouts([5], [4, 1], group=2))
+    assert logprobs.requires_grad and not entropies.requires_grad
+
+
+@settings(max_examples=12)
+@given(padded_pairs(), st.integers(1, 6))
+def test_padding_changes_nothing(base_policy, pair, block):
+    rollouts, padded = pair
+    with torch.no_grad():
+        plain = plain_logprobs(base_policy.model, rollouts)
+        logprobs, _ = token_logprobs(base_policy.model, rollouts, rows_per_block=block)
+        more, _ = token_logprobs(base_policy.model, padded, rows_per_block=block)
+    close(logprobs, plain)
+    close(more[:, : plain.shape[1]], logprobs, atol=1e-5)
+    assert not more[:, plain.shape[1] :].any()
+
+
+# The vocabulary head in chunks, layers checkpointed
+
+
 SIZES = dict(prompts=[5, 9], completions=[4, 1, 6, 3], group=2)
+
+
 CHUNKS = 0.05  # MiB: four tokens at a time with the tests' vocabulary of 864
 
 

@@ -7,15 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from iapo_mini import plots
 from iapo_mini.lab import estimators
 from iapo_mini.lab.exact import true_drops
+from iapo_mini.lab.figures import estimators as figures
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import chain_of_thought, stories, token_roles
 
@@ -27,35 +24,6 @@ def told():
     problems = list(itertools.islice(stories("tune", seed=7), 6))
     rng = random.Random(0)
     return problems, [chain_of_thought(p, rng) for p in problems]
-
-
-@settings(max_examples=50)
-@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=12))
-def test_auc_counts_pairs(pairs):
-    scores, positive = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
-    if positive.all() or not positive.any():
-        return
-    wins = [
-        (a > b) + 0.5 * (a == b) for a, b in itertools.product(scores[positive], scores[~positive])
-    ]
-    assert estimators.auc(scores, positive) == pytest.approx(np.mean(wins))
-
-
-def test_spearman_of_ranks():
-    a = np.array([1.0, 2.0, 3.0, 10.0])
-    assert estimators.spearman(a, a**3) == pytest.approx(1.0)
-    assert estimators.spearman(a, -a) == pytest.approx(-1.0)
-    # Ties share the mean rank: ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4.
-    tied = np.array([0.0, 5.0, 5.0, 9.0])
-    expected = np.corrcoef([1, 2.5, 2.5, 4], [1, 2, 3, 4])[0, 1]
-    assert estimators.spearman(tied, a) == pytest.approx(expected)
-
-
-def test_interval_holds_the_value_and_resamples_whole_groups():
-    groups = [(np.array([1.0, 1.0]),), (np.array([3.0]),)]
-    value, low, high = estimators.with_interval(lambda x: float(x.mean()), groups)
-    assert value == pytest.approx(5 / 3)
-    assert low == 1.0 and high == 3.0  # draws of one group only
 
 
 def test_segments_of_tokens_have_the_roles_of_tokens(told):
@@ -102,12 +70,12 @@ def test_figures_are_drawn_from_the_committed_results(tmp_path):
     estimators.draw(results, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {f"estimator_{x}.png" for x in ("auc", "steps", "growth", "speed")}
-    labels = [t.get_text() for t in plots.estimator_auc(results).axes[0].get_xticklabels()]
-    assert labels == list(plots.ESTIMATOR_LABELS.values())
+    labels = [t.get_text() for t in figures.estimator_auc(results).axes[0].get_xticklabels()]
+    assert labels == list(figures.ESTIMATOR_LABELS.values())
 
 
 def test_command_refuses_too_few_stories():
-    run = [sys.executable, "-m", "iapo_mini", "figures", "estimator", "--stories", "1"]
+    run = [sys.executable, "-m", "iapo_mini", "lab", "figures", "estimator", "--stories", "1"]
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "iapo-mini: stories is 1; allowed are 2 and above.\n"

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 
 pytest.importorskip("trl", reason="the extra [trl] is not installed")
 
-from helpers import TRIVIAL, explicit_entropies, perturb_lora
+from helpers import PATIENCE, TRIVIAL, explicit_entropies, perturb_lora
 from trl import GRPOConfig, GRPOTrainer
 
 from iapo_mini.advantages import iapo
+from iapo_mini.config import RECIPES
 from iapo_mini.engines import trl
 from iapo_mini.engines.trl import IAPOConfig, IAPOTrainer, answer_reward
 from iapo_mini.information import answer_entropies, informativeness
@@ -64,7 +66,7 @@ def as_rollouts(batch, **fields):
         prompt_ids=batch["prompt_ids"], prompt_mask=masks[0],
         completion_ids=batch["completion_ids"], completion_mask=masks[1],
         old_logprobs=fields.pop("old_logprobs", torch.zeros(masks[1].shape)),
-        num_generations=4, finished=masks[1].any(1), **fields,
+        num_generations=4, finished=masks[1].any(1), known=fields,
     )  # fmt: skip
 
 
@@ -95,7 +97,8 @@ def test_our_loss_and_gradients_are_those_of_trl(trainer, loss_type, high, kl):
     rollouts = as_rollouts(batch)
     with torch.no_grad():
         logprobs, _ = token_logprobs(theirs.model, rollouts, 0.9)
-    batch["old_per_token_logps"] = rollouts.old_logprobs = logprobs + noise(0.3)
+    batch["old_per_token_logps"] = logprobs + noise(0.3)
+    rollouts = replace(rollouts, old_logprobs=batch["old_per_token_logps"])
     batch["ref_per_token_logps"] = logprobs + noise(0.3)
     batch["advantages"] = noise(1.0)
     loss = theirs._compute_loss(theirs.model, batch)
@@ -133,9 +136,10 @@ def test_advantages_are_the_papers(trainer, schooled_folder, lora_rank):
     rollouts = as_rollouts(batch, rewards=rewards, correct=rewards == 1.5)
     policy.model.eval()
     entropies = explicit_entropies(policy, rollouts)
-    rollouts.informativeness = informativeness(entropies, rollouts.completion_mask)
+    s = informativeness(entropies, rollouts.completion_mask)
     with torch.no_grad():
-        rollouts.old_logprobs, _ = token_logprobs(policy.model, rollouts)
+        logprobs, _ = token_logprobs(policy.model, rollouts)
+    rollouts = replace(rollouts, old_logprobs=logprobs).filled(informativeness=s)
     torch.testing.assert_close(batch["advantages"], iapo(rollouts, 0.7, 0.3), atol=2e-4, rtol=0)
     (logged,) = ours._metrics["train"]["informativeness"]
     expected = rollouts.informativeness[rollouts.completion_mask].mean()
@@ -146,15 +150,15 @@ def test_advantages_are_the_papers(trainer, schooled_folder, lora_rank):
 def test_early_answers_at_a_stride(trainer, monkeypatch, stride):
     ours, asked = trainer(iapo_stride=stride), []
 
-    def spy(policy, rollouts, postfix, **how):
+    def spy(policy, rollouts, how):
         asked.append(how)
-        return answer_entropies(policy, rollouts, postfix, **how)
+        return answer_entropies(policy, rollouts, how)
 
     monkeypatch.setattr(trl, "answer_entropies", spy)
     batch_of(ours)
     (how,) = asked
-    assert how["method"] == "strided"
-    assert how["stride"] == ("sentence" if stride == "sentence" else 4)
+    assert how.way == "packed"
+    assert how.stride == ("sentence" if stride == "sentence" else 4)
 
 
 def test_terms_are_left_out_of_what_has_no_reward_or_was_not_written(trainer, monkeypatch):
@@ -192,9 +196,9 @@ def steps_of(trainer, steps=3):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        {"loss_type": "dapo", "beta": 0.0},
         {"loss_type": "grpo", "beta": 0.04},
-        {"loss_type": "cispo", "steps_per_generation": 2, "num_iterations": 2},
+        {"loss_type": "cispo", "beta": 0.0, "steps_per_generation": 2, "num_iterations": 2},
     ],
     ids=["dapo", "grpo with KL", "cispo off policy"],
 )
@@ -216,7 +220,7 @@ def test_its_terms_change_the_update(trainer):
         assert any(not torch.equal(w, plain[n]) for n, w in weights.items())
 
 
-SCRIPT = Path(__file__).parent / "scaleout_process.py"
+SCRIPT = Path(__file__).parent / "trl_process.py"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="gloo by torchrun")
@@ -231,7 +235,7 @@ def test_two_processes_make_the_update_of_one(schooled_folder, tmp_path):
         done = subprocess.run(
             [sys.executable, "-m", "accelerate.commands.launch", *launch, str(SCRIPT),
              schooled_folder, str(batch), str(out)],
-            capture_output=True, text=True, timeout=500,
+            capture_output=True, text=True, timeout=PATIENCE,
             env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
@@ -309,6 +313,15 @@ def test_bad_settings_are_refused(field, value, tmp_path):
         IAPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{field: value})
 
 
+def test_defaults_are_those_of_the_recipe(tmp_path):
+    recipe = RECIPES["iapo"]
+    config = IAPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    assert (config.iapo_alpha, config.iapo_beta) == (recipe.alpha, recipe.beta)
+    assert (config.epsilon, config.epsilon_high) == (recipe.epsilon, recipe.epsilon_high)
+    assert config.beta == recipe.kl_coef
+    assert SHARED_LOSSES[config.loss_type] == recipe.aggregation
+
+
 def test_an_empty_postfix_is_refused(trainer):
     with pytest.raises(ValueError, match="postfix is ''"):
         trainer(iapo_postfix="")
@@ -318,8 +331,8 @@ def test_nothing_else_imports_it():
     code = "import sys, iapo_mini.cli, iapo_mini.lab.table1, iapo_mini.trainer; "
     code += "sys.exit('trl' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    library = Path(trl.__file__).parent
-    for file in library.glob("*.py"):
+    library = Path(trl.__file__).parent.parent
+    for file in set(library.rglob("*.py")) - {Path(trl.__file__)}:
         assert "trl import" not in file.read_text(), file
 
 
@@ -353,7 +366,7 @@ def test_the_example_trains(tmp_path):
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(script), *[x for k, v in options.items() for x in (f"--{k}", str(v))]],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=PATIENCE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

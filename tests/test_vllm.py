@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import TRIVIAL, assert_close_in_fp32, perturb_lora, plain_logprobs, unpadded
 
-from iapo_mini import rollouts as native
+from iapo_mini import sampling as native
 from iapo_mini.config import TrainConfig
 from iapo_mini.engines.vllm import sample_with, sampler_of, sync_weights
 from iapo_mini.policy import load_policy

@@ -2,9 +2,9 @@
 
 import itertools
 import json
-from pathlib import Path
 
 import pytest
+from helpers import real_problems
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,8 +21,6 @@ from iapo_mini.problems.datasets import (
 from iapo_mini.problems.stories import stories
 from iapo_mini.problems.verify import as_number, equal_answers
 from iapo_mini.tasks import Problem, messages
-
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
 def gsm8k(n, answer="she has 2 + 3 = <<2+3=5>>5\n#### {}"):
@@ -294,9 +292,7 @@ def test_no_torch_and_no_datasets_are_needed_to_read_a_file(tmp_path):
 
 
 def test_every_gsm8k_test_problem_is_read_and_verifies_against_itself():
-    path = SHARED / "gsm8k_test.jsonl"
-    if not path.is_file():
-        pytest.skip(f"the GSM8K problems are not at {path}")
+    path = real_problems("gsm8k_test.jsonl")
     problems = load_problems("gsm8k", "all", str(path))
     assert len(problems) == 1319
     for problem in problems:
@@ -309,9 +305,7 @@ def test_every_gsm8k_test_problem_is_read_and_verifies_against_itself():
 
 
 def test_every_math500_problem_is_read():
-    path = SHARED / "math500_test.json"
-    if not path.is_file():
-        pytest.skip(f"the MATH-500 problems are not at {path}")
+    path = real_problems("math500_test.json")
     problems = load_problems("math500", "all", str(path))
     raw = json.loads(path.read_text(encoding="utf-8"))
     assert len(problems) == 500

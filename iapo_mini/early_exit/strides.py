@@ -1,0 +1,44 @@
+"""Not every prefix need be asked: which ones are, and what is said of those between."""
+
+from __future__ import annotations
+
+import torch
+
+from iapo_mini.policy import Policy
+from iapo_mini.rollouts import Rollouts
+
+
+def sentence_ends(policy: Policy, rollouts: Rollouts) -> torch.Tensor:
+    """(B, L + 1) bool: prefixes that end with a sentence, a line or a tag, and the first and last.
+
+    A token ends a sentence when its text ends with one of ``. ! ? >`` or a line break.
+    """
+    vocabulary = torch.unique(rollouts.completion_ids)
+    texts = policy.tokenizer.batch_decode(vocabulary[:, None], skip_special_tokens=False)
+    last = [text.rstrip(" ")[-1:] for text in texts]
+    ends = vocabulary[[c in set(".!?>\n") and c != "" for c in last]]
+    out = torch.isin(rollouts.completion_ids, ends) & rollouts.completion_mask
+    out = torch.nn.functional.pad(out, (1, 0), value=True)
+    return out.scatter_(1, rollouts.lengths[:, None], True)
+
+
+def prefixes_asked(policy: Policy, rollouts: Rollouts, stride: int | str) -> torch.Tensor:
+    """(B, L + 1) bool: every ``stride``-th prefix, or the sentence ends, and each row's last."""
+    if isinstance(stride, str):
+        return sentence_ends(policy, rollouts)
+    t = torch.arange(rollouts.completion_ids.shape[1] + 1, device=rollouts.lengths.device)
+    return (t % stride == 0) | (t == rollouts.lengths[:, None])
+
+
+def spread(values: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """Fill the prefixes between two asked ones on the straight line between their values.
+
+    So a segment's drop is exact and every token of the segment gets an equal share of it.
+    """
+    t = torch.arange(values.shape[1], device=values.device).expand_as(values)
+    before = torch.where(asked, t, -1).cummax(1).values.clamp(min=0)
+    after = torch.where(asked, t, values.shape[1]).flip(1).cummin(1).values.flip(1)
+    after = torch.where(after < values.shape[1], after, before)
+    share = (t - before) / (after - before).clamp(min=1)
+    left, right = values.gather(1, before), values.gather(1, after)
+    return torch.where(asked, values, left + (right - left) * share)

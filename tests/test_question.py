@@ -1,0 +1,59 @@
+"""What an EarlyExit accepts, without a model."""
+
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+
+from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit, check_stride
+from iapo_mini.tasks import POSTFIX
+
+
+def test_by_default_it_asks_as_the_paper_does():
+    assert EarlyExit() == EVERY_PREFIX
+    assert (EVERY_PREFIX.postfix, EVERY_PREFIX.stride) == (POSTFIX, 1)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 400, "sentence"])
+def test_strides_that_are_accepted(stride):
+    assert EarlyExit(stride=stride).stride == stride
+
+
+@pytest.mark.parametrize("stride", [0, -1, 2.5, True, "word", None])
+def test_bad_strides_are_refused(stride):
+    message = f"stride is {stride!r}; allowed are 1 and above, or 'sentence'."
+    with pytest.raises(ValueError, match=message):
+        EarlyExit(stride=stride)
+    with pytest.raises(ValueError, match=f"my_{message}"):
+        check_stride(stride, "my_stride")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("way", "exact", "packed, cached, naive"),
+        ("way", "strided", "packed, cached, naive"),
+        ("memory_mb", 0, "numbers above 0"),
+        ("memory_mb", -1.0, "numbers above 0"),
+        ("memory_mb", float("nan"), "numbers above 0"),
+        ("chunk_size", 0, "1 and above"),
+        ("chunk_size", -3, "1 and above"),
+    ],
+)
+def test_bad_values_are_refused(field, value, allowed):
+    with pytest.raises(ValueError, match=f"{field} is {value!r}; allowed are {allowed}."):
+        EarlyExit(**{field: value})
+    with pytest.raises(ValueError, match=f"{field} is {value!r}"):
+        replace(EVERY_PREFIX, **{field: value})
+
+
+def test_it_is_never_changed():
+    with pytest.raises(FrozenInstanceError):
+        EVERY_PREFIX.stride = 4
+
+
+def test_it_is_checked_without_torch():
+    program = "import sys, iapo_mini.early_exit.question; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr

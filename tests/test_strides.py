@@ -1,0 +1,109 @@
+"""Asking after some prefixes only: exact where asked, straight lines between."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from helpers import BATCH, TRIVIAL, close, make_rollouts, unpadded
+
+from iapo_mini.early_exit.question import EarlyExit
+from iapo_mini.early_exit.strides import prefixes_asked, sentence_ends, spread
+from iapo_mini.information import answer_entropies, informativeness
+from iapo_mini.problems.stories import chain_of_thought, stories
+from iapo_mini.sampling import from_texts
+
+
+def straight(values, asked, length):
+    """Values at asked prefixes, straight lines between them, 0 past the length."""
+    out = [0.0] * len(values)
+    for t in range(length + 1):
+        left = max(j for j in asked if j <= t)
+        right = min(j for j in asked if j >= t)
+        share = (t - left) / (right - left) if right > left else 0.0
+        out[t] = values[left] + (values[right] - values[left]) * share
+    return out
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 50])
+def test_strided_is_exact_where_asked_and_straight_between(base_policy, stride):
+    rollouts = make_rollouts(**BATCH, right=2)
+    packed = answer_entropies(base_policy, rollouts)
+    found = answer_entropies(base_policy, rollouts, EarlyExit(stride=stride))
+    s = informativeness(found, rollouts.completion_mask)
+    for i, n in enumerate(rollouts.lengths.tolist()):
+        asked = sorted({*range(0, n + 1, stride), n})
+        expected = straight(packed[i].tolist(), asked, n)
+        assert found[i].tolist() == pytest.approx(expected, abs=1e-5)
+        for left, right in itertools.pairwise(asked):
+            drop = float(packed[i, left] - packed[i, right])
+            assert float(s[i, left:right].sum()) == pytest.approx(drop, abs=1e-5)
+            assert s[i, left:right].tolist() == pytest.approx(
+                [drop / (right - left)] * (right - left), abs=1e-5
+            )
+    if stride == 1:
+        close(found, packed, atol=1e-6)
+    else:
+        assert (found - packed).abs().max() > 0.01  # some prefixes were really left out
+
+
+def test_every_token_is_asked_about_by_default(base_policy):
+    rollouts = make_rollouts(**BATCH)
+    every = answer_entropies(base_policy, rollouts, EarlyExit(stride=1))
+    assert torch.equal(answer_entropies(base_policy, rollouts), every)
+
+
+def test_prefixes_asked_by_hand(base_policy):
+    """Every third, and the last of each row: of 5, 1, 3, 6, 0 and 9 tokens."""
+    asked = prefixes_asked(base_policy, make_rollouts(**BATCH), 3)
+    found = [row.nonzero()[:, 0].tolist() for row in asked]
+    ends = [5, 1, 3, 6, 0, 9]
+    assert found == [sorted({0, 3, 6, 9, n}) for n in ends]
+
+
+def test_spread_by_hand():
+    values = torch.tensor([[4.0, 9.0, 9.0, 1.0, 9.0], [2.0, 3.0, 9.0, 9.0, 9.0]])
+    asked = torch.tensor([[True, False, False, True, False], [True, True, False, False, False]])
+    found = spread(values, asked)
+    # Past the last question its value goes on.
+    assert found.tolist() == [[4.0, 3.0, 2.0, 1.0, 1.0], [2.0, 3.0, 3.0, 3.0, 3.0]]
+
+
+TEXT = "<think> Let me go on. 3 + 4 = 7. Hmm, this part\nis it</think><answer> 7"
+
+
+def test_sentences_end_where_they_end(base_policy):
+    rollouts = from_texts(base_policy, TRIVIAL, [TEXT, "7"])
+    found = sentence_ends(base_policy, rollouts)
+    tokens = base_policy.tokenizer
+    for i in range(2):
+        completion = unpadded(rollouts, i)[1].tolist()
+        texts = [tokens.decode([t], skip_special_tokens=False).rstrip(" ") for t in completion]
+        expected = [True] + [x.endswith((".", "!", "?", ">", "\n")) for x in texts]
+        expected[-1] = True
+        padding = [False] * (found.shape[1] - len(expected))
+        assert found[i].tolist() == expected + padding
+    pieces = [tokens.decode([t]) for t in unpadded(rollouts, 0)[1].tolist()]
+    ends = found[0].nonzero()[:, 0].tolist()
+    cut = ["".join(pieces[a:b]) for a, b in itertools.pairwise(ends)]
+    assert cut[:5] == [
+        "<think>",
+        " Let me go on.",
+        " 3 + 4 = 7.",
+        " Hmm, this part\n",
+        "is it</think>",
+    ]
+
+
+def test_strided_by_sentences(base_policy):
+    rng = random.Random(0)
+    problems = [p for p, _ in zip(stories("test"), range(3))]
+    texts = ["".join(s.text for s in chain_of_thought(p, rng, wordiness=0.8)) for p in problems]
+    rollouts = from_texts(base_policy, problems, texts)
+    packed = answer_entropies(base_policy, rollouts)
+    found = answer_entropies(base_policy, rollouts, EarlyExit(stride="sentence"))
+    ends = sentence_ends(base_policy, rollouts)
+    for i, n in enumerate(rollouts.lengths.tolist()):
+        asked = ends[i].nonzero()[:, 0].tolist()
+        assert len(asked) > 4 and asked[-1] == n
+        assert found[i].tolist() == pytest.approx(straight(packed[i].tolist(), asked, n), abs=1e-5)
