@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import make_rollouts
+from helpers import PATIENCE, make_rollouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -248,7 +248,9 @@ def test_methods_by_name():
 @pytest.mark.parametrize("module", ["advantages", "objective", "rollouts"])
 def test_what_is_mathematics_is_imported_without_models_and_data(module):
     program = f"import sys, iapo_mini.{module}; print(*sys.modules, sep='\\n')"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE
+    )
     imported = done.stdout.split()
     assert f"iapo_mini.{module}" in imported, done.stderr
     assert not {"transformers", "peft", "datasets"} & set(imported)

@@ -5,6 +5,7 @@ import sys
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
+from helpers import PATIENCE
 
 from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit, check_stride
 from iapo_mini.tasks import POSTFIX
@@ -55,5 +56,7 @@ def test_it_is_never_changed():
 
 def test_it_is_checked_without_torch():
     program = "import sys, iapo_mini.early_exit.question; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
