@@ -6,6 +6,7 @@ A_{i,t} of the paper is ``advantages[i, t]``. Padding is 0 everywhere.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -58,7 +59,7 @@ def dapo(rollouts: Rollouts, alpha: float = 0.0, beta: float = 0.0) -> torch.Ten
     """DAPO: A_i at every token, nothing for completions cut at the length limit.
 
     The other half of DAPO are settings of the loss: a mean over all tokens of the batch and a clip
-    range of 0.2 below and 0.28 above (``experiments.RECIPES``). alpha and beta are not used.
+    range of 0.2 below and 0.28 above (``config.RECIPES``). alpha and beta are not used.
     """
     return grpo(rollouts) * rollouts.finished[:, None]
 
@@ -153,7 +154,10 @@ def iapo_ni(rollouts: Rollouts, alpha: float = 0.0, beta: float = 0.05) -> torch
     return grpo(rollouts) + beta * normalize(exploration(rollouts), rollouts.completion_mask)
 
 
-ADVANTAGES = {
+Rule = Callable[[Rollouts, float, float], torch.Tensor]
+"""(rollouts, alpha, beta) -> (B, L) fp32."""
+
+ADVANTAGES: dict[str, Rule] = {
     "grpo": grpo,
     "dapo": dapo,
     "gfpo": gfpo,
@@ -161,8 +165,6 @@ ADVANTAGES = {
     "sgrpo": sgrpo,
     "iapo": iapo,
     "iapo_ni": iapo_ni,
-    "iapo_ne": iapo,
-    "iapo_pmi": iapo,
 }
-"""Method name -> advantage function; all take ``(rollouts, alpha, beta)``. Add yours: see
-docs/methods.md."""
+"""Rules by name. Which method has which, and what else makes it that method, stands in
+``config.RECIPES``; one of your own: docs/methods.md."""

@@ -223,7 +223,7 @@ def test_bad_arguments_are_refused():
 
 
 def test_a_folder_needs_no_weights(tmp_path):
-    Qwen2Config(**SHAPES["qwen2.5-0.5b"]).save_pretrained(tmp_path)
+    config_of("qwen2.5-0.5b").save_pretrained(tmp_path)
     assert plan(shape(str(tmp_path)), TrainConfig(), 200) == plan(
         shape("qwen2.5-0.5b"), TrainConfig(), 200
     )

@@ -173,7 +173,7 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     return Shape(
         hidden=hidden,
         inner=getattr(text, "intermediate_size", None) or 4 * hidden,
-        layers=model.layers,
+        layers=text.num_hidden_layers,
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or hidden // heads,
