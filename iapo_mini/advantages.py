@@ -133,7 +133,7 @@ def iapo(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
     left out (paper, Section 4). The method is called ``iapo`` where s is the drop of the answer
     entropy, ``iapo_ne`` (paper, Fig. 5) where it is that of the next token's, and ``iapo_pmi``
     (ours) where it is the pointwise information on the completion's own answer; which one the
-    rollouts bring is decided by ``information.INFORMATION``.
+    rollouts bring is decided by the recipe (``config.RECIPES``).
 
     Args:
         rollouts: with ``rewards``, ``correct`` and ``informativeness``.
