@@ -3,7 +3,7 @@
     accelerate launch --config_file examples/deepspeed_8gpu.yaml \\
         examples/train_trl.py --config examples/gsm8k_8gpu.yaml
 
-On a laptop (docs/trl.md): --model embedded --data stories --use_cpu true --bf16 false.
+On a laptop (docs/scaleout.md): --model embedded --data stories --use_cpu true --bf16 false.
 """
 
 import itertools

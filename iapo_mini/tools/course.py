@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-_RESULTS = Path(__file__).parent.parent / "figures" / "results"
+_RESULTS = Path(__file__).parent.parent.parent / "figures" / "results"
 _RESULTS_URL = "https://raw.githubusercontent.com/iapo-mini/iapo-mini/main/figures/results/"
 
 

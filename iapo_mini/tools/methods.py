@@ -17,7 +17,7 @@ def methods_text() -> str:
     """All methods of ``config.RECIPES``, a paragraph each."""
     out = []
     for name, recipe in RECIPES.items():
-        lines = [f"{recipe.label or name}: {recipe.what}." if recipe.what else recipe.label or name]
+        lines = [": ".join(filter(None, (recipe.label or name, recipe.what))) + "."]
         if recipe.source:
             lines.append(f"Source: {recipe.source}.")
         if isinstance(recipe.information, str):
