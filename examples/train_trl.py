@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from trl import TrlParser
 
 from iapo_mini.engines import trl
-from iapo_mini.policy import model_source
+from iapo_mini.model_files import model_source
 from iapo_mini.problems.datasets import check_data, training_problems
 
 

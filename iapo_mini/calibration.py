@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from iapo_mini.attention import model_mask, positions_of
+from iapo_mini.chat import continuation_ids
 from iapo_mini.early_exit.prefixes import ask, branch_inputs
 from iapo_mini.early_exit.question import Question
-from iapo_mini.early_exit.reading import logits_entropy
+from iapo_mini.early_exit.reading import NEVER, logits_entropy
 from iapo_mini.information import encode_postfix
 from iapo_mini.intervals import expected_calibration_error
 from iapo_mini.policy import Policy
@@ -43,8 +44,8 @@ def _answer_tokens(policy: Policy, answers: Sequence[str]) -> torch.Tensor:
     """
 
     def first(answer: str) -> int:
-        spaced = policy.tokenizer.encode(f" {answer}", add_special_tokens=False)
-        plain = policy.tokenizer.encode(answer, add_special_tokens=False)
+        spaced = continuation_ids(policy.tokenizer, f" {answer}")
+        plain = continuation_ids(policy.tokenizer, answer)
         return spaced[0] if len(spaced) == 1 else plain[0]
 
     return torch.tensor([first(answer) for answer in answers], device=policy.device)
@@ -247,7 +248,7 @@ def exit_loss(
         layers = [(keys.detach(), values.detach()) for keys, values in layers]
     last = torch.arange(k - 1, exits * k, k, device=ends.device)
     out = model(past_key_values=DynamicCache(layers), logits_to_keep=last, **branch)
-    logits = out.logits.float()
+    logits = out.logits.float().clamp(min=NEVER)  # a target of probability 0 costs nothing
     if td_lambda == 1:
         targets = answers[:, None].expand(ends.shape).flatten()
     else:
@@ -306,7 +307,9 @@ def _read(
     with torch.no_grad():
         was = torch.func.functional_call(model, before, kwargs=inputs | {"use_cache": False})
     written = slice(rollouts.prompt_ids.shape[1] - 1, -1)
-    p, q = (torch.log_softmax(x.logits[:, written].float(), dim=-1) for x in (was, now))
+    p, q = (
+        torch.log_softmax(x.logits[:, written].float(), dim=-1).clamp(min=NEVER) for x in (was, now)
+    )
     kl = ((p.exp() * (p - q)).sum(-1) * rollouts.completion_mask).sum()
     trunk = Trunk(now.past_key_values, mask, inputs["position_ids"])
     return kl / rollouts.completion_mask.sum(), trunk

@@ -79,7 +79,8 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
 def _add_policy_options(parser: argparse.ArgumentParser) -> None:
     """Which policy a command looks at."""
     add = parser.add_argument
-    add("--model", default="embedded", help="'embedded', a folder, or a hub id (%(default)s)")
+    add("--model",
+        help="'embedded', a folder, or a hub id (default: the adapter's, or embedded)")  # fmt: skip
     add("--adapter", help="folder of a trained adapter (PEFT format)")
     add("--four-bit", action="store_true", help="load the weights in 4 bits (NF4; bitsandbytes)")
 
@@ -329,15 +330,12 @@ def _export(args: argparse.Namespace) -> None:
     writable_folder(out, "out")
     if any(out.iterdir()):
         raise ValueError(f"out is '{out}', which is not empty; allowed is a new folder.")
-    trained: dict[str, Any] = {"model": "embedded", "four_bit": False}
+    trained = {}
     config = Path(args.adapter).parent / "config.json"
     if config.is_file():
-        trained |= {k: v for k, v in json.loads(config.read_text()).items() if k in trained}
-    policy = load_policy(
-        args.model or trained["model"],
-        adapter=args.adapter,
-        four_bit=trained["four_bit"] if args.four_bit is None else args.four_bit,
-    )
+        trained = json.loads(config.read_text())
+    four_bit = bool(trained.get("four_bit")) if args.four_bit is None else args.four_bit
+    policy = load_policy(args.model, adapter=args.adapter, four_bit=four_bit)
     policy.merged("cpu").save_pretrained(out)
     policy.tokenizer.save_pretrained(out)
     print(f"Merged model: {out}")

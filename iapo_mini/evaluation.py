@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from iapo_mini.intervals import format_interval
 from iapo_mini.policy import Policy
-from iapo_mini.rewards import score
+from iapo_mini.rewards import check_completion, score
 from iapo_mini.run_folder import replace_text
 from iapo_mini.sampling import sample
 from iapo_mini.tasks import Problem, messages
@@ -102,6 +102,7 @@ def evaluate(
     for k in ks:
         if not 1 <= k <= num_generations:
             raise ValueError(f"k is {k}; allowed are 1 to num_generations = {num_generations}.")
+    check_completion(policy, problems[0])
     how = _Sampling(num_generations, max_completion_length, temperature, batch_size, seed)
     path = None if save_to is None else Path(save_to)
     completions = _sample_all(policy, problems, how, path, progress)

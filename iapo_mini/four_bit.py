@@ -52,20 +52,27 @@ def check_four_bit(device: str) -> None:
         ) from error
 
 
-def load_four_bit(source: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_four_bit(
+    source: str, device: str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A causal LM whose linear layers, the vocabulary head excepted, are in NF4.
 
     Args:
         source: folder or hub id.
         device: where the weights go, and where they are quantised.
         dtype: of all that is not quantised, and of the arithmetic.
+
+    Returns:
+        The model, and what transformers says of the weights that it found.
     """
-    model = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=dtype,
         use_safetensors=True,
         trust_remote_code=False,
         device_map=device,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -73,11 +80,12 @@ def load_four_bit(source: str, device: str, dtype: torch.dtype) -> PreTrainedMod
             bnb_4bit_compute_dtype=dtype,
         ),
     )
+    model, told = loaded
     for layer in _quantised_layers(model):
         # On CPUs with AVX512-BF16 the first forward in eval mode would repack the weights in place
         # for a kernel without autograd, after which training fails or learns nothing.
         layer.support_avx512bf16_for_cpu = False
-    return model
+    return model, told
 
 
 def prepare_for_adapter(

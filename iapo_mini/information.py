@@ -32,9 +32,10 @@ from dataclasses import replace
 
 import torch
 
+from iapo_mini.chat import continuation_ids
 from iapo_mini.early_exit import prefixes
 from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit, Question
-from iapo_mini.early_exit.reading import head_entropy, logits_entropy
+from iapo_mini.early_exit.reading import NEVER, head_entropy, logits_entropy
 from iapo_mini.early_exit.strides import prefixes_asked, spread
 from iapo_mini.policy import Policy
 from iapo_mini.rollouts import Rollouts
@@ -42,8 +43,8 @@ from iapo_mini.tasks import POSTFIX
 
 
 def encode_postfix(policy: Policy, postfix: str = POSTFIX) -> torch.Tensor:
-    """Token ids of the postfix, shape (K,) long, without special tokens."""
-    ids = policy.tokenizer.encode(postfix, add_special_tokens=False)
+    """Token ids of the postfix as it goes on behind a completion, shape (K,) long."""
+    ids = continuation_ids(policy.tokenizer, postfix)
     if not ids:
         raise ValueError(f"postfix is {postfix!r}; allowed is text of at least one token.")
     return torch.tensor(ids, device=policy.device)
@@ -131,8 +132,7 @@ def answer_surprisals(
             f"{len(rollouts.lengths)} rows."
         )
     start = encode_postfix(policy, how.postfix)
-    encode = policy.tokenizer.encode
-    ids = [None if x is None else encode(x, add_special_tokens=False) for x in answers]
+    ids = [None if x is None else continuation_ids(policy.tokenizer, x) for x in answers]
     if [] in ids:
         raise ValueError("answers holds a text without tokens; allowed are texts of at least one.")
     width = max((len(x) for x in ids if x), default=1)
@@ -170,7 +170,7 @@ def candidate_logprobs(
     Raises:
         ValueError: for fewer than two candidates, or two with the same tokens.
     """
-    ids = [tuple(policy.tokenizer.encode(c, add_special_tokens=False)) for c in candidates]
+    ids = [tuple(continuation_ids(policy.tokenizer, c)) for c in candidates]
     if len(ids) < 2 or len(set(ids)) < len(ids) or () in ids:
         raise ValueError(
             f"candidates is {list(candidates)!r}; allowed are two or more texts that differ "
@@ -222,7 +222,7 @@ def belief_shift(logprobs: torch.Tensor, completion_mask: torch.Tensor) -> torch
     Returns:
         (B, L) fp32 nats, 0 at padding.
     """
-    before, after = logprobs[:, :-1], logprobs[:, 1:]
+    before, after = (x.clamp(min=NEVER) for x in (logprobs[:, :-1], logprobs[:, 1:]))
     return (after.exp() * (after - before)).sum(-1) * completion_mask
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from iapo_mini.attention import check_window, model_mask, positions_of
+from iapo_mini.early_exit.reading import NEVER
 from iapo_mini.memory import LOGIT_BYTES, LOGITS_MB
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def _read(
     """Log-probability of the tokens ``ids`` (...) under ``logits`` (..., V), and the entropy."""
     log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
     with torch.no_grad():
-        entropy = -(log_p.exp() * log_p).sum(-1)
+        entropy = -(log_p.exp() * log_p.clamp(min=NEVER)).sum(-1)
     return log_p.gather(-1, ids[..., None])[..., 0], entropy
 
 

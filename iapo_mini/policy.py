@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -24,6 +23,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from iapo_mini.adapters import (
+    base_of,
+    check_base,
+    check_merge,
+    is_plain_lora,
+    merged_by_peft,
+    write_base,
+)
+from iapo_mini.chat import end_of_turn
 from iapo_mini.four_bit import (
     check_four_bit,
     check_rows,
@@ -33,7 +41,8 @@ from iapo_mini.four_bit import (
     plain_weight,
     prepare_for_adapter,
 )
-from iapo_mini.policies import EMBEDDED, SHIPPED
+from iapo_mini.model_files import check_loaded, model_source
+from iapo_mini.policies import EMBEDDED
 
 # Below this many parameters a second, merged copy of the weights is cheap and makes sampling and
 # the estimator about twice as fast as going through the adapter's extra layers.
@@ -51,11 +60,13 @@ class Policy:
             both can do, hence ``Any`` here and where it is handed out.)
         tokenizer: its tokenizer, padding on the left.
         frozen: copy of the start weights for full fine-tuning with a KL term, else None.
+        name: what it was loaded by.
     """
 
     model: Any
     tokenizer: transformers.PreTrainedTokenizerBase
     frozen: PreTrainedModel | None = None
+    name: str = ""
     _merged: PreTrainedModel | None = None
 
     @property
@@ -75,10 +86,26 @@ class Policy:
 
     @property
     def eos_ids(self) -> torch.Tensor:
-        """Token ids that end a completion, shape (E,), from the generation config."""
-        ids = self.model.generation_config.eos_token_id
-        ids = self.tokenizer.eos_token_id if ids is None else ids
-        return torch.tensor(ids if isinstance(ids, list) else [ids], device=self.device)
+        """Token ids that end a completion, shape (E,), the one that ends a turn first.
+
+        Those of the generation config (the tokenizer's where it has none) and the token that
+        follows an assistant's turn in the chat template, which some models do not name.
+
+        Raises:
+            ValueError: when there is none.
+        """
+        given = self.model.generation_config.eos_token_id
+        given = self.tokenizer.eos_token_id if given is None else given
+        ids = [] if given is None else given if isinstance(given, list) else [given]
+        turn = end_of_turn(self.tokenizer)
+        ids = list(dict.fromkeys([turn, *ids] if turn is not None else ids))
+        if not ids:
+            raise ValueError(
+                f"model is '{self.tokenizer.name_or_path}', which has no token that ends a "
+                "completion; set eos_token in its tokenizer or eos_token_id in its generation "
+                "config."
+            )
+        return torch.tensor(ids, device=self.device)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[Any]:
@@ -110,7 +137,7 @@ class Policy:
         if not self.uses_lora:
             return self.model
         small = self.model.num_parameters() <= _MERGED_COPY_LIMIT
-        if not small or self.dtype != torch.float32:
+        if not small or self.dtype != torch.float32 or not is_plain_lora(self.model):
             return self.model
         if self._merged is None:
             self._merged = self.merged()
@@ -129,6 +156,9 @@ class Policy:
         adapter's product is added in fp32 and the sum rounded to :attr:`dtype`. Merging into the
         quantised weights instead would round each sum to one of 16 values.
         """
+        if self.uses_lora and not is_plain_lora(self.model):
+            yield from self.merged().state_dict().items()
+            return
         base = self.model.get_base_model() if self.uses_lora else self.model
         for name, layer in base.named_modules():
             if name.endswith(".base_layer") or ".lora_" in name:
@@ -153,8 +183,15 @@ class Policy:
         Args:
             device: where it is built, default where the policy is. On the CPU a model is merged
                 that would not fit beside its 4-bit self on the card.
+
+        Raises:
+            ValueError: when the two differ by more than rounding (:func:`adapters.check_merge`).
         """
         device = self.device if device is None else torch.device(device)
+        if self.uses_lora and not is_plain_lora(self.model):
+            plain = merged_by_peft(self.model, device).requires_grad_(False).eval()
+            check_merge(self.model, plain, self.dtype)
+            return plain
         base = self.model.get_base_model() if self.uses_lora else self.model
         config = copy.deepcopy(base.config)
         if hasattr(config, "quantization_config"):
@@ -165,7 +202,9 @@ class Policy:
             attn_implementation=base.config._attn_implementation,
         )  # fmt: skip
         plain.generation_config = copy.deepcopy(base.generation_config)
-        return plain.to(device).requires_grad_(False).eval()
+        plain = plain.to(device).requires_grad_(False).eval()
+        check_merge(self.model, plain, self.dtype)
+        return plain
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Parameters that are trained, by name."""
@@ -177,59 +216,8 @@ class Policy:
         settings = {"save_embedding_layers": False} if self.uses_lora else {}
         self.model.save_pretrained(folder, **settings)
         self.tokenizer.save_pretrained(folder)
-
-
-def model_source(model: str, weights: bool = True) -> str:
-    """Folder or hub id to load from, refused early when it can't be a model.
-
-    Raises:
-        ValueError: for a folder without config.json or, unless ``weights`` is False, without
-            safetensors, or one that asks for code of its own or for pickled weights.
-    """
-    if model in SHIPPED:
-        return str(SHIPPED[model])
-    path = Path(model)
-    looks_local = path.exists() or path.is_absolute() or model.startswith((".", "~"))
-    if not looks_local:
-        return model  # a hub id
-    path = path.expanduser()
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"model is '{model}', which is no model folder (it has no config.json); allowed are "
-            f"'{EMBEDDED}', a folder written by save_pretrained, or a hub id."
-        )
-    if weights and not list(path.glob("*.safetensors")):
-        raise ValueError(
-            f"model is '{model}', which holds no *.safetensors; pickled weights are never loaded."
-        )
-    problem = _asks_for_code(path)
-    if problem:
-        raise ValueError(f"model is '{model}', {problem}; code from a model is never run.")
-    return str(path)
-
-
-def _asks_for_code(folder: Path) -> str | None:
-    """What in a model folder would run code that came with it, or None."""
-    settings = ("config.json", "tokenizer_config.json", "generation_config.json")
-    for file in (*map(folder.joinpath, settings), *sorted(folder.glob("*.index.json"))):
-        if not file.is_file():
-            continue
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            continue  # whoever needs it will say so
-        if not isinstance(found, dict):
-            continue
-        if found.get("auto_map"):
-            return f"whose {file.name} asks for code of its own (auto_map)"
-        attention = found.get("_attn_implementation") or found.get("attn_implementation")
-        if "/" in json.dumps(attention):
-            return f"whose {file.name} asks for a kernel from the hub ({attention})"
-        shards = found.get("weight_map")
-        for shard in set(shards.values()) if isinstance(shards, dict) else ():
-            if not str(shard).endswith(".safetensors") or Path(str(shard)).name != shard:
-                return f"whose {file.name} names '{shard}', which is no safetensors beside it"
-    return None
+        if self.uses_lora:
+            write_base(folder, self.model, self.name)
 
 
 @contextlib.contextmanager
@@ -248,7 +236,7 @@ def quiet_libraries() -> None:
 
 
 def load_policy(
-    model: str = EMBEDDED,
+    model: str | None = None,
     *,
     adapter: str | Path | None = None,
     lora_rank: int = 16,
@@ -264,7 +252,8 @@ def load_policy(
 
     Args:
         model: ``"embedded"``, ``"embedded-calibrated"``, ``"embedded-uncalibrated"``, a folder
-            written by ``save_pretrained``, or a hub id.
+            written by ``save_pretrained``, or a hub id. Default: the model that the adapter was
+            trained on, ``"embedded"`` without an adapter.
         adapter: folder of a trained PEFT adapter to continue from or to evaluate.
         lora_rank: rank of new LoRA matrices on all linear layers; 0 trains every weight.
         lora_alpha: LoRA scale numerator, default ``2 * lora_rank``.
@@ -284,6 +273,8 @@ def load_policy(
     """
     if lora_rank < 0:
         raise ValueError(f"lora_rank is {lora_rank}; allowed are 0 (full fine-tuning) and above.")
+    if model is None:
+        model = EMBEDDED if adapter is None else base_of(adapter) or EMBEDDED
     source = model_source(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if four_bit:
@@ -303,11 +294,12 @@ def load_policy(
             causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     frozen = copy.deepcopy(causal_lm).requires_grad_(False).eval() if keep_reference else None
     if adapter is not None:
-        return Policy(_with_trained_adapter(causal_lm, adapter, model), tokenizer, frozen)
+        check_base(adapter, causal_lm, model)
+        return Policy(_with_trained_adapter(causal_lm, adapter, model), tokenizer, frozen, model)
     if lora_rank == 0:
-        return Policy(causal_lm, tokenizer, frozen)
+        return Policy(causal_lm, tokenizer, frozen, model)
     alpha = lora_alpha if lora_alpha is not None else 2 * lora_rank
-    return Policy(_with_new_adapter(causal_lm, lora_rank, alpha, seed), tokenizer, None)
+    return Policy(_with_new_adapter(causal_lm, lora_rank, alpha, seed), tokenizer, None, model)
 
 
 def _load(
@@ -327,20 +319,22 @@ def _load(
         )
         causal_lm: Any
         if four_bit:
-            causal_lm = load_four_bit(source, device, dtype)
+            causal_lm, told = load_four_bit(source, device, dtype)
             with _by_older_names():
                 causal_lm = prepare_for_adapter(causal_lm, dtype, checkpointing)
         else:
-            causal_lm = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
-            causal_lm = causal_lm.to(device)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+            causal_lm, told = loaded[0].to(device), loaded[1]
     except _LOAD_ERRORS as error:
         raise ValueError(
             f"model is '{model}' and can't be loaded ({first_line(error)}); allowed are "
             f"'{EMBEDDED}', a folder written by save_pretrained, or a hub id that this machine can "
             "reach."
         ) from error
+    check_loaded(model, tokenizer, causal_lm, told)
     return tokenizer, causal_lm
 
 

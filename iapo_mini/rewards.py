@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from iapo_mini.policy import Policy
 from iapo_mini.problems.verify import equal_answers
 from iapo_mini.rollouts import Rollouts
+from iapo_mini.sampling import from_texts
 from iapo_mini.tasks import Problem
 
 _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
@@ -45,6 +47,30 @@ def reward(completion: str, reference: str) -> tuple[float, bool]:
         return -1.5, False
     correct = equal_answers(answer, reference)
     return (1.5 if correct else -0.5), correct
+
+
+def check_completion(policy: Policy, problem: Problem) -> None:
+    """Make sure that this policy can earn the full reward, before any long work.
+
+    A perfect completion is written as its tokenizer writes it, and read back as rollouts are.
+    Model families differ in what ends a turn, and in what their tokenizers leave out.
+
+    Raises:
+        ValueError: when the perfect completion scores less than 1.5, or does not end its row.
+    """
+    text = f"<think>\nThe answer is {problem.answer}.\n</think>\n<answer>{problem.answer}</answer>"
+    rollouts = score(from_texts(policy, [problem], [text]), policy.tokenizer, [problem])
+    ids, stops = rollouts.completion_ids[0], policy.eos_ids
+    early = int(torch.isin(ids[:-1], stops).sum())
+    reward = float(rollouts.rewards[0])
+    if reward < 1.5 or early:
+        told = "a token in its middle ends the row" if early else f"it scores {reward:g}"
+        read = rollouts.texts(policy.tokenizer)[0]
+        raise ValueError(
+            f"model is '{policy.tokenizer.name_or_path}', with which a perfect completion can't be "
+            f"written: {told}, and is read as {read!r}; look at its special and stop tokens "
+            "(generation_config.json, tokenizer_config.json)."
+        )
 
 
 def score(

@@ -42,6 +42,8 @@ class Rollouts:
         num_generations: G, completions per prompt; rows of one prompt are adjacent.
         finished: (B,) bool, whether the row ended by itself (False: cut at the length limit).
         known: what has been filled in so far, by name; read it through the properties below.
+        prefill: what the chat template wrote of every completion (``<think>`` and a line break, or
+            nothing): it stands in the prompt, and before the texts.
         cache: kept by ``sample`` on request, so that the estimator need not run the trunk again.
             Stale once the policy has changed.
     """
@@ -54,6 +56,7 @@ class Rollouts:
     num_generations: int
     finished: torch.Tensor
     known: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    prefill: str = ""
     cache: Cache | None = None
 
     def filled(self, **values: torch.Tensor) -> Rollouts:
@@ -119,10 +122,10 @@ class Rollouts:
         return {**own, **self.known}
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Completions as text, tags kept, the end-of-sequence token left out."""
-        skip = set(tokenizer.all_special_ids)
+        """Completions as text, prefill and tags included, the token that ended the row left out."""
         out = []
-        for ids, mask in zip(self.completion_ids.tolist(), self.completion_mask.tolist()):
-            kept = [i for i, real in zip(ids, mask) if real and i not in skip]
-            out.append(str(tokenizer.decode(kept, skip_special_tokens=False)))
+        lengths = (self.lengths - self.finished.long()).tolist()
+        for ids, length in zip(self.completion_ids.tolist(), lengths):
+            text = str(tokenizer.decode(ids[:length], skip_special_tokens=False))
+            out.append(self.prefill + text)
         return out

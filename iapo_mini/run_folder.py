@@ -88,7 +88,7 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir(parents=True)
         write(temporary)
-        for file in temporary.iterdir():
+        for file in filter(Path.is_file, temporary.rglob("*")):
             with file.open("rb+") as opened:
                 os.fsync(opened.fileno())  # the rename must not reach the disk before what it names
     except BaseException:

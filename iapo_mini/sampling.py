@@ -11,10 +11,12 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from iapo_mini.attention import check_window, model_mask, positions_of
+from iapo_mini.chat import continuation_ids, prefill, render_prompt, without_prefill
+from iapo_mini.early_exit.reading import NEVER
 from iapo_mini.memory import CACHE_BLOCK
 from iapo_mini.policy import Policy
 from iapo_mini.rollouts import Rollouts
-from iapo_mini.tasks import Problem, render_prompt
+from iapo_mini.tasks import Problem
 
 
 class _GrowingLayer(DynamicLayer):
@@ -168,7 +170,7 @@ def _draw(
     # Scaling by the last entry keeps rounding from pointing past the vocabulary.
     token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)
     token = token.clamp(max=cdf.shape[1] - 1)
-    return token, log_p.gather(1, token)[:, 0], -p.mul_(log_p).sum(-1)
+    return token, log_p.gather(1, token)[:, 0], -p.mul_(log_p.clamp_(min=NEVER)).sum(-1)
 
 
 def _first_logits(
@@ -266,6 +268,7 @@ def sample(
         num_generations=num_generations,
         finished=torch.isin(ids[torch.arange(total), lengths - 1], policy.eos_ids),
         known={"token_entropies": entropies[:, :width] * mask}, cache=rows.kept,
+        prefill=prefill(policy.tokenizer),
     )  # fmt: skip
 
 
@@ -273,16 +276,17 @@ def from_texts(policy: Policy, problems: list[Problem], completions: list[str]) 
     """Rollouts made of given completions, one for each problem, as if the policy had written them.
 
     Args:
-        policy: its tokenizer is used; the end-of-sequence token is appended to each completion.
+        policy: its tokenizer is used; the token that ends a turn is appended to each completion.
         problems: N problems.
-        completions: N texts.
+        completions: N texts; a beginning that the chat template writes itself is taken off.
 
     Returns:
         Rollouts with B = N rows, ``num_generations`` 1 and ``old_logprobs`` all zero.
     """
     prompt_ids, prompt_mask = encode_prompts(policy, problems)
-    eos = int(policy.eos_ids[0])
-    rows = [[*policy.tokenizer.encode(t, add_special_tokens=False), eos] for t in completions]
+    eos, tokenizer = int(policy.eos_ids[0]), policy.tokenizer
+    own = [without_prefill(tokenizer, text) for text in completions]
+    rows = [[*continuation_ids(tokenizer, text), eos] for text in own]
     return from_ids(policy, prompt_ids, prompt_mask, rows, 1)
 
 
@@ -313,4 +317,5 @@ def from_ids(
         old_logprobs=torch.zeros(ids.shape, device=policy.device),
         num_generations=num_generations,
         finished=torch.isin(last, policy.eos_ids),
+        prefill=prefill(policy.tokenizer),
     )

@@ -1,12 +1,8 @@
-"""What is asked: a problem, the prompt it becomes, and the text that forces an early answer."""
+"""What is asked: a problem, its chat messages, and the text that forces an early answer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 POSTFIX = "</think><answer>"
 """Text that forces an early answer (paper, section on estimating s)."""
@@ -62,11 +58,3 @@ def messages(problem: Problem) -> list[dict[str, str]]:
         {"role": "system", "content": problem.system},
         {"role": "user", "content": problem.question},
     ]
-
-
-def render_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> str:
-    """The prompt text up to where the completion begins, by the tokenizer's chat template."""
-    prompt = tokenizer.apply_chat_template(
-        messages(problem), tokenize=False, add_generation_prompt=True
-    )
-    return str(prompt)

@@ -29,7 +29,7 @@ from iapo_mini.metrics import Stopwatch, role_metrics, step_metrics
 from iapo_mini.objective import policy_loss
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.datasets import training_problems
-from iapo_mini.rewards import score
+from iapo_mini.rewards import check_completion, score
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.run_folder import Run
 from iapo_mini.tasks import Problem
@@ -83,6 +83,9 @@ def train(
         )
         done = run.restore(policy, optimizer)
         stream = itertools.islice(stream, done * config.prompts_per_step, None)
+        first = next(stream)
+        check_completion(policy, first)
+        stream = itertools.chain([first], stream)
         weigh = ADVANTAGES[recipe.rule] if isinstance(recipe.rule, str) else recipe.rule
         sample = sampler_of(config.engine, config.model)
         bar = tqdm(

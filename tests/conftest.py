@@ -14,11 +14,11 @@ import torch
 from helpers import TRIVIAL, redraw
 from hypothesis import HealthCheck, settings
 
+from iapo_mini.chat import render_prompt
 from iapo_mini.config import TrainConfig
 from iapo_mini.lab.pretrain import build_model, build_tokenizer
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.stories import stories
-from iapo_mini.tasks import render_prompt
 
 settings.register_profile(
     "repeatable",

@@ -7,7 +7,8 @@ import pytest
 from helpers import TRIVIAL
 from hostile import completions, judge_all
 
-from iapo_mini.policy import load_policy, model_source
+from iapo_mini.model_files import model_source
+from iapo_mini.policy import load_policy
 from iapo_mini.problems import verify
 from iapo_mini.problems.datasets import load_problems
 from iapo_mini.rewards import parse_answer, reward

@@ -6,6 +6,7 @@ A large vocabulary is what runs a small card out of memory; here a tiny budget h
 import pytest
 import torch
 from helpers import (
+    TRIVIAL,
     close,
     make_rollouts,
     padded_pairs,
@@ -19,8 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from iapo_mini.information import answer_entropies
 from iapo_mini.logprobs import head_alone, token_logprobs
 from iapo_mini.policy import load_policy
+from iapo_mini.sampling import sample
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -219,3 +222,23 @@ def test_rows_of_half_a_group_go_through_checkpointed_layers(tiny_folder):
     for i, part in enumerate(parts):
         rows = whole[2 * i : 2 * i + 2, : part.shape[1]]
         torch.testing.assert_close(part, rows, atol=1e-5, rtol=0)
+
+
+def test_a_banned_token_leaves_logprobs_entropies_and_gradients_finite(tokenizer):
+    """The head's last rows at -inf, as where a vocabulary is padded."""
+    policy = tiny_policy("qwen2", tokenizer, tie_word_embeddings=False)
+    head = policy.model.get_output_embeddings()
+    bias = torch.nn.Parameter(torch.zeros(head.out_features))
+    with torch.no_grad():
+        bias[-32:] = -torch.inf
+    head.bias = bias
+    rollouts = make_rollouts([4, 3], [5, 2, 3, 4], group=2)
+    for memory_mb in (512.0, 0.05):
+        logprobs, entropies = token_logprobs(policy.model, rollouts, memory_mb=memory_mb)
+        assert logprobs.isfinite().all() and entropies.isfinite().all()
+        (gradient,) = torch.autograd.grad(logprobs.sum(), [head.weight])
+        assert gradient.isfinite().all() and gradient.abs().max() > 0
+    drawn = sample(policy, TRIVIAL, num_generations=4, max_completion_length=8)
+    assert drawn.token_entropies.isfinite().all() and drawn.old_logprobs.isfinite().all()
+    assert int(drawn.completion_ids.max()) < head.out_features - 32
+    assert answer_entropies(policy, drawn).isfinite().all()

@@ -63,3 +63,24 @@ def test_head_entropy_makes_no_whole_logits():
     with Shapes():
         head_entropy(head, hidden)
     assert max(shapes) <= max(2**19, head.weight.numel())
+
+
+@pytest.mark.parametrize("where", [[3], [0], [0, 1, 2], list(range(1024, 1100))])
+def test_tokens_that_can_not_be_drawn_add_nothing(where):
+    """Logits of -inf: padded rows of the head, banned tokens, a whole block of them."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(8, 1100)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator))
+        head.bias[where] = -torch.inf
+    hidden = torch.randn(5, 8, generator=generator)
+    logits = head(hidden)
+    others = [i for i in range(1100) if i not in where]
+    expected = torch.distributions.Categorical(logits=logits[:, others].double()).entropy().float()
+    torch.testing.assert_close(logits_entropy(logits), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(head_entropy(head, hidden), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_a_broken_prediction_stays_visible():
+    """What is no number is not made one."""
+    assert logits_entropy(torch.tensor([[0.0, math.nan]])).isnan().all()

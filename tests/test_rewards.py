@@ -102,7 +102,7 @@ def test_reward_of_a_completion(completion, expected):
         ("9" * 200, "9" * 199 + "8", False),
         # Not numbers here: nothing is evaluated, and Python's own number words are only words.
         ("2+3", "5", False),
-        ("1e1", "10", False),
+        ("1e1", "10", True),
         ("1_0", "10", False),
         ("0x10", "16", False),
         ("nan", "nan", True),
@@ -110,7 +110,7 @@ def test_reward_of_a_completion(completion, expected):
         ("5", "inf", False),
         ("50%", "50", False),
         ("Paris", "Paris", True),
-        ("Paris", "paris", False),
+        ("Paris", "paris", True),
         ("Paris", "72", False),
         ("", "72", False),
         ("", "", False),

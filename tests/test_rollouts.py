@@ -1,6 +1,6 @@
 """What rollouts know, their rows and their texts."""
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
@@ -67,7 +67,8 @@ def test_nothing_is_assigned(name):
 
 def test_tensors_are_those_of_the_batch_and_those_filled_in():
     rollouts = make_rollouts([3], [2, 1], group=2)
-    own = {field.name for field in fields(rollouts)} - {"num_generations", "known", "cache"}
+    others = {"num_generations", "known", "cache", "prefill"}
+    own = {field.name for field in fields(rollouts)} - others
     assert set(rollouts.tensors()) == own
     rewards = torch.tensor([1.5, -0.5])
     filled = rollouts.filled(rewards=rewards).tensors()
@@ -95,4 +96,5 @@ def test_texts_keep_tags_and_leave_out_the_end(tokenizer):
     text = "<think> 3.</think><answer> 3</answer>"
     ids = [*tokenizer.encode(text), tokenizer.eos_token_id]
     rollouts = written([ids, ids[:3]], group=2, pad=tokenizer.encode(" 7")[0])
+    rollouts = replace(rollouts, finished=torch.tensor([True, False]))
     assert rollouts.texts(tokenizer) == [text, "<think> 3."]

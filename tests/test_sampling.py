@@ -16,10 +16,11 @@ from helpers import (
 )
 from transformers import DynamicCache
 
+from iapo_mini.chat import render_prompt
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.problems.stories import stories
 from iapo_mini.sampling import _GrowingLayer, encode_prompts, from_ids, from_texts, sample
-from iapo_mini.tasks import Problem, render_prompt
+from iapo_mini.tasks import Problem
 
 # Prompts of different lengths, so that left-padding is at work everywhere.
 PROBLEMS = [*TRIVIAL, *itertools.islice(stories("test"), 2)]

@@ -1,6 +1,7 @@
 """What is asked: the prompt that a problem becomes."""
 
-from iapo_mini.tasks import Problem, messages, render_prompt
+from iapo_mini.chat import render_prompt
+from iapo_mini.tasks import Problem, messages
 
 
 def test_prompt_holds_the_question_and_leaves_the_turn_to_the_assistant(tokenizer):

@@ -9,10 +9,10 @@ import torch
 from helpers import TRIVIAL, assert_close_in_fp32, perturb_lora, plain_logprobs, unpadded
 
 from iapo_mini import sampling as native
+from iapo_mini.chat import render_prompt
 from iapo_mini.config import TrainConfig
 from iapo_mini.engines.vllm import sample_with, sampler_of, sync_weights
 from iapo_mini.policy import load_policy
-from iapo_mini.tasks import render_prompt
 from iapo_mini.trainer import train
 
 

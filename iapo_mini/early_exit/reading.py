@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
+NEVER = -1e30
+"""Takes the place of -inf, the logit of a token that can't be drawn (a padded row of the head, a
+banned token): its probability is 0, and 0 times it is 0, where 0 times -inf is no number."""
+
 
 @torch.no_grad()
 def logits_entropy(logits: torch.Tensor) -> torch.Tensor:
     """Shannon entropy in nats of softmax(logits) over the last dimension, fp32, no gradient."""
-    log_p = torch.log_softmax(logits.float(), dim=-1)
+    log_p = torch.log_softmax(logits.float(), dim=-1).clamp_(min=NEVER)
     p = log_p.exp()
     return -p.mul_(log_p).sum(-1)  # in place: with a large vocabulary these are what fills memory
 
@@ -40,9 +44,10 @@ def head_entropy(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     for x in hidden.flatten(0, -2).split(max(1, numbers // min(1024, head.out_features))):
         of_block, of_words = [], []
         for weight, bias in zip(weights, biases):
-            logits = torch.nn.functional.linear(x, weight, bias).float()
+            logits = torch.nn.functional.linear(x, weight, bias).float().clamp_(min=NEVER)
             log_p = torch.log_softmax(logits, dim=-1)
-            of_block.append(logits[:, 0] - log_p[:, 0])  # log-sum-exp
+            top, at = logits.max(-1, keepdim=True)
+            of_block.append((top - log_p.gather(1, at))[:, 0])  # log-sum-exp
             of_words.append(-log_p.exp().mul_(log_p).sum(-1))
         log_p, within = torch.log_softmax(torch.stack(of_block, 1), 1), torch.stack(of_words, 1)
         out.append((log_p.exp() * (within - log_p)).sum(1))

@@ -133,14 +133,16 @@ class IAPOTrainer(GRPOTrainer):
         own = mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
         scored = own & ~local.isnan().all(1)[:, None]
         whole_groups = rows % self.num_generations == 0  # else a group spans processes
+        ids = batch["completion_ids"]
+        last = ids.gather(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0))[:, 0]
         rollouts = Rollouts(
             prompt_ids=batch["prompt_ids"],
             prompt_mask=batch["prompt_mask"].bool(),
-            completion_ids=batch["completion_ids"],
+            completion_ids=ids,
             completion_mask=mask,
             old_logprobs=torch.zeros(mask.shape, device=mask.device),
             num_generations=self.num_generations if whole_groups else 1,
-            finished=mask.any(1),
+            finished=torch.isin(last, self._policy.eos_ids),
             known={"correct": total > args.iapo_correct_above},
         )
         advantages = batch["advantages"][:, None] * own

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from iapo_mini.logprobs import token_logprobs
-from iapo_mini.policy import Policy, model_source
+from iapo_mini.model_files import model_source
+from iapo_mini.policy import Policy
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.sampling import check_sampling, encode_prompts, from_ids, sample
 from iapo_mini.tasks import Problem

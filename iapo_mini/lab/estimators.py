@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from iapo_mini import plots
 from iapo_mini.calibration import calibrate, calibration, exit_calibration
+from iapo_mini.chat import token_texts
 from iapo_mini.early_exit.reading import logits_entropy
 from iapo_mini.information import (
     answer_entropies,
@@ -62,11 +63,11 @@ def token_segments(
     """Number of the segment each token begins in; tokens after the last text belong to the last."""
     ends = list(itertools.accumulate(len(s.text) for s in segments))
     out, position, current = [], 0, 0
-    for i in ids:
+    for text in token_texts(tokenizer, ids):
         while current < len(ends) - 1 and position >= ends[current]:
             current += 1
         out.append(current)
-        position += len(tokenizer.decode([i], skip_special_tokens=False))
+        position += len(text)
     return out
 
 

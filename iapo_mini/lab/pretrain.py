@@ -33,12 +33,13 @@ from tqdm.auto import tqdm
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from iapo_mini.calibration import Trunk, calibrate, exit_loss
+from iapo_mini.chat import render_prompt
 from iapo_mini.lab.assess import assess
 from iapo_mini.lab.story_model import HEAD_WIDTH, build_model, build_tokenizer
 from iapo_mini.policies import EMBEDDED
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import MAX_VALUE, chain_of_thought, stories
-from iapo_mini.tasks import POSTFIX, render_prompt
+from iapo_mini.tasks import POSTFIX
 
 _Row = tuple[list[int], list[int], int]
 """Tokens of a prompt, tokens of its completion, token of its answer."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from iapo_mini.chat import token_texts
 from iapo_mini.information import answer_entropies, informativeness
 from iapo_mini.lab.figures import methods as drawn
 from iapo_mini.lab.results import check_options, draw_comparison, file_stem, results_path
@@ -135,5 +136,5 @@ def _informed(jobs: Sequence[dict], question: str, texts: dict[str, str]) -> dic
         rollouts = from_texts(policy, [Problem(question, "")], [text])
         s = informativeness(answer_entropies(policy, rollouts), rollouts.completion_mask)[0]
         ids = rollouts.completion_ids[0].tolist()[:-1]  # without the end of the sequence
-        out[name] = [policy.tokenizer.decode([i]) for i in ids], s.tolist()[:-1]
+        out[name] = token_texts(policy.tokenizer, ids), s.tolist()[:-1]
     return out

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from iapo_mini.chat import token_texts
 from iapo_mini.tasks import Problem, Step
 
 if TYPE_CHECKING:
@@ -322,7 +323,7 @@ def token_roles(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
         tokenizer: the policy's tokenizer.
         ids: token ids of one completion, without padding.
     """
-    pieces = [str(tokenizer.decode([i], skip_special_tokens=False)) for i in ids]
+    pieces = token_texts(tokenizer, ids)
     ends: list[tuple[int, str]] = []
     position = 0
     for segment in label_roles("".join(pieces)):

@@ -2,10 +2,11 @@
 
 Three kinds of reference, told apart by how it is written:
 
-* a **number** (integer, decimal, fraction, mixed number; units and currency left out): the answer
-  must be a number written in one of these ways too, and equal exactly. Nothing is worked out, so
-  2+3 is not 5, 50% is not 50, and 1e3 or "71 72" are no numbers.
-* a **word or a letter** (Evelyn, even, (C)): the same text.
+* a **number** (integer, decimal, fraction, mixed number, power of ten; units and currency left
+  out): the answer must be a number written in one of these ways too, and equal exactly. Nothing is
+  worked out, so 2+3 is not 5, 50% is not 50, and "71 72" is no number.
+* a **word or a letter** (Evelyn, even, (C)): the same text; words in small or capital letters, and
+  a choice's letter alone or with its text ("B. bank").
 * **LaTeX** (roots, sets, intervals, matrices, expressions): math-verify compares the values.
 
 math-verify hands LaTeX to sympy, which can run for minutes and hold the interpreter's lock while it
@@ -30,7 +31,7 @@ import threading
 import time
 from collections.abc import Callable
 from fractions import Fraction
-from typing import IO
+from typing import IO, Any
 
 MAX_LENGTH = 400
 """Characters; a longer answer is wrong (the longest of MATH-500's references has 53)."""
@@ -43,23 +44,43 @@ milliseconds, the first of its kind up to four tenths of a second."""
 WALL_LIMIT = 60.0
 """Seconds of wall-clock time after which a comparison ends in any case."""
 
-_WRAPPED = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), (r"\boxed{", "}"))
+_WRAPPED = (
+    ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), (r"\boxed{", "}"),
+    ("**", "**"), ("__", "__"), ("`", "`"),
+)  # fmt: skip
 _SPACING = re.compile(r"(?<=,)\\!\s*|\\[!,;:]|\\left(?![a-z])|\\right(?![a-z])|~")
 _INTEGER = r"[0-9]+"
 _DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _LATEX_FRACTION = (
     rf"\\[dt]?frac\s*(?:\{{\s*(-?{_INTEGER})\s*\}}|([0-9]))\s*(?:\{{\s*({_INTEGER})\s*\}}|([0-9]))"
 )
+_TEN = r"(?:[eE]|\s*(?:\\times|\\cdot|\*|x|\u00d7)\s*10\s*\^)\s*(?:\{\s*)?([-+]?[0-9]{1,3})\s*\}?"
 _NUMBER = re.compile(
-    rf"([-+]?)\s*(?:({_DECIMAL})|({_INTEGER})\s*/\s*({_INTEGER})|({_INTEGER})?\s*{_LATEX_FRACTION})"
+    rf"([-+]?)\s*(?:({_DECIMAL})(?:{_TEN})?|(?:({_INTEGER})\s+)?({_INTEGER})\s*/\s*({_INTEGER})"
+    rf"|({_INTEGER})?\s*{_LATEX_FRACTION})"
+)
+# A word or two after a number. What joins, doubts or scales is no unit: "5 or 6", "3 million".
+_NO_UNIT = (
+    r"(?!(?:[^{}]*[^A-Za-z])?(?:or|and|but|nor|not|if|else|than|to|maybe|about|percent|hundred|"
+    r"thousand|[a-z]*illion|dozen|times)(?:[^A-Za-z]|$|\}))"
+)
+_SI = (
+    r"(?:[kcmu]?m|[mk]?g|[kM]?W|k?J|[mkM]?Hz|k?N|[cm]?L|min|s|h|ft|in|yd|mi|lb|oz|cal|mph|km/h|m/s)"
 )
 _UNIT = re.compile(
     r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?|°|"
-    r"\\(?:text|mbox|mathrm)\{(?![^{}]*(?:percent|hundred|thousand|illion))[^{}0-9]*\}"
-    r"(?:\^\{?[23]\}?)?)$"
+    rf"\\(?:text|mbox)\{{{_NO_UNIT}\s*[A-Za-z.°/]+(?:\s[A-Za-z./]+){{0,2}}\s*\}}"
+    rf"(?:\^\{{?[23]\}}?)?|"
+    rf"\\mathrm\{{\s*{_SI}\s*\}}(?:\^\{{?[23]\}}?)?)$"
 )
+_CURRENCY = r"(?:\\?\$|€|£|¥)"
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\{([^{}]*)\}")
-_WORDS = re.compile(r"[A-Z]|[A-Za-z]{3,}(?:[ '-][A-Za-z]+)*")
+# Two letters are a product in mathematics (ab = ba), unless they are one of these words.
+_SHORT = "on|no|of|in|is|it|or|up|at|to|by|he|we|us|an|as|if|my|me|so|go|do|be|am|ok"
+_WORDS = re.compile(rf"[A-Z]|(?:{_SHORT})|[a-z]{{3,}}(?:[ '-][a-z]+)*", re.IGNORECASE)
+_CHOICE = re.compile(r"\(?([A-Z])(?:\)|[.:])\s+\S.*", re.DOTALL)
+_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)\b")
+_DEGREES = re.compile(r"([0-9.]+)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)")
 _BASE = re.compile(r"[0-9]_\{?([0-9]+)\}?")
 # A power of a power of a number, or an exponent of five digits: sympy would write it out.
 _TOWER = re.compile(r"\^[\s({]*-?[0-9.]+[\s)}]*\^|\^[\s({]*-?[0-9]{5}")
@@ -79,6 +100,8 @@ def equal_answers(given: str, reference: str) -> bool:
     Raises:
         RuntimeError: when a comparison of LaTeX is needed and math-verify can't be started.
     """
+    if given.strip() == reference.strip() != "":
+        return True  # whatever it is, however long
     if len(given.strip()) > MAX_LENGTH:
         return False
     given, reference = _tidy(given), _tidy(reference)
@@ -92,42 +115,65 @@ def equal_answers(given: str, reference: str) -> bool:
     words = _as_words(reference)
     if words is not None:
         return _as_words(given) == words
+    if len(given) == 1 or len(reference) == 1:
+        return False  # a variable is its letter; math-verify does not tell c from C
+    if _told(given) != _told(reference):
+        return False
     # math-verify takes 50% for 50 and leaves out the base of a numeral: 52_8 for 52_9.
     if ("%" in given) != ("%" in reference) or _BASE.findall(given) != _BASE.findall(reference):
         return False
-    return not _TOWER.search(given) and _ask(given, reference)
+    return not _TOWER.search(given) and _ask(_plain_latex(given), _plain_latex(reference))
 
 
 def as_number(text: str) -> Fraction | None:
-    """Exact value of a number as people write one: 1,234, -3/4, 1\\frac{4}{5}, \\$18.90, 30^\\circ.
+    """Exact value of a number as people write one.
 
+    1,234, 1{,}234, -3/4, 1 1/2, 1\\frac{4}{5}, \\$18.90, €5, 30^\\circ, 1.5e3,
+    3\\times10^{-19}, (5).
     None for all else: sums, products, powers, percentages, several numbers, words.
     """
     if len(text) > MAX_LENGTH:
         return None
     text = re.sub(r"^[A-Za-z]\s*=\s*", "", _tidy(text))
     text = _UNIT.sub("", text)
-    text = re.sub(r"^([-+]?)\s*\\?\$\s*", r"\1", text)
+    text = re.sub(rf"^([-+]?)\s*{_CURRENCY}\s*", r"\1", text)
+    text = re.sub(rf"\s*{_CURRENCY}$", "", text) if text[-1:] in "€£¥" else text
+    text = _bare(text)
     match = _NUMBER.fullmatch(text)
     if match is None:
         return None
-    sign, decimal, over, under, whole, *latex = match.groups()
+    sign, decimal, ten, whole, over, under, mixed, *latex = match.groups()
     if decimal is not None:
-        value = Fraction(decimal.replace(",", ""))
+        value = Fraction(decimal.replace(",", "")) * Fraction(10) ** int(ten or 0)
     else:
         if over is None:
-            over, under = latex[0] or latex[1], latex[2] or latex[3]
+            whole, over, under = mixed, latex[0] or latex[1], latex[2] or latex[3]
         if int(under) == 0:
             return None
         value = int(whole or 0) + Fraction(int(over), int(under))
     return -value if sign == "-" else value
 
 
+def _bare(text: str) -> str:
+    """A number out of what may stand around it: (5), \\text{13}."""
+    for start, end in (("(", ")"), (r"\text{", "}"), (r"\mathrm{", "}"), (r"\mathbf{", "}")):
+        if text.startswith(start) and text.endswith(end):
+            inner = text[len(start) : -len(end)].strip()
+            if re.fullmatch(rf"[-+]?\s*(?:{_DECIMAL})", inner):
+                return inner
+    return text
+
+
 def _tidy(text: str) -> str:
     """Text without what carries no meaning: delimiters, spacing commands, a full stop."""
+    text = text.strip()
+    for start, end in _WRAPPED[5:]:  # before ** is taken for a power
+        inner = text[len(start) : -len(end)]
+        if len(text) > len(start + end) and text == start + inner + end and start not in inner:
+            return _tidy(inner)
     text = _SPACING.sub("", text.replace("\N{MINUS SIGN}", "-").replace("**", "^"))
-    text = text.replace(r"\%", "%").strip().removesuffix(".").strip()
-    for start, end in _WRAPPED:
+    text = text.replace("{,}", ",").replace(r"\%", "%").strip().removesuffix(".").strip()
+    for start, end in _WRAPPED[:5]:
         inner = text[len(start) : -len(end)]
         if text == start + inner + end and start not in inner.replace(r"\$", ""):
             return _tidy(inner)
@@ -135,11 +181,33 @@ def _tidy(text: str) -> str:
 
 
 def _as_words(text: str) -> str | None:
-    """The words or the single letter that a text is, without LaTeX and brackets; else None."""
+    """The words or the single letter that a text is, without LaTeX and brackets; else None.
+
+    Words are told in small letters; a single letter stays as it is, for it may be a variable.
+    """
     text = _TEXT.sub(r"\1", text).strip().removesuffix(".")
+    choice = _CHOICE.fullmatch(text)
+    if choice:
+        return choice[1]
     if len(text) <= 3:
         text = text.strip("() ")
-    return text if _WORDS.fullmatch(text) else None
+    if len(text) == 1 and not text.isupper():
+        return None
+    return (text if len(text) == 1 else text.lower()) if _WORDS.fullmatch(text) else None
+
+
+def _told(text: str) -> list[str]:
+    """The words inside \\text{...}, which math-verify passes over: 3 million is not 3."""
+    found = " ".join(_TEXT.findall(text)).lower()
+    return re.findall(r"[a-z]{2,}", found)
+
+
+def _plain_latex(text: str) -> str:
+    """LaTeX as math-verify reads it: pi for the number, degrees inside a function as radians."""
+    text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text)
+    if _FUNCTION.search(text):
+        text = _DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
+    return text
 
 
 _lock = threading.Lock()
@@ -222,7 +290,11 @@ def _serve() -> None:
 
     def equal(given: str, reference: str) -> bool:
         try:
-            return bool(verify(read(reference), read(given), timeout_seconds=None))
+            one, other = read(reference), read(given)
+            # It looks at the two in an order: a set for an inequality, and not the other way.
+            said = any(verify(a, b, timeout_seconds=None) for a, b in ((one, other), (other, one)))
+            near = _same_size(one[0], other[0]) if one and other else None
+            return bool(said and near is not False) or _equal_by_algebra(one, other)
         except Exception:  # sympy may raise anything on text that only looks like LaTeX
             return False
 
@@ -246,6 +318,41 @@ def _serve() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(judge(*json.loads(line))), flush=True)
+
+
+def _same_size(one: Any, other: Any) -> bool | None:
+    """Whether two numbers agree to nine digits of their own size; None for what is no number.
+
+    math-verify rounds to a number of decimal places, so that all tiny numbers are equal.
+    """
+    import sympy
+
+    if one == other:
+        return True
+    if isinstance(one, sympy.Expr) and isinstance(other, sympy.Expr):
+        if one.free_symbols or other.free_symbols:
+            return None
+        a, b = (x.evalf(30) for x in (one, other))
+        if not (a.is_number and b.is_number):
+            return None
+        return bool(abs(a - b) <= 1e-9 * max(abs(a), abs(b)))
+    parts = [getattr(x, "args", ()) for x in (one, other)]
+    if type(one) is type(other) and isinstance(one, sympy.Tuple | sympy.Interval):
+        return all(_same_size(a, b) is not False for a, b in zip(*parts))
+    return None
+
+
+def _equal_by_algebra(one: list, other: list) -> bool:
+    """Whether two expressions differ by nothing once they are multiplied out."""
+    import sympy
+
+    if not (one and other and all(isinstance(x[0], sympy.Expr) for x in (one, other))):
+        return False
+    # The two readings of a letter may differ in what is assumed of it.
+    a, b = (
+        x[0].xreplace({s: sympy.Symbol(s.name) for s in x[0].free_symbols}) for x in (one, other)
+    )
+    return bool(sympy.expand(a.doit() - b.doit()) == 0)
 
 
 _NEW = 0.05  # seconds of processor time

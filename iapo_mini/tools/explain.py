@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from iapo_mini.chat import token_texts
 from iapo_mini.information import answer_entropies, informativeness
 from iapo_mini.plots import token_heatmap
 from iapo_mini.policy import Policy
@@ -51,7 +52,7 @@ def explain(
     ids = rollouts.completion_ids[0, :n].tolist()
     return Explained(
         problem,
-        [str(policy.tokenizer.decode([i], skip_special_tokens=False)) for i in ids],
+        token_texts(policy.tokenizer, ids),
         s[:n].tolist(),
         entropies[0, : n + 1].tolist(),
         token_roles(policy.tokenizer, ids) if problem.steps else None,

@@ -145,7 +145,8 @@ def shape(model: str) -> Shape:
             return found
     from transformers import AutoConfig
 
-    from iapo_mini.policy import model_source, quiet_libraries
+    from iapo_mini.model_files import model_source
+    from iapo_mini.policy import quiet_libraries
 
     quiet_libraries()
     try:

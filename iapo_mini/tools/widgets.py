@@ -19,6 +19,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from iapo_mini.advantages import grpo, iapo
+from iapo_mini.chat import token_texts
 from iapo_mini.early_exit.prefixes import ask
 from iapo_mini.early_exit.question import Question
 from iapo_mini.early_exit.reading import logits_entropy
@@ -153,9 +154,8 @@ class _Scene:
         return int(self.rollouts.lengths[i]) - int(self.rollouts.finished[i])
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """Each token by itself, special ones included."""
-        decode = self.policy.tokenizer.decode
-        return [str(decode([i], skip_special_tokens=False)) for i in ids]
+        """Each token as it stands behind another, special ones included."""
+        return token_texts(self.policy.tokenizer, ids)
 
     def completions(self, problem: int) -> list[tuple[str, int]]:
         """Title and index of each completion of a problem, as a menu takes them."""

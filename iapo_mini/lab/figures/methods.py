@@ -17,6 +17,7 @@ from matplotlib.colors import Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from iapo_mini.chat import token_texts
 from iapo_mini.intervals import mean_interval
 from iapo_mini.plots import COLORS, LABELS, MARKERS, STYLES, band, interval_of
 from iapo_mini.problems.stories import ROLES, token_roles
@@ -106,7 +107,7 @@ def case_study(
     blocks = {}
     for name, text in texts.items():
         ids = tokenizer.encode(text, add_special_tokens=False)
-        pieces = [str(tokenizer.decode([i])) for i in ids]
+        pieces = token_texts(tokenizer, ids)
         colors = [to_rgba(COLORS[role], 0.45) for role in token_roles(tokenizer, ids)]
         title = f"{LABELS.get(name, name)}: {len(ids)} tokens"
         blocks[title] = list(zip(pieces, colors))

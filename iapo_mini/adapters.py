@@ -1,0 +1,135 @@
+"""An adapter is what it says it is: which model it belongs to, and what merging it gives.
+
+Beside an adapter stands ``base.json``: the model it was trained on, and some of that model's
+weights. The name alone would not do: under one path other weights may lie tomorrow.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BASE = "base.json"
+
+_PLAIN = re.compile(r"lora_[AB]\.default\.weight$")
+_OF_ADAPTER = re.compile(r"lora_|modules_to_save|trainable_tokens")
+_WRAPPED = re.compile(r"^base_model\.model\.|(?<=\.)(?:base_layer|original_module|token_adapter)\.")
+_VOCABULARY = re.compile(r"embed|wte|lm_head")
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Largest difference of logits after a merge, as a share of the largest logit: rounding."""
+
+
+def some_weights(model: torch.nn.Module, count: int = 256) -> list[float]:
+    """A few weights of the base model, spread over it; those of adapters and in 4 bits left out."""
+    named = {
+        _WRAPPED.sub("", name): p for name, p in model.named_parameters()
+        if p.is_floating_point() and not _OF_ADAPTER.search(name)
+    }  # fmt: skip
+    # What 4 bits would take is left out in any case: the list must not depend on them.
+    kept = [named[n] for n in sorted(named) if named[n].ndim == 1 or _VOCABULARY.search(n)]
+    each = max(1, count // max(1, len(kept)))
+    values = [p.detach().flatten()[:: max(1, p.numel() // each)][:each].float() for p in kept]
+    return torch.cat([v.cpu() for v in values])[:count].tolist() if values else []
+
+
+def write_base(folder: str | Path, model: torch.nn.Module, name: str) -> None:
+    """Write ``base.json`` into an adapter's folder."""
+    told = {"model": name, "weights": some_weights(model)}
+    (Path(folder) / BASE).write_text(json.dumps(told) + "\n")
+
+
+def base_of(adapter: str | Path) -> str | None:
+    """Name of the model that an adapter was trained on; None where its folder does not say."""
+    for file, key in ((BASE, "model"), ("adapter_config.json", "base_model_name_or_path")):
+        try:
+            found = json.loads((Path(adapter) / file).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        name = found.get(key) if isinstance(found, dict) else None
+        if name:
+            return str(name)
+    return None
+
+
+def check_base(adapter: str | Path, model: torch.nn.Module, name: str) -> None:
+    """Refuse a model that is not the one an adapter was trained on.
+
+    Raises:
+        ValueError: naming both. Without ``base.json`` nothing is known and nothing is refused.
+    """
+    try:
+        told = json.loads((Path(adapter) / BASE).read_text(encoding="utf-8"))
+        before = torch.tensor(told["weights"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    now = torch.tensor(some_weights(model))
+    # Loaded in 16 bits a weight is rounded to three digits.
+    same = before.shape == now.shape and torch.allclose(before, now, rtol=0.01, atol=1e-5)
+    if not same:
+        raise ValueError(
+            f"adapter is '{adapter}', which was trained on '{told.get('model')}'; '{name}' has "
+            "other weights, allowed is the model it was trained on."
+        )
+
+
+def is_plain_lora(model: Any) -> bool:
+    """Whether an adapter is nothing but products of two matrices on linear layers.
+
+    Not so with DoRA, LoRA on embeddings, biases, ``modules_to_save`` or trainable token indices.
+    """
+    own = [n for n, _ in model.named_parameters() if _OF_ADAPTER.search(n)]
+    layers = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
+    config = model.peft_config["default"]
+    return (
+        all(_PLAIN.search(name) for name in own)
+        and all(hasattr(m, "base_layer") and hasattr(m.base_layer, "weight") for m in layers)
+        and getattr(config, "bias", "none") == "none"
+        and not getattr(config, "use_dora", False)
+    )
+
+
+def merged_by_peft(model: Any, device: torch.device) -> Any:
+    """A plain model by peft's own merge, for adapters of every kind.
+
+    Raises:
+        ValueError: for a kind that peft can't merge.
+    """
+    try:
+        return copy.deepcopy(model).to(device).merge_and_unload()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"the adapter can't be merged into its model ({reason}); use it unmerged."
+        ) from error
+
+
+@torch.no_grad()
+def check_merge(model: Any, merged: Any, dtype: torch.dtype) -> None:
+    """Compare a merged model with the one it came from, on a few tokens.
+
+    Raises:
+        ValueError: when their logits differ by more than ``TOLERANCE``.
+    """
+    vocabulary = merged.config.get_text_config().vocab_size
+    ids = torch.arange(3, 19)[None] * 7 % vocabulary
+    training = model.training
+    model.eval()
+    before, after = (
+        m(ids.to(next(m.parameters()).device), use_cache=False).logits.float().cpu()
+        for m in (model, merged)
+    )
+    model.train(training)
+    size = float(before.abs().max())
+    error = float((before - after).abs().max())
+    if not error <= TOLERANCE.get(dtype, 0.05) * max(size, 1e-3):
+        raise ValueError(
+            f"the merged model's logits differ by {error:.3g} from those of model and adapter "
+            f"(largest logit {size:.3g}); this kind of adapter can't be merged into these weights, "
+            "use it unmerged, or on weights that are not in 4 bits."
+        )

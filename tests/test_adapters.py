@@ -1,0 +1,165 @@
+"""An adapter is what it says it is: its base is found, and a merge is the same model."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import tiny_policy
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from iapo_mini.adapters import base_of, check_merge, is_plain_lora, some_weights
+from iapo_mini.cli import main
+from iapo_mini.policies import EMBEDDED
+from iapo_mini.policy import Policy, load_policy
+
+IDS = torch.tensor([[5, 9, 2, 300, 41, 7]])
+
+# Kinds of adapters, beside the plain one, that people train with peft.
+KINDS = {
+    "plain": {},
+    "rank-stabilised": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "bias": {"bias": "lora_only"},
+    "all biases": {"bias": "all"},
+    "bias of B": {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
+    "saved module": {"modules_to_save": ["lm_head"]},
+    "token indices": {"trainable_token_indices": [5, 9]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj", "down_proj"]},
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "some layers": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+}
+
+
+def trained(kind, tokenizer, **changes):
+    """A policy with an adapter of this kind whose every trained weight has moved."""
+    base = tiny_policy("qwen2", tokenizer, tie_word_embeddings=False, **changes).model
+    settings = {"target_modules": ["q_proj", "v_proj", "down_proj"], **KINDS[kind]}
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return Policy(model.eval(), tokenizer, name="made here")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_model_is_model_and_adapter_whatever_the_kind(kind, tokenizer):
+    policy = trained(kind, tokenizer)
+    with torch.no_grad():
+        expected = policy.model(IDS).logits
+        with policy.model.disable_adapter():
+            assert (policy.model(IDS).logits - expected).abs().max() > 0.1  # it matters
+        merged = policy.merged()
+        assert not hasattr(merged, "peft_config") or not merged.peft_config
+        torch.testing.assert_close(merged(IDS).logits, expected, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(policy.model(IDS).logits, expected)  # untouched itself
+        sampled_from = policy.for_inference()
+        torch.testing.assert_close(sampled_from(IDS).logits, expected, atol=1e-3, rtol=1e-4)
+    weights = dict(policy.merged_weights())
+    plain = merged.state_dict()
+    assert weights.keys() >= {n for n in plain if "rotary" not in n} - {"lm_head.weight"}
+    for name, value in weights.items():
+        torch.testing.assert_close(value, plain[name], atol=1e-5, rtol=1e-5)
+
+
+def test_only_products_on_linear_layers_are_plain(tokenizer):
+    plain = {kind for kind in KINDS if is_plain_lora(trained(kind, tokenizer).model)}
+    assert plain == {"plain", "rank-stabilised", "head", "some layers"}
+
+
+def test_a_merge_that_is_another_model_is_refused(tokenizer):
+    policy = trained("plain", tokenizer)
+    merged = policy.merged()
+    check_merge(policy.model, merged, torch.float32)
+    with torch.no_grad():
+        merged.get_output_embeddings().weight[7] *= 1.1
+    with pytest.raises(ValueError, match=r"merged model's logits differ by .* can't be merged"):
+        check_merge(policy.model, merged, torch.float32)
+
+
+def test_a_kind_that_can_not_be_merged_is_one_sentence_and_is_used_unmerged(tokenizer):
+    policy = trained("bias of B", tokenizer)
+    base = tiny_policy("qwen2", tokenizer).model
+    config = LoraConfig(r=4, target_modules=["down_proj"], lora_bias=True, task_type="CAUSAL_LM")
+    policy = Policy(get_peft_model(base, config), tokenizer)
+    with pytest.raises(ValueError, match=r"adapter can't be merged into its model \(.*\); use it"):
+        policy.merged()
+    assert policy.for_inference() is policy.model
+
+
+@pytest.mark.parametrize("kind", ["plain", "DoRA", "saved module", "token indices", "embedding"])
+def test_what_is_exported_is_the_policy(kind, tokenizer, tmp_path, capsys):
+    policy = trained(kind, tokenizer)
+    base = tmp_path / "base"
+    policy.model.get_base_model()
+    plain = tiny_policy("qwen2", tokenizer, tie_word_embeddings=False)
+    plain.model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    policy.name = str(base)
+    policy.save(tmp_path / "adapter")
+    main(["export", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")])
+    found = load_policy(str(tmp_path / "merged"), lora_rank=0)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            found.model(IDS).logits, policy.model(IDS).logits, atol=1e-3, rtol=1e-4
+        )
+
+
+@pytest.fixture
+def adapter(tiny_folder, tmp_path):
+    policy = load_policy(tiny_folder, lora_rank=4)
+    policy.save(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_the_base_of_an_adapter_is_found_by_it(adapter, tiny_folder):
+    assert base_of(adapter) == tiny_folder
+    policy = load_policy(adapter=adapter)
+    assert policy.name == tiny_folder and isinstance(policy.model, PeftModel)
+
+
+def test_an_adapter_of_the_embedded_policy_names_it_and_no_folder_of_this_machine(tmp_path):
+    load_policy(lora_rank=2).save(tmp_path)
+    assert base_of(tmp_path) == EMBEDDED
+    assert json.loads((tmp_path / "base.json").read_text())["model"] == EMBEDDED
+
+
+def test_another_base_is_refused(adapter, tiny_folder, tmp_path):
+    """Also under the same path, and though every shape fits."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({n: w + 0.01 for n, w in weights.items()}, other / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(ValueError, match=r"which was trained on .*other weights"):
+        load_policy(str(other), adapter=adapter)
+    load_policy(tiny_folder, adapter=adapter)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_same_base_in_another_dtype_is_the_same(adapter, tiny_folder, dtype):
+    load_policy(tiny_folder, adapter=adapter, dtype=dtype)
+
+
+def test_the_same_base_in_4_bits_is_the_same(adapter, tiny_folder):
+    pytest.importorskip("bitsandbytes")
+    load_policy(tiny_folder, adapter=adapter, four_bit=True)
+
+
+def test_an_adapter_from_elsewhere_is_known_by_peft_s_own_name(adapter, tiny_folder):
+    """Without base.json nothing is known of the weights, and nothing is refused."""
+    (adapter / "base.json").unlink()
+    assert base_of(adapter) == tiny_folder
+    load_policy(adapter=adapter)
+
+
+def test_some_weights_tell_models_apart(tokenizer):
+    one, other = (tiny_policy("qwen2", tokenizer).model for _ in range(2))
+    assert some_weights(one) == some_weights(other) and len(some_weights(one)) > 20
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.05)
+    assert some_weights(one) != some_weights(other)
