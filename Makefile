@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo full long test check torture policy notebooks course clean
+.PHONY: demo full long test check types fast torture policy notebooks course clean
 
 demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy, compare them, three seeds (about six minutes)
 	$(RUN) iapo_mini compare --preset demo
@@ -13,8 +13,15 @@ full: $(VENV)/ready  ## the same with five seeds (what the README reports)
 
 check: $(VENV)/ready  ## style, types and the fast tests: under ninety seconds on two cores
 	$(RUN) ruff check .
+	$(MAKE) --jobs 2 types fast
+
+types: $(VENV)/ready
 	$(RUN) mypy
-	$(RUN) pytest -n auto --dist loadfile -m "not slow" $(FAST)
+
+FAST := structure config question rollouts advantages objective intervals metrics tasks stories \
+  strides reading rewards flat attention diagnose exact datasets
+fast: $(VENV)/ready
+	$(RUN) pytest -q $(FAST:%=tests/test_%.py)
 
 test: $(VENV)/ready  ## style, types and every test, the notebooks included
 	$(RUN) ruff check .

@@ -163,7 +163,16 @@ def test_two_threads_of_one_process_are_two_as_well(config, tmp_path):
     run(replace(config, max_steps=1), tmp_path / "run", on_step=step)
 
 
+@pytest.fixture
+def foreground():
+    """Ctrl-C as in a terminal: a shell's job in the background is started deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @POSIX
+@pytest.mark.usefixtures("foreground")
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(config, tmp_path, whole):
     """A real SIGINT in the middle of a step, between two checkpoints."""
     folder = tmp_path / "run"
@@ -182,6 +191,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(config, tmp_path, 
 
 
 @POSIX
+@pytest.mark.usefixtures("foreground")
 def test_a_second_ctrl_c_does_not_wait(config, tmp_path, whole):
     folder, reached = tmp_path / "run", []
 
@@ -200,6 +210,7 @@ def test_a_second_ctrl_c_does_not_wait(config, tmp_path, whole):
 
 
 @POSIX
+@pytest.mark.usefixtures("foreground")
 def test_ctrl_c_on_the_command_line_ends_with_one_sentence(config, tmp_path, whole):
     folder = tmp_path / "run"
     options = [

@@ -229,7 +229,8 @@ def test_direction_of_a_language_model_by_finite_differences(base_policy):
     problems = list(itertools.islice(stories("tune"), 2))
     rollouts = sample(base_policy, problems, num_generations=3, max_completion_length=12, seed=0)
     potential = torch.rand(6, rollouts.completion_ids.shape[1] + 1)
-    rollouts.informativeness = informativeness(potential, rollouts.completion_mask)
+    s = informativeness(potential, rollouts.completion_mask)
+    rollouts = rollouts.filled(informativeness=s)
     before = {name: p.clone() for name, p in base_policy.trainable().items()}
     direction = theory_stories.information_gradient(base_policy, rollouts)
     values = normalize(rollouts.informativeness, rollouts.completion_mask)
@@ -325,7 +326,7 @@ def test_every_string_counts():
 def test_command_writes_results_and_figures(tmp_path):
     arguments = ["--preset", "quick", "--figures", str(tmp_path), "--threads", "1"]
     done = subprocess.run(
-        [sys.executable, "-m", "iapo_mini", "theory", *arguments],
+        [sys.executable, "-m", "iapo_mini", "lab", "theory", *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -357,7 +358,7 @@ def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as done:
-        main(["theory", *arguments])
+        main(["lab", "theory", *arguments])
     stderr = capsys.readouterr().err
     assert done.value.code == 2
     assert stderr.startswith("iapo-mini: " + sentence) and stderr.count("\n") == 1

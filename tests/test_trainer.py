@@ -398,7 +398,7 @@ def test_limits_themselves_are_allowed():
 def test_resume_with_another_setting_is_refused(config, tmp_path, field, value):
     run(config, tmp_path / "a")
     before = metrics(tmp_path / "a"), weights(tmp_path / "a")
-    message = rf"{field} is {value!r}, but .* {getattr(config, field)!r}"
+    message = rf"{field} is {value!r}, but .* {config.settings()[field]!r}"
     with pytest.raises(ValueError, match=message):
         run(replace(config, **{field: value}), tmp_path / "a", resume=True)
     assert (metrics(tmp_path / "a"), weights(tmp_path / "a")) == before

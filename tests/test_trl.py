@@ -258,7 +258,7 @@ def test_a_short_run_learns(trainer, schooled_folder):
     policy = load_policy(schooled_folder, lora_rank=8)
     ours = trainer(
         policy=policy, max_steps=20, optim="adamw_torch", learning_rate=1e-2, iapo_alpha=0.1,
-        per_device_train_batch_size=16, num_generations=8,
+        per_device_train_batch_size=16, num_generations=8, loss_type="dapo", beta=0.0,
     )  # fmt: skip
     logs, _ = steps_of(ours, 20)
     rewards = [row["reward"] for row in logs if "reward" in row]
