@@ -2,9 +2,8 @@
 
 The estimator reads H(y | q, o_<=t) off the policy's forced answer. If the policy is sure of a wrong
 answer in the middle of a thought, the entropy is low where it should be high and its drop is noise.
-:func:`calibration` measures that; :func:`calibrate` trains it away: a short fine-tune in which the
-world's (or the policy's own) chains are cut at random tokens, closed by the postfix, and the loss
-is on the true answer only, so the policy does not learn to stop early.
+:func:`calibration` measures that; :func:`calibrate` trains it away. In this short fine-tune chains
+are cut at random tokens and closed by the postfix, and the loss is on the true answer only.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ if TYPE_CHECKING:
 def _answer_tokens(policy: Policy, answers: Sequence[str]) -> torch.Tensor:
     """(N,) long: first token of each answer as it stands after ``<answer>``, in the policy's style.
 
-    The story world writes a space after the tag, which is part of the answer's token. A tokenizer
-    in which space and answer are no single token belongs to a policy that writes none.
+    The story world writes a space after the tag, as part of the answer's token. A tokenizer that
+    has no such token belongs to a policy that writes no space.
     """
 
     def first(answer: str) -> int:
@@ -307,9 +306,8 @@ def _read(
     with torch.no_grad():
         was = torch.func.functional_call(model, before, kwargs=inputs | {"use_cache": False})
     written = slice(rollouts.prompt_ids.shape[1] - 1, -1)
-    p, q = (
-        torch.log_softmax(x.logits[:, written].float(), dim=-1).clamp(min=NEVER) for x in (was, now)
-    )
+    logits = (x.logits[:, written].float() for x in (was, now))
+    p, q = (torch.log_softmax(x, dim=-1).clamp(min=NEVER) for x in logits)
     kl = ((p.exp() * (p - q)).sum(-1) * rollouts.completion_mask).sum()
     trunk = Trunk(now.past_key_values, mask, inputs["position_ids"])
     return kl / rollouts.completion_mask.sum(), trunk

@@ -201,8 +201,8 @@ def sample(
 ) -> Rollouts:
     """Sample ``num_generations`` completions for each problem from the policy.
 
-    One uniform number per row and step decides the token by inverse CDF, so a row's completion
-    does not depend on when other rows stop: finished rows are dropped from the batch on the way.
+    One uniform number per row and step decides the token, so a row does not depend on when others
+    stop: finished rows are dropped from the batch on the way.
 
     Args:
         policy: the policy to sample from.
@@ -222,11 +222,10 @@ def sample(
     total, longest = len(problems) * num_generations, max_completion_length
     check_window(model, prompt_ids.shape[1] + longest)
     generator = torch.Generator(device).manual_seed(seed)
-
     cache = Cache(layer_class_to_replicate=_GrowingLayer)
     logits = _first_logits(model, cache, prompt_ids, prompt_mask, num_generations)
     rows = _Rows(prompt_mask, num_generations, longest, keep_cache)
-    pad = policy.tokenizer.pad_token_id
+    pad, stops = policy.tokenizer.pad_token_id, policy.eos_ids
     ids = torch.full((total, longest), pad, dtype=torch.long, device=device)
     logprobs, entropies = torch.zeros(2, total, longest, device=device)
     lengths = torch.full((total,), longest, device=device)
@@ -236,7 +235,7 @@ def sample(
         running, alive = rows.running, rows.active[rows.running]
         ids[alive, t] = token[running, 0]
         logprobs[alive, t], entropies[alive, t] = log_p[running], entropy[running]
-        ended = running & torch.isin(token[:, 0], policy.eos_ids)
+        ended = running & torch.isin(token[:, 0], stops)
         lengths[rows.active[ended]] = t + 1
         rows.running = running & ~ended
         left = int(rows.running.sum())
@@ -266,9 +265,9 @@ def sample(
         completion_mask=mask,
         old_logprobs=logprobs[:, :width] * mask,
         num_generations=num_generations,
-        finished=torch.isin(ids[torch.arange(total), lengths - 1], policy.eos_ids),
-        known={"token_entropies": entropies[:, :width] * mask}, cache=rows.kept,
-        prefill=prefill(policy.tokenizer),
+        finished=torch.isin(ids[torch.arange(total), lengths - 1], stops),
+        known={"token_entropies": entropies[:, :width] * mask},
+        prefill=prefill(policy.tokenizer), cache=rows.kept,
     )  # fmt: skip
 
 

@@ -148,11 +148,11 @@ def test_full_model_round_trip_is_exact(tiny_folder, tmp_path):
     assert loaded.tokenizer.encode(text) == policy.tokenizer.encode(text)
 
 
-def test_stop_tokens_come_from_the_generation_config(lora_policy):
+def test_stop_tokens_are_the_end_of_a_turn_and_those_of_the_generation_config(lora_policy):
     eos = lora_policy.tokenizer.eos_token_id
     assert lora_policy.eos_ids.tolist() == [eos]
     lora_policy.model.generation_config.eos_token_id = [3, eos]
-    assert lora_policy.eos_ids.tolist() == [3, eos]
+    assert lora_policy.eos_ids.tolist() == [eos, 3]
     lora_policy.model.generation_config.eos_token_id = None
     assert lora_policy.eos_ids.tolist() == [eos]
 
