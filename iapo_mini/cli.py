@@ -223,15 +223,14 @@ def _evaluate(args: argparse.Namespace) -> None:
         problems = load_problems(args.data, args.split, args.data_file)
     found, problems = len(problems), problems[: args.problems]
     out = Path(args.out or f"runs/evaluate/{args.data}-{args.split}-{_digest(args)}.json")
-    if out.suffix == ".jsonl":
-        raise ValueError(f"out is '{out}'; allowed is a .json file, the completions get .jsonl.")
 
     import torch
 
-    from iapo_mini.evaluation import evaluate, evaluation_table
+    from iapo_mini.evaluation import check_out, evaluate, evaluation_table
     from iapo_mini.policy import load_policy
     from iapo_mini.run_folder import versions, writable_folder, write_json
 
+    check_out(out, args.data_file)
     writable_folder(out.parent, "out")
     torch.set_num_threads(args.threads)
     policy = load_policy(args.model, adapter=args.adapter, lora_rank=0, four_bit=args.four_bit)

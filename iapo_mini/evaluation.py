@@ -165,6 +165,29 @@ class _Sampling:
         return max(1, self.batch_size // self.num_generations)
 
 
+def check_out(out: Path, data_file: str = "") -> None:
+    """Refuse a results file that would be a folder or write over something else, before any work.
+
+    Raises:
+        ValueError: naming it, and what is allowed.
+    """
+    if out.suffix != ".json" or out.is_dir():
+        raise ValueError(f"out is '{out}'; allowed is a .json file, the completions get .jsonl.")
+    data = Path(data_file).expanduser().resolve() if data_file else None
+    if data in (out.resolve(), out.with_suffix(".jsonl").resolve()):
+        raise ValueError(f"out is '{out}', which would write over data_file; name another file.")
+    if out.is_file():
+        try:
+            before = json.loads(out.read_text())
+            ours = isinstance(before, dict) and "intervals" in before
+        except (ValueError, UnicodeDecodeError):
+            ours = False
+        if not ours:
+            raise ValueError(
+                f"out is '{out}', which holds something else than results; name another file."
+            )
+
+
 def evaluation_table(result: dict[str, Any], ks: Sequence[int]) -> str:
     """Pass@k, Length@k and Ratio@k of :func:`evaluate` with their intervals, in Markdown."""
     lines = ["| k | Pass@k | Length@k (tokens) | Ratio@k (1/1000 tokens) |", "|---|---|---|---|"]

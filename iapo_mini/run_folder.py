@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from iapo_mini.config import TrainConfig, with_defaults
+from iapo_mini.problems.datasets import fingerprint
 
 if TYPE_CHECKING:
     from iapo_mini.policy import Policy
@@ -280,14 +281,23 @@ class Run:
                 )
             return
         try:
-            before = with_defaults(json.loads((run / "config.json").read_text()))
+            saved = json.loads((run / "config.json").read_text())
+            before = with_defaults(saved)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"output_dir is '{run}', whose config.json is damaged ({error}); write the run's "
                 "settings back into it, or name a new folder."
             ) from error
+        data = saved.get("data_fingerprint")
+        if data is not None and data != fingerprint(self.config.data_file):
+            raise ValueError(
+                f"data_file is '{self.config.data_file}', whose content is not that of "
+                f"'{before['data_file']}' when the run in '{run}' was started; resume with the "
+                "same problems, or start a new run."
+            )
+        free = {"max_steps"} if data is None else {"max_steps", "data_file"}  # by content
         for name, value in settings.items():
-            if name != "max_steps" and value != before.get(name):
+            if name not in free and value != before.get(name):
                 raise ValueError(
                     f"{name} is {value!r}, but the run in '{run}' was started with "
                     f"{before.get(name)!r}; resume with the same settings (only max_steps may "
@@ -300,6 +310,7 @@ class Run:
             for path in self.folder.glob(".*.tmp"):
                 remove(path)
             told = self.config.settings() | {"from_recipe": self.config.from_recipe()}
+            told["data_fingerprint"] = fingerprint(self.config.data_file)
             replace_text(self.folder / "config.json", json.dumps(told, indent=2) + "\n")
         done = restore_checkpoint(self.folder, policy, optimizer)
         with writing(self.folder):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from decimal import Decimal
 
 import pytest
 from helpers import real_problems
@@ -15,6 +16,7 @@ from iapo_mini.problems.datasets import (
     SOURCES,
     check_data,
     cut,
+    fingerprint,
     load_problems,
     training_problems,
 )
@@ -312,3 +314,85 @@ def test_every_math500_problem_is_read():
     assert [(p.question, p.answer) for p in problems] == [
         (row["problem"].strip(), row["answer"].strip()) for row in raw
     ]
+
+
+CHAT = [
+    {"role": "system", "content": "You are a mathematician."},
+    {"role": "user", "content": "What is 1 + 1?"},
+    {"role": "assistant", "content": "Do you want a proof?"},
+    {"role": "user", "content": "What is 2 + {n}?"},
+]
+
+
+def chat(n):
+    return [{**turn, "content": turn["content"].format(n=n)} for turn in CHAT]
+
+
+@pytest.mark.parametrize("kept_as", [list, json.dumps])
+def test_the_question_of_a_chat_is_its_last_user_turn(tmp_path, kept_as):
+    """With a system turn first, all problems would be the system text, and one."""
+    rows = [
+        {"prompt": kept_as(chat(n)), "reward_model": {"ground_truth": str(2 + n)}} for n in range(5)
+    ]
+    problems = load_problems("dapo_math", "all", str(write(tmp_path / "d.jsonl", rows)))
+    assert [p.question for p in problems] == [f"What is 2 + {n}?" for n in range(5)]
+
+
+def test_a_chat_without_a_user_turn_is_refused(tmp_path):
+    rows = [{"prompt": CHAT[:1], "reward_model": {"ground_truth": "3"}}]
+    with pytest.raises(ValueError, match="no turn of a user"):
+        load_problems("dapo_math", "all", str(write(tmp_path / "d.jsonl", rows)))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(72, "72"), (72.0, "72"), (-3.0, "-3"), (0.5, "0.5"), (1e3, "1000"), (1e-7, "0.0000001"),
+     (Decimal("72.00"), "72"), (Decimal("0.50"), "0.5")],
+    ids=str,
+)  # fmt: skip
+def test_answers_that_are_numbers_are_read_as_people_write_them(tmp_path, value, text):
+    rows = [{"question": "How many?", "answer": value}]
+    kinds = [tmp_path / "n.parquet"] if isinstance(value, Decimal) else [
+        tmp_path / "n.parquet", tmp_path / "n.jsonl"
+    ]  # fmt: skip
+    for path in kinds:
+        (problem,) = load_problems("gsm8k", "all", str(write(path, rows)))
+        assert problem.answer == text and as_number(problem.answer) is not None
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "true", "null", "[5]"])
+def test_answers_that_are_no_numbers_are_refused(tmp_path, value):
+    path = tmp_path / "n.jsonl"
+    path.write_text('{"question": "How many?", "answer": ' + value + "}\n")
+    with pytest.raises(ValueError, match="1 of 1 rows can't be used: line 1"):
+        load_problems("gsm8k", "all", str(path))
+
+
+def test_commonsense_qa_is_read_as_first_published(tmp_path):
+    row = {
+        "answerKey": "A", "id": "1",
+        "question": {
+            "stem": "Where is money?",
+            "choices": [{"label": "A", "text": "bank"}, {"label": "B", "text": "tree"}],
+        },
+    }  # fmt: skip
+    (problem,) = load_problems("commonsense_qa", "all", str(write(tmp_path / "c.jsonl", [row])))
+    assert (problem.question, problem.answer) == EXPECTED["commonsense_qa"]
+
+
+@pytest.mark.parametrize("text", [None, "", 7, "half \ud800 a letter"])
+def test_a_choice_that_is_no_text_is_refused_and_never_called_none(tmp_path, text):
+    choices = {"label": ["A", "B"], "text": ["bank", text]}
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps({**ROWS["commonsense_qa"], "choices": choices}) + "\n")
+    with pytest.raises(ValueError, match=r"line 1 \((no|broken) text under 'choices'\)"):
+        load_problems("commonsense_qa", "all", str(path))
+
+
+def test_a_fingerprint_follows_from_the_content_alone(tmp_path):
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    for path in (one, other):
+        write(path, gsm8k(3))
+    assert fingerprint(str(one)) == fingerprint(str(other)) != fingerprint("")
+    write(other, gsm8k(4))
+    assert fingerprint(str(one)) != fingerprint(str(other))

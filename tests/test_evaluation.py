@@ -10,7 +10,7 @@ import torch
 from helpers import TRIVIAL, perturb_lora
 
 from iapo_mini import evaluation
-from iapo_mini.evaluation import evaluate, pass_at_k, ratio_at_k, summary
+from iapo_mini.evaluation import check_out, evaluate, pass_at_k, ratio_at_k, summary
 from iapo_mini.policy import load_policy
 from iapo_mini.rewards import reward
 from iapo_mini.tasks import Problem
@@ -236,3 +236,29 @@ def test_fewer_values_of_k_are_read_off_the_same_completions(policy, tmp_path):
     whole = run(policy, save_to=tmp_path / "c.jsonl")
     part = run(policy, ks=(2,), save_to=tmp_path / "c.jsonl")
     assert part["pass@2"] == whole["pass@2"] and "pass@4" not in part
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("folder", "allowed is a .json file"), ("e.jsonl", "allowed is a .json file"),
+     ("data.json", "would write over data_file"), ("config.json", "holds something else"),
+     ("text.json", "holds something else")],
+)  # fmt: skip
+def test_results_write_over_nothing_else(tmp_path, name, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "data.json").write_text("[]")
+    (tmp_path / "config.json").write_text('{"method": "iapo"}')
+    (tmp_path / "text.json").write_text("not JSON")
+    with pytest.raises(ValueError, match=message):
+        check_out(tmp_path / name, str(tmp_path / "data.json"))
+
+
+def test_results_of_before_may_be_written_over(tmp_path):
+    (tmp_path / "e.json").write_text('{"intervals": {}}')
+    check_out(tmp_path / "e.json")
+    check_out(tmp_path / "new.json", str(tmp_path / "data.jsonl"))
+
+
+def test_completions_do_not_write_over_the_data(tmp_path):
+    with pytest.raises(ValueError, match="would write over data_file"):
+        check_out(tmp_path / "data.json", str(tmp_path / "data.jsonl"))

@@ -7,12 +7,15 @@ their count, and nothing is trained or judged on the rest.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +59,26 @@ class Source:
 
 def _field(row: object, name: str) -> str:
     value = row.get(name) if isinstance(row, dict) else None
-    value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        value = _number(value)
+    return _text(value, name)
+
+
+def _text(value: object, name: str) -> str:
+    """A text that a tokenizer takes, without space around it; ValueError naming its field."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"no text under '{name}'")
     if any("\ud800" <= c <= "\udfff" for c in value):  # half of a character: no tokenizer takes it
         raise ValueError(f"broken text under '{name}'")
     return value.strip()
+
+
+def _number(value: float | Decimal) -> str:
+    """72.0 as 72, as people write it; ValueError for what is not finite."""
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no number")
+    whole = value == int(value)
+    return str(int(value)) if whole else f"{Decimal(str(value)).normalize():f}"
 
 
 def _plain_number(text: str) -> str:
@@ -84,8 +101,14 @@ def _read_math500(row: dict) -> tuple[str, str]:
 def _read_dapo_math(row: dict) -> tuple[str, str]:
     """Rows of the original (a chat, ``reward_model``) and of its processed copy (plain text)."""
     prompt = row.get("prompt") if isinstance(row, dict) else None
+    if isinstance(prompt, str) and prompt.lstrip().startswith("[{"):  # a chat kept as JSON
+        with contextlib.suppress(ValueError, RecursionError):
+            prompt = json.loads(prompt)
     if isinstance(prompt, list) and prompt:
-        question = _field(prompt[0], "content")
+        asked = [t for t in prompt if isinstance(t, dict) and t.get("role", "user") == "user"]
+        if not asked:
+            raise ValueError("no turn of a user under 'prompt'")
+        question = _field(asked[-1], "content")
         answer = _field(row.get("reward_model"), "ground_truth")
     else:
         question, answer = _field(row, "prompt"), _field(row, "solution")
@@ -96,12 +119,20 @@ def _read_dapo_math(row: dict) -> tuple[str, str]:
 
 
 def _read_commonsense_qa(row: dict) -> tuple[str, str]:
-    question, answer = _field(row, "question"), _field(row, "answerKey")
+    """Rows of the hub (lists under ``choices``) and as first published (``question.stem``)."""
+    inner = row.get("question") if isinstance(row, dict) else None
+    told = inner if isinstance(inner, dict) else row
+    question = _field(told, "stem" if told is inner else "question")
+    answer = _field(row, "answerKey")
     try:
-        choices = row["choices"]
-        lettered = list(zip(choices["label"], choices["text"], strict=True))
+        choices = told["choices"]
+        if isinstance(choices, list):
+            pairs = [(choice["label"], choice["text"]) for choice in choices]
+        else:
+            pairs = list(zip(choices["label"], choices["text"], strict=True))
     except (TypeError, KeyError, ValueError):
         raise ValueError("no 'label' and 'text' lists of one length under 'choices'") from None
+    lettered = [(_text(label, "label"), _text(text, "choices")) for label, text in pairs]
     if answer not in (letter for letter, _ in lettered):
         raise ValueError(f"the answer '{answer}' is none of the choices")
     lines = [f"{letter}. {text}" for letter, text in lettered]
@@ -142,6 +173,14 @@ SOURCES: dict[str, Source] = {
 }
 DATA = ("stories", *SOURCES)
 """Names of the data sets."""
+
+
+def fingerprint(data_file: str) -> str:
+    """Sixteen characters that follow from the content of a file; empty for none."""
+    if not data_file:
+        return ""
+    with Path(data_file).expanduser().open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def check_data(data: str, split: str, data_file: str = "") -> None:

@@ -1,0 +1,52 @@
+"""The folder of a run: what resuming holds on to beside the settings."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from helpers import content, run
+
+from iapo_mini.policy import load_policy
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(2, 30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_run_goes_on_with_the_same_problems_under_another_spelling(
+    config, questions, tmp_path, monkeypatch
+):
+    config = replace(config, data="gsm8k", data_file=str(questions), max_steps=2, save_steps=1)
+    run(config, tmp_path / "whole")
+    run(replace(config, max_steps=1), tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    moved = replace(config, data_file="./questions.jsonl")
+    run(moved, tmp_path / "run", resume=True)
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+
+def test_other_problems_under_the_same_name_are_refused(config, questions, tmp_path):
+    config = replace(config, data="gsm8k", data_file=str(questions), max_steps=1)
+    run(config, tmp_path / "run")
+    questions.write_text(questions.read_text().replace("+ 1?", "+ 2?"))
+    with pytest.raises(ValueError, match=r"data_file is .*, whose content is not that of"):
+        run(replace(config, max_steps=2), tmp_path / "run", resume=True)
+
+
+def test_a_model_that_can_not_be_loaded_leaves_a_folder_for_the_corrected_command(config, tmp_path):
+    with pytest.raises(ValueError, match="model is"):
+        run(replace(config, model="./no-such-model"), tmp_path / "run")
+    run(replace(config, max_steps=1), tmp_path / "run")
+    assert (tmp_path / "run" / "final").is_dir()
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_with_the_run(config, tmp_path):
+    policy = load_policy(config.model, lora_rank=4)
+    template = policy.tokenizer.chat_template
+    policy.tokenizer.chat_template = {"default": template, "tool_use": template}
+    run(replace(config, max_steps=1), tmp_path / "run", policy=policy)
+    assert (tmp_path / "run" / "final" / "adapter_model.safetensors").is_file()
