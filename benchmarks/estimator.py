@@ -32,13 +32,13 @@ from transformers import DynamicCache, Qwen2ForCausalLM
 from iapo_mini.config import TrainConfig
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.early_exit.reading import logits_entropy
+from iapo_mini.files import versions, write_json
 from iapo_mini.information import answer_entropies, encode_postfix
 from iapo_mini.intervals import bootstrap_interval
 from iapo_mini.logprobs import trunk_blocks
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.stories import stories
 from iapo_mini.rollouts import Rollouts
-from iapo_mini.run_folder import versions, write_json
 from iapo_mini.sampling import sample
 from iapo_mini.tasks import POSTFIX
 from iapo_mini.tools.planner import config_of

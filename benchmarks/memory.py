@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
 
 from iapo_mini.config import CARDS, TrainConfig
+from iapo_mini.files import versions, write_json
 from iapo_mini.policy import Policy, load_policy
-from iapo_mini.run_folder import versions, write_json
 from iapo_mini.sampling import encode_prompts
 from iapo_mini.tasks import Problem
 from iapo_mini.tools.planner import GB, config_of, plan, shape_of

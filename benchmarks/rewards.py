@@ -18,9 +18,9 @@ from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 
+from iapo_mini.files import versions, write_json
 from iapo_mini.problems.datasets import load_problems
 from iapo_mini.problems.verify import as_number, equal_answers
-from iapo_mini.run_folder import versions, write_json
 
 RESULTS = Path(__file__).parent.parent / "figures" / "results" / "rewards.json"
 

@@ -28,8 +28,8 @@ import torch
 from memory import TINY, problems_of, write_random_model
 from transformers import GenerationConfig
 
+from iapo_mini.files import versions, write_json
 from iapo_mini.policy import Policy, load_policy
-from iapo_mini.run_folder import versions, write_json
 from iapo_mini.sampling import encode_prompts, sample
 from iapo_mini.tools.planner import SHAPES, config_of
 

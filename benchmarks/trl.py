@@ -32,12 +32,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 from iapo_mini.config import TrainConfig
 from iapo_mini.engines.trl import answer_reward, dataset
+from iapo_mini.files import versions, write_json
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.objective import policy_loss
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import stories
 from iapo_mini.rollouts import Rollouts
-from iapo_mini.run_folder import versions, write_json
 from iapo_mini.trainer import train
 
 RESULTS = Path(__file__).parent.parent / "figures" / "results" / "trl.json"

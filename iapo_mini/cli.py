@@ -118,7 +118,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--max-completion-length", type=int, default=224, help="tokens (%(default)s)")
     add("--batch-size", type=int, default=128, help="completions sampled at once (%(default)s)")
-    add("--temperature", type=float, default=1.0, help="sampling (%(default)s)")
+    add("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy (%(default)s)")
     add("--seed", type=int, default=0, help="sampling seed (%(default)s)")
     add("--out",
         help="results JSON; completions go beside it as JSONL, and the same command goes on from "
@@ -130,7 +130,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("story", help="the question, in quotes; '-' draws a test story")
     _add_policy_options(parser)
-    add("--temperature", type=float, default=1.0, help="sampling (%(default)s)")
+    add("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy (%(default)s)")
     add("--seed", type=int, default=0, help="sampling seed (%(default)s)")
     add("--out", default="runs/explain.png", help="heat map (%(default)s)")
     add("--color", choices=("auto", "always", "never"), default="auto",
@@ -227,8 +227,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     import torch
 
     from iapo_mini.evaluation import check_out, evaluate, evaluation_table
+    from iapo_mini.files import versions, writable_folder, write_json
     from iapo_mini.policy import load_policy
-    from iapo_mini.run_folder import versions, writable_folder, write_json
 
     check_out(out, args.data_file)
     writable_folder(out.parent, "out")
@@ -275,8 +275,8 @@ def _explain(args: argparse.Namespace) -> None:
     if args.story == "-":
         problem = next(itertools.islice(stories("test"), args.seed, None))
 
+    from iapo_mini.files import writable_folder
     from iapo_mini.policy import load_policy
-    from iapo_mini.run_folder import writable_folder
     from iapo_mini.tools.explain import explain, terminal_text
 
     writable_folder(Path(args.out).parent, "out")
@@ -322,8 +322,8 @@ def _diagnose(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    from iapo_mini.files import replace_folder, writable_folder
     from iapo_mini.policy import load_policy
-    from iapo_mini.run_folder import writable_folder
 
     out = Path(args.out)
     writable_folder(out, "out")
@@ -335,8 +335,13 @@ def _export(args: argparse.Namespace) -> None:
         trained = json.loads(config.read_text())
     four_bit = bool(trained.get("four_bit")) if args.four_bit is None else args.four_bit
     policy = load_policy(args.model, adapter=args.adapter, four_bit=four_bit)
-    policy.merged("cpu").save_pretrained(out)
-    policy.tokenizer.save_pretrained(out)
+    merged = policy.merged("cpu")
+
+    def write(folder: Path) -> None:
+        merged.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
+
+    replace_folder(out, write)
     print(f"Merged model: {out}")
 
 

@@ -209,6 +209,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= bound):
                 raise ValueError(f"{name} is {value}; allowed are {bound} and above.")
+        if self.temperature == 0:
+            raise ValueError(
+                "temperature is 0; greedy completions of a prompt are all equal and teach nothing, "
+                "allowed are numbers above 0."
+            )
         positive = "learning_rate temperature max_grad_norm epsilon epsilon_high"
         for name in (*positive.split(), "estimator_memory_mb"):
             value = getattr(self, name)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from iapo_mini.files import replace_text
 from iapo_mini.intervals import format_interval
 from iapo_mini.policy import Policy
 from iapo_mini.rewards import check_completion, score
-from iapo_mini.run_folder import replace_text
 from iapo_mini.sampling import sample
 from iapo_mini.tasks import Problem, messages
 

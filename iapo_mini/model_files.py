@@ -23,6 +23,11 @@ def model_source(model: str, weights: bool = True) -> str:
     if not looks_local:
         return model  # a hub id
     path = path.expanduser()
+    if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model is '{model}', which is an adapter; say --adapter '{model}' (adapter=), its "
+            "model is found by it."
+        )
     if not (path / "config.json").is_file():
         raise ValueError(
             f"model is '{model}', which is no model folder (it has no config.json); allowed are "

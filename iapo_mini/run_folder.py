@@ -4,7 +4,7 @@
 * A checkpoint carries the checksums of its files; one that does not match is passed over.
 * A folder belongs to one process at a time; the system takes the lock from one that was killed.
 * A full or read-only disk ends in one sentence that names the last whole checkpoint.
-* Ctrl-C asks for the end of the step; only a second one interrupts at once.
+* Ctrl-C, SIGTERM and SIGHUP ask for the end of the step; a second one interrupts at once.
 """
 
 from __future__ import annotations
@@ -13,16 +13,10 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import re
-import shutil
-import signal
-import sys
-import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from iapo_mini.config import TrainConfig, with_defaults
+from iapo_mini.files import remove, replace_folder, replace_text, writable_folder
 from iapo_mini.problems.datasets import fingerprint
+from iapo_mini.signals import asked_to_end
 
 if TYPE_CHECKING:
     from iapo_mini.policy import Policy
@@ -44,71 +40,6 @@ _LOCK = ".lock"
 def is_leftover(path: Path) -> bool:
     """Whether this is what a killed run leaves: its lock, or something it had not yet renamed."""
     return path.name == _LOCK or (path.name.startswith(".") and path.name.endswith(".tmp"))
-
-
-def writable_folder(folder: Path, name: str) -> None:
-    """Make a folder and make sure that something can be written there, before any long work.
-
-    Raises:
-        ValueError: naming the argument ``name`` and the reason.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{name} is '{folder}', where nothing can be written ({error.strerror}); "
-            "allowed is a folder you may write to."
-        ) from error
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename, so that it is whole or as it was."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a number depends on."""
-    packages = ("torch", "transformers", "peft", "tokenizers", "iapo-mini")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON whole or not at all (temporary name, then rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder under a temporary name, then rename, so that it is whole or absent."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    remove(temporary)
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        for file in filter(Path.is_file, temporary.rglob("*")):
-            with file.open("rb+") as opened:
-                os.fsync(opened.fileno())  # the rename must not reach the disk before what it names
-    except BaseException:
-        remove(temporary)  # a full disk gets its room back
-        raise
-    remove(folder)
-    os.replace(temporary, folder)
-
-
-def remove(path: Path) -> None:
-    """Remove a file or folder, if there; a folder first loses its name, so that none is half."""
-    if path.is_dir():
-        doomed = path.with_name(f".{path.name.strip('.')}.old.tmp")
-        if path != doomed:
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.replace(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -173,13 +104,18 @@ def restore_checkpoint(run: Path, policy: Policy, optimizer: torch.optim.Optimiz
                 raise ValueError("its files do not match their checksums")
             weights = load_file(checkpoint / "trainable.safetensors")
             moments = load_file(checkpoint / "optimizer.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
+        except (FileNotFoundError, ValueError, SafetensorError) as error:
             warnings.warn(
                 f"'{checkpoint}' is damaged ({error}) and is not used; the one before it is, or "
                 "the run starts anew.",
                 stacklevel=2,
             )
             continue
+        except OSError as error:  # what can't be read need not be damaged: nothing is begun anew
+            raise ValueError(
+                f"output_dir is '{run}', whose '{checkpoint.name}' can't be read "
+                f"({error.strerror or error}); make it readable, then resume."
+            ) from error
         with torch.no_grad():
             for name, parameter in policy.trainable().items():
                 parameter.copy_(weights[name])
@@ -209,31 +145,6 @@ def trim_log(log: Path, done: int) -> None:
     replace_text(log, "".join(kept))
 
 
-@contextlib.contextmanager
-def ctrl_c() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one interrupts at once, as it always does."""
-    asked = threading.Event()
-    # Another handler, or none (a job in the background), is somebody's decision: leave it alone.
-    ours = threading.current_thread() is threading.main_thread() and (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-
-    def ask(number: int, frame: object) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with contextlib.suppress(RuntimeError):  # in the middle of another write
-            print("\nThis step will be finished and saved; Ctrl-C again does not wait.",
-                  file=sys.stderr, flush=True)  # fmt: skip
-
-    if ours:
-        signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 class Run:
     """The folder of one run from its claim to its end, as a context manager.
 
@@ -242,16 +153,19 @@ class Run:
 
     Args:
         folder: must be empty or absent unless ``resume``.
-        settings: what ``config.json`` is to hold.
+        config: its settings are what ``config.json`` holds.
         resume: go on with the run that is there, which must have the same settings.
+        wait: seconds to wait for another process to leave the folder.
 
     Raises:
         ValueError: when the folder is in use, can't be written, is not empty, or holds a run with
             other settings (or none, with ``resume``).
     """
 
-    def __init__(self, folder: str | Path, config: TrainConfig, *, resume: bool = False) -> None:
-        self.folder, self.config, self.resume = Path(folder), config, resume
+    def __init__(
+        self, folder: str | Path, config: TrainConfig, *, resume: bool = False, wait: float = 0.0
+    ) -> None:
+        self.folder, self.config, self.resume, self.wait = Path(folder), config, resume, wait
         self._stack = contextlib.ExitStack()
         self._interrupted = threading.Event()
 
@@ -262,7 +176,7 @@ class Run:
             )
         writable_folder(self.folder, "output_dir")
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_locked(self.folder))
+            stack.enter_context(_locked(self.folder, self.wait))
             self._check()
             self._stack = stack.pop_all()
         return self
@@ -313,9 +227,14 @@ class Run:
             told["data_fingerprint"] = fingerprint(self.config.data_file)
             replace_text(self.folder / "config.json", json.dumps(told, indent=2) + "\n")
         done = restore_checkpoint(self.folder, policy, optimizer)
+        if done > self.config.max_steps:
+            raise ValueError(
+                f"max_steps is {self.config.max_steps}, but the run in '{self.folder}' has made "
+                f"{done} steps; allowed are {done} and above, or a new folder."
+            )
         with writing(self.folder):
             trim_log(self.folder / "metrics.jsonl", done)
-        self._interrupted = self._stack.enter_context(ctrl_c())  # until here it ends at once
+        self._interrupted = self._stack.enter_context(asked_to_end())  # until here it ends at once
         return done
 
     def log(self, metrics: Mapping[str, Any]) -> None:
@@ -324,12 +243,14 @@ class Run:
             log.write(json.dumps(metrics) + "\n")
 
     def save(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-        """A checkpoint if one is due, or if Ctrl-C was pressed, which then ends the run.
+        """A checkpoint if one is due, or if the run was asked to end, which it then does.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C, once all is saved.
+            KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, once all is saved.
+            FloatingPointError: for weights that are not finite; the checkpoints before are whole.
         """
         if step % self.config.save_steps == 0 or self._interrupted.is_set():
+            _check_weights(policy, step)
             with writing(self.folder):
                 save_checkpoint(self.folder, step, policy, optimizer)
         if self._interrupted.is_set():
@@ -338,8 +259,9 @@ class Run:
             )
 
     def finish(self, policy: Policy) -> None:
-        """Save the trained policy to ``final/``."""
+        """Save the trained policy to ``final/``. Raises as :meth:`save`."""
         policy.model.eval()
+        _check_weights(policy, self.config.max_steps)
         with writing(self.folder):
             replace_folder(self.folder / "final", policy.save)
         if self._interrupted.is_set():
@@ -373,12 +295,22 @@ class Run:
             ) from error
 
 
+def _check_weights(policy: Policy, step: int) -> None:
+    """An update too large leaves weights that no step before it could have been refused for."""
+    for name, parameter in policy.trainable().items():
+        if not parameter.isfinite().all():
+            raise FloatingPointError(
+                f"after step {step} the weight '{name}' is not finite and is not saved; often the "
+                "remedy is a new run with a lower learning_rate."
+            )
+
+
 @contextlib.contextmanager
-def _locked(run: Path) -> Iterator[None]:
+def _locked(run: Path, wait: float) -> Iterator[None]:
     """The run folder for this process alone; the lock is released if the process is killed."""
     lock = filelock.FileLock(run / _LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait)
     except filelock.Timeout as error:
         raise ValueError(
             f"output_dir is '{run}', where another process is training; wait for its end or name "

@@ -5,6 +5,7 @@ Rows of one prompt stand next to each other, so every prompt is run once per gro
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -95,8 +96,8 @@ def check_sampling(
     ):
         if value < 1:
             raise ValueError(f"{name} is {value}; allowed are 1 and above.")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; allowed are numbers above 0.")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; allowed are 0 (greedy) and above.")
 
 
 class _Rows:
@@ -155,7 +156,7 @@ class _Rows:
 def _draw(
     logits: torch.Tensor, uniform: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One token for each row by inverse CDF.
+    """One token for each row by inverse CDF, or the likeliest at temperature 0.
 
     Args:
         logits: (b, V); uniform: (b,) in 0..1.
@@ -164,8 +165,11 @@ def _draw(
         Tokens (b, 1) long, their log-probability (b,) and the entropy of what they were drawn from
         (b,), both fp32 nats.
     """
-    log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
+    log_p = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     p = log_p.exp()
+    if temperature == 0:
+        token = log_p.argmax(-1, keepdim=True)
+        return token, log_p.gather(1, token)[:, 0], -p.mul_(log_p.clamp_(min=NEVER)).sum(-1)
     cdf = p.cumsum(-1)
     # Scaling by the last entry keeps rounding from pointing past the vocabulary.
     token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)
@@ -209,7 +213,8 @@ def sample(
         problems: N problems; B = N * num_generations rows come back.
         num_generations: completions per problem, at least 1.
         max_completion_length: tokens after which a row is cut.
-        temperature: softmax temperature > 0; ``old_logprobs`` are those of the tempered policy.
+        temperature: of the softmax; ``old_logprobs`` are those of the tempered policy. At 0 the
+            likeliest token is taken, and log-probabilities are those of the policy as it is.
         seed: equal seeds give equal completions on the same machine.
         keep_cache: keep the keys and values of every row in ``Rollouts.cache``.
 

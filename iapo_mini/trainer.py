@@ -49,6 +49,7 @@ def train(
     problems: list[Problem] | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
+    wait: float = 0.0,
 ) -> Policy:
     """Train a policy with GRPO, IAPO or another method of ``config.RECIPES``.
 
@@ -60,6 +61,7 @@ def train(
         problems: training problems, cycled; default is the endless stream of ``config.data``.
         on_step: called with each step's metrics.
         progress: show a progress bar.
+        wait: seconds to wait for another process to leave the folder.
 
     Returns:
         The trained policy, also saved to ``output_dir/final``.
@@ -70,13 +72,13 @@ def train(
         OSError: the disk is full or has become read-only; the last checkpoint is left as it was.
         FloatingPointError: log-probabilities, informativeness, loss or gradient of a step are not
             finite. Its batch is in ``output_dir/failed-step-<n>``; that update was not made.
-        KeyboardInterrupt: after Ctrl-C, once the step is done and saved; a second Ctrl-C does not
-            wait. (Not in threads other than the main one, which Ctrl-C does not reach.)
+        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, once the step is done and saved; a
+            second one does not wait. (Only in the main thread, which alone they reach.)
     """
     stream = _problem_stream(config, problems)
     torch.set_num_threads(config.threads)
     recipe, how = config.recipe(), config.early_exit()
-    with Run(output_dir, config, resume=resume) as run:
+    with Run(output_dir, config, resume=resume, wait=wait) as run:
         policy = _start_policy(config, recipe) if policy is None else policy
         optimizer = torch.optim.AdamW(
             policy.trainable().values(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0

@@ -11,12 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from iapo_mini.calibration import (
-    Trunk,
-    calibrate,
-    exit_loss,
-    forecast_targets,
-)
+from iapo_mini.calibration import Trunk, calibrate, exit_loss, forecast_targets
 from iapo_mini.information import encode_postfix
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import chain_of_thought, stories

@@ -8,10 +8,7 @@ import torch
 from helpers import TRIVIAL, explicit_entropies, forced_logits, make_rollouts
 
 from iapo_mini import calibration as module
-from iapo_mini.calibration import (
-    calibration,
-    exit_calibration,
-)
+from iapo_mini.calibration import calibration, exit_calibration
 from iapo_mini.information import encode_postfix
 from iapo_mini.intervals import expected_calibration_error
 from iapo_mini.policy import load_policy

@@ -167,19 +167,23 @@ def test_two_threads_of_one_process_are_two_as_well(config, tmp_path):
 def foreground():
     """Ctrl-C as in a terminal: a shell's job in the background is started deaf to it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    others = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in {signal.SIGINT: before, **others}.items():
+        signal.signal(number, handler)
 
 
 @POSIX
 @pytest.mark.usefixtures("foreground")
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(config, tmp_path, whole):
-    """A real SIGINT in the middle of a step, between two checkpoints."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(config, tmp_path, whole, name):
+    """A real signal in the middle of a step, between two checkpoints: Ctrl-C, a cluster's time
+    limit, a closed terminal."""
     folder = tmp_path / "run"
 
     def interrupt(line):
         if line["step"] == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), getattr(signal, name))
 
     with pytest.raises(KeyboardInterrupt, match=r"step 3 is saved in .*--resume"):
         run(config, folder, on_step=interrupt)
@@ -383,3 +387,31 @@ def test_cli_tells_a_failed_step_in_one_sentence(config, tmp_path, monkeypatch, 
         main(command)
     assert stopped.value.code == 2
     assert "iapo-mini: step 1: the informativeness" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_can_not_be_read_ends_the_command_and_is_kept(
+    config, tmp_path, whole, monkeypatch
+):
+    """Another user's, or on a share that is away: it need not be damaged."""
+    folder = tmp_path / "run"
+    run(replace(config, max_steps=2), folder)
+    before = sorted(p.name for p in folder.iterdir())
+    with monkeypatch.context() as patch:
+
+        def refused(folder):
+            raise PermissionError(13, "Permission denied")
+
+        patch.setattr(run_folder, "_sums", refused)
+        with pytest.raises(ValueError, match=r"'checkpoint-2' can't be read \(Permission denied\)"):
+            run(config, folder, resume=True)
+    assert sorted(p.name for p in folder.iterdir()) == before
+    run(config, folder, resume=True)
+    assert content(folder) == whole
+
+
+def test_weights_that_the_last_update_made_infinite_are_not_saved(config, tmp_path):
+    config = replace(config, learning_rate=1e308, max_steps=1, save_steps=1, warmup_steps=0)
+    with pytest.raises(FloatingPointError, match=r"after step 1 the weight '.*' is not finite"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "final").exists()
+    assert not list((tmp_path / "run").glob("checkpoint-*"))

@@ -1,11 +1,15 @@
 """Runs in processes: what a job holds, methods of a user's own, going on where it stopped."""
 
+import contextlib
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import PATIENCE
 
 from iapo_mini.config import RECIPES, Recipe, use_methods
 from iapo_mini.lab import table1
@@ -188,3 +192,56 @@ def test_one_story_is_answered_right_by_every_policy_shown(finished):
     informed = table1._informed(finished, question, texts)
     figure = methods.heat_maps(question, informed)
     assert sum("nats in all" in t.get_text() for t in figure.axes[0].texts) == len(texts)
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from iapo_mini.lab.runs import make_jobs, run_all
+from iapo_mini.lab.sizes import Size
+
+if __name__ == "__main__":
+    size = Size(seeds=(0,), max_steps=int(sys.argv[2]), problems=2, prompts_per_step=1,
+                num_generations=2, ks=(1, 2))
+    run_all(make_jobs(size, Path(sys.argv[1]), {"grpo": {"method": "grpo", "save_steps": 1}}), 1)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_runs_end_with_the_command_that_started_them_and_it_goes_on(tmp_path):
+    script, out = tmp_path / "parent.py", tmp_path / "out"
+    script.write_text(PARENT)
+    command = [sys.executable, str(script), str(out), "400"]
+    log = out / "grpo-0" / "train" / "metrics.jsonl"
+
+    def children():
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    if str(out).encode() in (entry / "cmdline").read_bytes():
+                        found.append(int(entry.name))
+        return found
+
+    parent = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + PATIENCE
+    while not (log.is_file() and log.read_text().count("\n") >= 2):
+        assert parent.poll() is None and time.monotonic() < limit
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    while children():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    done = log.read_text().count("\n")
+    assert done < 400  # it did not run to its end
+    assert (out / "grpo-0" / "train" / f"checkpoint-{done}").is_dir()
+    # The same command is not refused and goes on from there.
+    again = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while log.read_text().count("\n") <= done + 1:
+        assert again.poll() is None and time.monotonic() < limit
+        time.sleep(0.05)
+    again.kill()
+    again.wait()
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps[: done + 2] == list(range(1, done + 3))

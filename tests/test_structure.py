@@ -17,9 +17,9 @@ FILES = {
 }
 
 METHOD = (
-    "tasks problems policies memory chat model_files adapters four_bit policy rollouts attention "
-    "sampling logprobs rewards early_exit information intervals advantages objective config "
-    "metrics run_folder trainer evaluation calibration plots"
+    "tasks problems policies memory files signals chat model_files adapters four_bit policy "
+    "rollouts attention sampling logprobs rewards early_exit information intervals advantages "
+    "objective config metrics run_folder trainer evaluation calibration plots"
 ).split()
 """The rooms of the method; the wings tools, engines and lab look into them."""
 

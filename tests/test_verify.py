@@ -375,3 +375,11 @@ def test_near_misses_of_math500_references_are_wrong(math500):
         for miss in misses:
             assert not equal_answers(miss, answer), (answer, miss)
     assert seen["number"] > 300 and min(seen.values()) >= 8, seen
+
+
+@pytest.mark.skipif(not hasattr(os, "getsid"), reason="sessions are POSIX's")
+def test_a_terminals_ctrl_c_does_not_reach_the_judge():
+    """It is sent to a whole group of processes; an interrupted judgement would be a verdict."""
+    assert equal_answers("k*2", "2k")
+    assert os.getsid(verify._process.pid) != os.getsid(0)
+    assert os.getpgid(verify._process.pid) != os.getpgid(0)

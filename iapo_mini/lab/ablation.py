@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from iapo_mini import plots
+from iapo_mini.files import write_json
 from iapo_mini.intervals import mean_interval
 from iapo_mini.lab.results import file_stem, results_path
 from iapo_mini.lab.table1 import table1
-from iapo_mini.run_folder import write_json
 
 ABLATED = ("grpo", "iapo_ni", "iapo_ne", "iapo", "iapo_pmi")
 

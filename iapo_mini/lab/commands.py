@@ -97,8 +97,8 @@ def _theory(args: argparse.Namespace) -> None:
 def _figures(args: argparse.Namespace) -> None:
     import torch
 
+    from iapo_mini.files import writable_folder
     from iapo_mini.lab.estimators import estimator_study, study_table
-    from iapo_mini.run_folder import writable_folder
 
     if args.stories < 2:
         raise ValueError(f"stories is {args.stories}; allowed are 2 and above.")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from iapo_mini.files import write_json
 from iapo_mini.lab.results import check_options, draw_comparison
 from iapo_mini.lab.runs import START, collect, make_jobs, run_all
 from iapo_mini.lab.sizes import COMPARE, COMPARE_ALPHA
-from iapo_mini.run_folder import write_json
 
 
 def compare(

@@ -30,6 +30,7 @@ from iapo_mini.config import RECIPES as LIBRARY
 from iapo_mini.config import Recipe
 from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit
 from iapo_mini.early_exit.reading import logits_entropy
+from iapo_mini.files import versions, write_json
 from iapo_mini.information import answer_entropies, encode_postfix, inform, informativeness
 from iapo_mini.intervals import format_interval, mean_interval
 from iapo_mini.lab.figures import methods
@@ -42,7 +43,6 @@ from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.stories import stories
 from iapo_mini.rewards import score
 from iapo_mini.rollouts import Rollouts
-from iapo_mini.run_folder import versions, write_json
 from iapo_mini.sampling import sample
 
 EPS = 1e-4

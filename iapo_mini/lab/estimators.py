@@ -23,6 +23,7 @@ from iapo_mini import plots
 from iapo_mini.calibration import calibrate, calibration, exit_calibration
 from iapo_mini.chat import token_texts
 from iapo_mini.early_exit.reading import logits_entropy
+from iapo_mini.files import versions, write_json
 from iapo_mini.information import (
     answer_entropies,
     answer_surprisals,
@@ -39,7 +40,6 @@ from iapo_mini.policies import EMBEDDED, EMBEDDED_CALIBRATED, EMBEDDED_UNCALIBRA
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.stories import MAX_VALUE, Segment, chain_of_thought, stories
 from iapo_mini.rollouts import Rollouts
-from iapo_mini.run_folder import versions, write_json
 from iapo_mini.sampling import from_texts
 from iapo_mini.tasks import Problem
 

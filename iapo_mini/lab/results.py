@@ -42,8 +42,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from iapo_mini import plots
+from iapo_mini.files import writable_folder
 from iapo_mini.intervals import format_interval
-from iapo_mini.run_folder import writable_folder
 
 
 def results_path(figures: Path, experiment: str, preset: str) -> Path:

@@ -6,12 +6,15 @@ is there already is not made again; one that was interrupted goes on, in trainin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,11 +25,14 @@ from tqdm.auto import tqdm
 
 from iapo_mini.config import TrainConfig, use_methods, with_defaults
 from iapo_mini.evaluation import evaluate
+from iapo_mini.files import versions, write_json
 from iapo_mini.lab.sizes import Size
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import ROLES, stories, token_roles
-from iapo_mini.run_folder import versions, write_json
 from iapo_mini.trainer import train
+
+_CHILD = "IAPO_MINI_CHILD"
+"""Environment variable of a process that is to end with the one that started it."""
 
 START = "start"
 """Name of the row of the start policy, which no run trains."""
@@ -92,7 +98,8 @@ def run_job(job: dict) -> None:
         folder = run / "train"
         config = TrainConfig(**job["config"])
         resume = (folder / "config.json").is_file()
-        policy = train(config, folder, resume=resume, progress=False)
+        # A run of a command that was killed ends with its step; this one goes on from there.
+        policy = train(config, folder, resume=resume, progress=False, wait=120.0)
     minutes = (time.perf_counter() - began) / 60
     problems = list(itertools.islice(stories(job["split"], seed=0), size["problems"]))
     result = evaluate(
@@ -152,14 +159,16 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None) -> None:
     running: dict[subprocess.Popen, Path] = {}
     counted: dict[Path, int] = {}
     # One thread for each process: two processes beat two threads on models this small.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", _CHILD: "1"}
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
                 run = Path(waiting.pop(0)["run"])
                 with (run / "log.txt").open("a") as log:
                     command = [sys.executable, "-m", "iapo_mini.lab.runs", str(run / "job.json")]
-                    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+                    process = subprocess.Popen(
+                        command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment
+                    )
                 running[process] = run
             time.sleep(0.5)
             for process, run in list(running.items()):
@@ -177,6 +186,9 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None) -> None:
     finally:
         for process in running:
             process.terminate()
+        for process in running:  # each finishes its step and saves
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=120)
         bar.close()
 
 
@@ -233,5 +245,18 @@ def collect(jobs: Sequence[dict], size: Size) -> dict:
     }
 
 
+def _end_with_parent() -> None:
+    """End as if asked to when the process that started this one is gone, and its pipe with it."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        signal.raise_signal(signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
+    if os.environ.get(_CHILD):
+        _end_with_parent()
     run_job(json.loads(Path(sys.argv[1]).read_text()))

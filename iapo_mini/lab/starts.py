@@ -25,6 +25,7 @@ from pathlib import Path
 
 from iapo_mini import plots
 from iapo_mini.evaluation import evaluate
+from iapo_mini.files import versions, write_json
 from iapo_mini.intervals import format_interval, mean_interval
 from iapo_mini.lab.figures import methods
 from iapo_mini.lab.results import check_options, results_path
@@ -34,7 +35,6 @@ from iapo_mini.lab.tuning import tuned
 from iapo_mini.policies import EMBEDDED, EMBEDDED_CALIBRATED, EMBEDDED_UNCALIBRATED
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import stories
-from iapo_mini.run_folder import versions, write_json
 
 STARTS = {
     "uncalibrated": EMBEDDED_UNCALIBRATED,

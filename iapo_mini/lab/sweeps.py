@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from iapo_mini.files import versions, write_json
 from iapo_mini.lab.figures import methods as drawn
 from iapo_mini.lab.results import check_options, file_stem, results_path
 from iapo_mini.lab.runs import collect, make_jobs, run_all
 from iapo_mini.lab.sizes import preset_of
 from iapo_mini.lab.tuning import tuned
-from iapo_mini.run_folder import versions, write_json
 
 SWEPT = {
     "alpha": (1e-6, 1e-4, 1e-2, 0.1, 0.2, 0.4, 1.0),

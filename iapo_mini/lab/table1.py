@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from iapo_mini.chat import token_texts
+from iapo_mini.files import write_json
 from iapo_mini.information import answer_entropies, informativeness
 from iapo_mini.lab.figures import methods as drawn
 from iapo_mini.lab.results import check_options, draw_comparison, file_stem, results_path
@@ -19,7 +20,6 @@ from iapo_mini.lab.sizes import preset_of
 from iapo_mini.lab.tuning import tuned
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.stories import stories
-from iapo_mini.run_folder import write_json
 from iapo_mini.sampling import from_texts, sample
 from iapo_mini.tasks import Problem
 

@@ -40,6 +40,7 @@ from pathlib import Path
 import torch
 
 from iapo_mini.advantages import normalize
+from iapo_mini.files import versions, writable_folder, write_json
 from iapo_mini.intervals import format_interval, mean_interval
 from iapo_mini.lab.exact import (
     Strings,
@@ -55,7 +56,6 @@ from iapo_mini.lab.figures import theory as drawn
 from iapo_mini.lab.results import results_path
 from iapo_mini.lab.theory_stories import story_experiments
 from iapo_mini.lab.worlds import WORLDS, random_worlds
-from iapo_mini.run_folder import versions, writable_folder, write_json
 
 ETAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Step sizes; the order of the error is fitted on those up to 0.3."""

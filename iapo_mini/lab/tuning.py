@@ -8,10 +8,10 @@ from pathlib import Path
 
 from iapo_mini import plots
 from iapo_mini.config import RECIPES, TrainConfig
+from iapo_mini.files import versions, write_json
 from iapo_mini.lab.results import check_options, results_path
 from iapo_mini.lab.runs import START, collect, make_jobs, run_all
 from iapo_mini.lab.sizes import preset_of
-from iapo_mini.run_folder import versions, write_json
 
 _WEIGHTS: dict[str, Sequence[dict]] = {
     "gtpo": ({"alpha": 0.1}, {"alpha": 0.4}),

@@ -243,6 +243,7 @@ def _started() -> subprocess.Popen[str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
+            start_new_session=True,  # a terminal's Ctrl-C, sent to the group, is no verdict
         )
         _, answers = _pipes(_process)
         if answers.readline().strip() != "ready":

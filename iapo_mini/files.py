@@ -1,0 +1,86 @@
+"""Files and folders that are whole or as they were, and what a number depends on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+
+def writable_folder(folder: Path, name: str) -> None:
+    """Make a folder and make sure that something can be written there, before any long work.
+
+    Raises:
+        ValueError: naming the argument ``name`` and the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name} is '{folder}', where nothing can be written ({error.strerror}); "
+            "allowed is a folder you may write to."
+        ) from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename, so that it is whole or as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a number depends on."""
+    packages = ("torch", "transformers", "peft", "tokenizers", "iapo-mini")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON whole or not at all (temporary name, then rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def _umask() -> int:
+    """What a new file's rights lack; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder under a temporary name, then rename, so that it is whole or absent."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    remove(temporary)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        usual = 0o666 & ~_umask()
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())  # the rename must not reach the disk before what it names
+            file.chmod(usual)  # safetensors writes for the owner alone
+    except BaseException:
+        remove(temporary)  # a full disk gets its room back
+        raise
+    remove(folder)
+    os.replace(temporary, folder)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if there; a folder first loses its name, so that none is half."""
+    if path.is_dir():
+        doomed = path.with_name(f".{path.name.strip('.')}.old.tmp")
+        if path != doomed:
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.replace(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
