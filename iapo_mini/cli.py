@@ -395,7 +395,3 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted; the same command goes on where it stopped.") from None
-
-
-if __name__ == "__main__":
-    main()

@@ -213,8 +213,7 @@ def sample(
         problems: N problems; B = N * num_generations rows come back.
         num_generations: completions per problem, at least 1.
         max_completion_length: tokens after which a row is cut.
-        temperature: of the softmax; ``old_logprobs`` are those of the tempered policy. At 0 the
-            likeliest token is taken, and log-probabilities are those of the policy as it is.
+        temperature: of the softmax and of ``old_logprobs``; 0 takes the likeliest token.
         seed: equal seeds give equal completions on the same machine.
         keep_cache: keep the keys and values of every row in ``Rollouts.cache``.
 

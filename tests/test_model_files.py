@@ -66,3 +66,9 @@ def test_a_whole_model_loads(folder):
     policy = load_policy(str(folder), lora_rank=0)
     rollouts = sample(policy, [Problem("1 + 1?", "2")], max_completion_length=3)
     assert len(rollouts.lengths) == 8
+
+
+def test_an_adapter_given_as_a_model_says_what_to_say_instead(tiny_folder, tmp_path):
+    load_policy(tiny_folder, lora_rank=2).save(tmp_path / "final")
+    with pytest.raises(ValueError, match=r"which is an adapter; say --adapter '.*final'"):
+        load_policy(str(tmp_path / "final"))

@@ -1,6 +1,8 @@
 """The folder of a run: what resuming holds on to beside the settings."""
 
 import json
+import os
+import stat
 from dataclasses import replace
 
 import pytest
@@ -50,3 +52,19 @@ def test_a_tokenizer_with_several_chat_templates_is_saved_with_the_run(config, t
     policy.tokenizer.chat_template = {"default": template, "tool_use": template}
     run(replace(config, max_steps=1), tmp_path / "run", policy=policy)
     assert (tmp_path / "run" / "final" / "adapter_model.safetensors").is_file()
+
+
+def test_fewer_steps_than_are_done_are_refused(config, tmp_path):
+    run(replace(config, max_steps=2, save_steps=1), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"max_steps is 1, but the run in .* has made 2 steps"):
+        run(replace(config, max_steps=1, save_steps=1), tmp_path / "run", resume=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of files are POSIX's")
+def test_weights_can_be_read_by_whom_other_files_can(config, tmp_path):
+    run(replace(config, max_steps=1, save_steps=1), tmp_path / "run")
+    (tmp_path / "usual").write_text("")
+    usual = stat.S_IMODE((tmp_path / "usual").stat().st_mode)
+    saved = [*(tmp_path / "run").glob("*/*.safetensors")]
+    assert len(saved) >= 3
+    assert {stat.S_IMODE(path.stat().st_mode) for path in saved} == {usual}

@@ -259,7 +259,8 @@ def test_given_ids_become_rollouts(base_policy):
         ("num_generations", 0),
         ("num_generations", -2),
         ("max_completion_length", 0),
-        ("temperature", 0),
+        ("temperature", float("inf")),
+        ("temperature", float("nan")),
         ("temperature", -1.0),
         ("temperature", math.nan),
     ],
@@ -306,3 +307,20 @@ def test_kept_keys_are_those_of_a_plain_pass(stopping_policy, monkeypatch, limit
     # Rows that end by themselves and, unless the limit is far, rows that are cut.
     assert rollouts.finished.any() and (limit == 40 or not rollouts.finished.all())
     assert limit == 1 or len(set(rollouts.lengths.tolist())) > 2
+
+
+def test_temperature_0_takes_the_likeliest_token(base_policy):
+    rollouts = sample(
+        base_policy, PROBLEMS, num_generations=2, max_completion_length=8, temperature=0, seed=1
+    )
+    other = sample(
+        base_policy, PROBLEMS, num_generations=2, max_completion_length=8, temperature=0, seed=2
+    )
+    assert torch.equal(rollouts.completion_ids, other.completion_ids)
+    assert torch.equal(rollouts.completion_ids[0::2], rollouts.completion_ids[1::2])
+    with torch.no_grad():
+        expected = plain_logprobs(base_policy.model, rollouts)
+        for i in range(len(rollouts.lengths)):
+            log_p = plain_log_softmax(base_policy.model, rollouts, i)
+            assert torch.equal(log_p.argmax(-1), unpadded(rollouts, i)[1])
+    close(rollouts.old_logprobs, expected, atol=1e-4)
