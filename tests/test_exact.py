@@ -228,7 +228,10 @@ class Alphabet:
     def encode(self, text, add_special_tokens=False):
         if text == "POST":
             return [self.symbols]
-        return [self.symbols + 1 + int(text.removeprefix("y"))]
+        return [self.symbols + 1 + int(text[1:])] if text[:1] == "y" else []
+
+    def convert_ids_to_tokens(self, ids):
+        return [str(i) for i in ids]
 
 
 class Tabular(torch.nn.Module):
