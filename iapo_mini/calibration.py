@@ -21,9 +21,10 @@ from iapo_mini.attention import model_mask, positions_of
 from iapo_mini.chat import continuation_ids
 from iapo_mini.early_exit.prefixes import ask, branch_inputs
 from iapo_mini.early_exit.question import Question
-from iapo_mini.early_exit.reading import NEVER, logits_entropy
+from iapo_mini.early_exit.reading import logits_entropy
 from iapo_mini.information import encode_postfix
 from iapo_mini.intervals import expected_calibration_error
+from iapo_mini.logprobs import NEVER
 from iapo_mini.policy import Policy
 from iapo_mini.problems.stories import chain_of_thought
 from iapo_mini.rewards import parse_answer
@@ -38,8 +39,7 @@ if TYPE_CHECKING:
 def _answer_tokens(policy: Policy, answers: Sequence[str]) -> torch.Tensor:
     """(N,) long: first token of each answer as it stands after ``<answer>``, in the policy's style.
 
-    The story world writes a space after the tag, as part of the answer's token. A tokenizer that
-    has no such token belongs to a policy that writes no space.
+    The story world writes a space after the tag; a tokenizer without such a token writes none.
     """
 
     def first(answer: str) -> int:

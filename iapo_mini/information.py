@@ -35,8 +35,9 @@ import torch
 from iapo_mini.chat import continuation_ids
 from iapo_mini.early_exit import prefixes
 from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit, Question
-from iapo_mini.early_exit.reading import NEVER, head_entropy, logits_entropy
+from iapo_mini.early_exit.reading import head_entropy, logits_entropy
 from iapo_mini.early_exit.strides import prefixes_asked, spread
+from iapo_mini.logprobs import NEVER
 from iapo_mini.policy import Policy
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.tasks import POSTFIX

@@ -17,11 +17,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from iapo_mini.attention import check_window, model_mask, positions_of
-from iapo_mini.early_exit.reading import NEVER
 from iapo_mini.memory import LOGIT_BYTES, LOGITS_MB
 
 if TYPE_CHECKING:
     from iapo_mini.rollouts import Rollouts
+
+
+NEVER = -1e30
+"""Takes the place of -inf, the logit of a token that can't be drawn (a padded row of the head, a
+banned token): its probability is 0, and 0 times it is 0, where 0 times -inf is no number."""
 
 
 @dataclass

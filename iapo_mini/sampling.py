@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from iapo_mini.attention import check_window, model_mask, positions_of
 from iapo_mini.chat import continuation_ids, prefill, render_prompt, without_prefill
-from iapo_mini.early_exit.reading import NEVER
+from iapo_mini.logprobs import NEVER
 from iapo_mini.memory import CACHE_BLOCK
 from iapo_mini.policy import Policy
 from iapo_mini.rollouts import Rollouts

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-NEVER = -1e30
-"""Takes the place of -inf, the logit of a token that can't be drawn (a padded row of the head, a
-banned token): its probability is 0, and 0 times it is 0, where 0 times -inf is no number."""
+from iapo_mini.logprobs import NEVER
 
 
 @torch.no_grad()
