@@ -211,8 +211,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is {value}; allowed are {bound} and above.")
         if self.temperature == 0:
             raise ValueError(
-                "temperature is 0; greedy completions of a prompt are all equal and teach nothing, "
-                "allowed are numbers above 0."
+                f"temperature is {self.temperature}; allowed are numbers above 0, for greedy "
+                "completions of a prompt are all equal and teach nothing."
             )
         positive = "learning_rate temperature max_grad_norm epsilon epsilon_high"
         for name in (*positive.split(), "estimator_memory_mb"):

@@ -60,7 +60,7 @@ class Source:
 def _field(row: object, name: str) -> str:
     value = row.get(name) if isinstance(row, dict) else None
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
-        value = _number(value)
+        value = _number(value, name)
     return _text(value, name)
 
 
@@ -73,10 +73,10 @@ def _text(value: object, name: str) -> str:
     return value.strip()
 
 
-def _number(value: float | Decimal) -> str:
+def _number(value: float | Decimal, name: str) -> str:
     """72.0 as 72, as people write it; ValueError for what is not finite."""
     if not math.isfinite(value):
-        raise ValueError(f"{value} is no number")
+        raise ValueError(f"no text under '{name}'")
     whole = value == int(value)
     return str(int(value)) if whole else f"{Decimal(str(value)).normalize():f}"
 
