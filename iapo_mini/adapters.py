@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from iapo_mini.errors import first_line
+
 BASE = "base.json"
 
 _PLAIN = re.compile(r"lora_[AB]\.default\.weight$")
@@ -103,9 +105,8 @@ def merged_by_peft(model: Any, device: torch.device) -> Any:
     try:
         return copy.deepcopy(model).to(device).merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(
-            f"the adapter can't be merged into its model ({reason}); use it unmerged."
+            f"the adapter can't be merged into its model ({first_line(error)}); use it unmerged."
         ) from error
 
 

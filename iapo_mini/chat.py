@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from iapo_mini.errors import first_line
 from iapo_mini.tasks import Problem, messages
 
 if TYPE_CHECKING:
@@ -49,10 +50,9 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], prom
             first, second, *rest = turns
             told = {"role": "user", "content": f"{first['content']}\n\n{second['content']}"}
             return render(tokenizer, [told, *rest], prompt)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"model is '{name}', whose chat template can't write a question ({reason}); repair "
-            "chat_template in its tokenizer, or take another model."
+            f"model is '{name}', whose chat template can't write a question ({first_line(error)}); "
+            "repair chat_template in its tokenizer, or take another model."
         ) from error
 
 

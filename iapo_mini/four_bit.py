@@ -13,13 +13,10 @@ from peft import prepare_model_for_kbit_training
 from peft.utils.integrations import dequantize_bnb_weight
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from iapo_mini.errors import first_line
+
 BLOCK = 64
 """Weights that share a scale."""
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says, short enough to be part of our own sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":. ")
 
 
 def compute_dtype(device: str | torch.device) -> torch.dtype:

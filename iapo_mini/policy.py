@@ -32,11 +32,11 @@ from iapo_mini.adapters import (
     write_base,
 )
 from iapo_mini.chat import end_of_turn
+from iapo_mini.errors import first_line
 from iapo_mini.four_bit import (
     check_four_bit,
     check_rows,
     compute_dtype,
-    first_line,
     load_four_bit,
     plain_weight,
     prepare_for_adapter,

@@ -31,6 +31,7 @@ from transformers.cache_utils import DynamicLayer
 from iapo_mini.attention import model_mask, sliding_window
 from iapo_mini.early_exit import flat
 from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit, Question
+from iapo_mini.errors import first_line
 from iapo_mini.logprobs import plain_model, trunk_blocks
 from iapo_mini.rollouts import Rollouts
 
@@ -322,7 +323,7 @@ def _answers(case: Case, question: Question, way: Way, how: EarlyExit) -> torch.
                 raise
             memory_mb, chunk_size = memory_mb / 2, chunk_size and max(1, chunk_size // 2)
             warnings.warn(
-                f"out of memory in the estimator ({str(error).splitlines()[0][:80]}); "
+                f"out of memory in the estimator ({first_line(error)[:80]}); "
                 f"going on with memory_mb={memory_mb:g}.",
                 stacklevel=3,
             )

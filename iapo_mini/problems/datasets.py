@@ -19,6 +19,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from iapo_mini.errors import first_line
 from iapo_mini.problems.stories import SPLITS, stories
 from iapo_mini.problems.verify import as_number
 from iapo_mini.tasks import SYSTEM_PROMPT, SYSTEM_PROMPT_INTEGER, Problem
@@ -381,7 +382,7 @@ def _from_hub(data: str, source: Source, split: str) -> Iterator[tuple[str, obje
     try:
         found = datasets.load_dataset(repository, config, split=source.splits.get(split, "train"))
     except Exception as error:  # whatever the hub's client may raise, the way on is the same
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+        reason = first_line(error)
         raise ValueError(
             f"data is '{data}', and '{repository}' can't be loaded from the hub ({reason}); "
             "connect to the network, or name a local copy with --data-file (data_file)."
