@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from iapo_mini.files import replace_text
+from iapo_mini.files import replace_text, write_json
 from iapo_mini.intervals import format_interval
 from iapo_mini.policy import Policy
 from iapo_mini.rewards import check_completion, score
@@ -284,7 +284,7 @@ def _restore(path: Path, settings: dict[str, Any], sizes: Sequence[int]) -> list
             with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut short
                 found.append(json.loads(line))
         found = found[: max(n for n in sizes if n <= len(found))]
-    replace_text(saved, json.dumps(settings, indent=1) + "\n")
+    write_json(saved, settings)
     replace_text(path, "".join(json.dumps(completion) + "\n" for completion in found))
     return found
 
