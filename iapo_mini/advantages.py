@@ -56,48 +56,140 @@ def grpo(rollouts: Rollouts, alpha: float = 0.0, beta: float = 0.0) -> torch.Ten
 
 
 def dapo(rollouts: Rollouts, alpha: float = 0.0, beta: float = 0.0) -> torch.Tensor:
-    """DAPO: A_i at every token, nothing for completions cut at the length limit.
+    """DAPO: A_i of the reward minus the soft over-long punishment (arXiv 2503.14476, Eq. 13).
 
-    The other half of DAPO are settings of the loss: a mean over all tokens of the batch and a clip
-    range of 0.2 below and 0.28 above (``config.RECIPES``). alpha and beta are not used.
+    The rest of DAPO are settings: the mean of the loss over all tokens of the batch, a clip range
+    of 0.2 below and 0.28 above, no KL, and dynamic sampling (``config.RECIPES``). alpha and beta
+    are not used.
     """
-    return grpo(rollouts) * rollouts.finished[:, None]
+    return grpo(_repaid(rollouts, overlong_punishment(rollouts)))
 
 
-def gfpo(rollouts: Rollouts, alpha: float = 0.0, beta: float = 0.0) -> torch.Tensor:
-    """GFPO: the three shortest quarters of each group teach, normalised among themselves.
+OVERLONG_SHARE = 0.2
+"""Share of the length limit over which DAPO's punishment grows: 4,096 of 20,480 tokens there."""
 
-    Of G = 8 the 6 shortest are kept (ties by order); the others get 0. alpha and beta are not used.
+
+def overlong_punishment(rollouts: Rollouts) -> torch.Tensor:
+    """0 for a short completion, then down linearly to -1 at the length limit; (B,) fp32.
+
+    The slope begins at ``1 - OVERLONG_SHARE`` of ``rollouts.limit``, so a completion that was cut
+    gets -1. Without a known limit nothing is punished.
+    """
+    if not rollouts.limit:
+        return torch.zeros(len(rollouts.lengths), device=rollouts.lengths.device)
+    buffer = OVERLONG_SHARE * rollouts.limit
+    over = (rollouts.lengths - (rollouts.limit - buffer)) / buffer
+    return -over.clamp(0, 1)
+
+
+def _repaid(rollouts: Rollouts, change: torch.Tensor) -> Rollouts:
+    """Rollouts whose rewards are changed by ``change`` (B,)."""
+    return rollouts.filled(rewards=rollouts.rewards + change)
+
+
+def grpo_kimi(rollouts: Rollouts, alpha: float, beta: float = 0.0) -> torch.Tensor:
+    """GRPO with the length reward of Kimi k1.5 (arXiv 2501.12599, Section 2.3.3).
+
+    lambda_i = 0.5 - (|o_i| - min) / (max - min) over the group's lengths. A right completion is
+    paid alpha * lambda_i, a wrong one alpha * min(0, lambda_i). A group of equal lengths is paid
+    nothing.
+    """
+    lengths = rollouts.lengths.view(-1, rollouts.num_generations).float()
+    shortest, longest = lengths.amin(1, keepdim=True), lengths.amax(1, keepdim=True)
+    value = 0.5 - (lengths - shortest) / (longest - shortest).clamp(min=1)
+    value = torch.where(longest > shortest, value, 0.0).flatten()
+    value = torch.where(rollouts.correct, value, value.clamp(max=0))
+    return grpo(_repaid(rollouts, alpha * value))
+
+
+def grpo_efficient(rollouts: Rollouts, alpha: float, beta: float = 0.0) -> torch.Tensor:
+    """GRPO with the length penalty of Arora and Zanette (arXiv 2502.04463, Eq. 2 and 3).
+
+    A right completion loses alpha * sigmoid((|o_i| - mean) / std), mean and deviation being those
+    of the lengths of the right completions of its group. Wrong ones lose nothing.
     """
     group = rollouts.num_generations
-    rank = rollouts.lengths.view(-1, group).argsort(dim=1, stable=True).argsort(dim=1)
-    kept = rank < math.ceil(0.75 * group)
-    base = normalize(rollouts.rewards.view(-1, group), kept).flatten()
-    return base[:, None] * rollouts.completion_mask
+    lengths = rollouts.lengths.view(-1, group)
+    z = normalize(lengths, rollouts.correct.view(-1, group)).flatten()
+    penalty = torch.where(rollouts.correct, torch.sigmoid(z), 0.0)
+    return grpo(_repaid(rollouts, -alpha * penalty))
 
 
-def gtpo(rollouts: Rollouts, alpha: float = 0.1, beta: float = 0.0) -> torch.Tensor:
-    """GTPO: A_i, and a bonus where a right completion is unsure, a malus where a wrong one is sure.
-
-    Right: A_i + alpha * d_t * H_{i,t} / sum_k H_{k,t}; wrong: A_i - alpha * d_t * (1 / H_{i,t}) /
-    sum_k (1 / H_{k,t}). The sums run over the right (or wrong) completions k of the group that are
-    still running at t; d_t is how many these are.
+def gfpo(rollouts: Rollouts, alpha: float = 0.75, beta: float = 0.0) -> torch.Tensor:
+    """GFPO: the shortest completions of each group teach, normalised among themselves.
 
     Args:
-        rollouts: with ``rewards``, ``correct`` and ``token_entropies`` H_{i,t} (nats, kept above
-            ``EPS``, so that a token without any doubt doesn't take the whole sum).
-        alpha: weight of the entropy term; GTPO takes 0.1.
+        rollouts: with ``rewards``.
+        alpha: share of the group that is kept: 0.75 keeps 6 of 8, 1/3 keeps 8 of 24 (arXiv
+            2508.09726). Ties in length are broken by order.
         beta: not used.
+    """
+    kept = gfpo_tokens(rollouts, alpha)
+    chosen = kept[:, 0].view(-1, rollouts.num_generations)
+    base = normalize(rollouts.rewards.view(chosen.shape), chosen).flatten()
+    return base[:, None] * kept
+
+
+def gfpo_tokens(rollouts: Rollouts, alpha: float) -> torch.Tensor:
+    """(B, L) bool: tokens of the completions that GFPO keeps; the others are not in its loss."""
+    group = rollouts.num_generations
+    rank = rollouts.lengths.view(-1, group).argsort(dim=1, stable=True).argsort(dim=1)
+    kept = rank < max(1, math.ceil(alpha * group - 1e-6))
+    return kept.flatten()[:, None] & rollouts.completion_mask
+
+
+def entropy_shares(rollouts: Rollouts) -> torch.Tensor:
+    """What GTPO weighs tokens by: d_t times a token's share among those at its place; (B, L).
+
+    In a right completion the share is of the entropy, H_{i,t} / sum_k H_{k,t}; in a wrong one of
+    its inverse, (1 / H_{i,t}) / sum_k (1 / H_{k,t}). The sums run over the right (or wrong)
+    completions k of the group that are still running at t, and d_t is how many these are, so that
+    the mean of the values at a place is 1. Padding is 0.
+
+    Args:
+        rollouts: with ``correct`` and ``token_entropies`` (nats, kept above ``EPS``, so that a
+            token without any doubt doesn't take the whole sum).
     """
     group, mask = rollouts.num_generations, rollouts.completion_mask
     h = rollouts.token_entropies.float().clamp(min=EPS)
-    terms = torch.zeros(mask.shape, device=mask.device)
-    for sign, chosen, values in ((1, rollouts.correct, h), (-1, ~rollouts.correct, 1 / h)):
+    out = torch.zeros(mask.shape, device=mask.device)
+    for chosen, values in ((rollouts.correct, h), (~rollouts.correct, 1 / h)):
         running = (mask & chosen[:, None]).view(-1, group, mask.shape[1])
         values = values.view(running.shape) * running
         share = values / values.sum(1, keepdim=True).clamp(min=1e-30)
-        terms += sign * (running.sum(1, keepdim=True) * share).view(mask.shape)
-    return grpo(rollouts) + alpha * terms
+        out += (running.sum(1, keepdim=True) * share).view(mask.shape)
+    return out
+
+
+def gtpo(rollouts: Rollouts, alpha: float = 0.1, beta: float = 0.0) -> torch.Tensor:
+    """GTPO as published: the reward of a token is shaped by its entropy (arXiv 2508.04349).
+
+    A token of a right completion has the reward (1 - alpha) + alpha * w, one of a wrong completion
+    minus that, w being :func:`entropy_shares`. The tokens of the right completions of a group and
+    those of the wrong ones are normalised apart. So a right completion as a whole is paid nothing:
+    what is learned is which of its tokens to prefer.
+
+    Args:
+        rollouts: with ``correct`` and ``token_entropies``.
+        alpha: weight of the entropy; GTPO takes 0.1.
+        beta: not used.
+    """
+    group, mask = rollouts.num_generations, rollouts.completion_mask
+    shaped = (1 - alpha) + alpha * entropy_shares(rollouts)
+    out = torch.zeros(mask.shape, device=mask.device)
+    for sign, chosen in ((1, rollouts.correct), (-1, ~rollouts.correct)):
+        tokens = (mask & chosen[:, None]).view(len(mask) // group, -1)
+        out += normalize(sign * shaped.view(tokens.shape), tokens).view(mask.shape)
+    return out
+
+
+def gtpo_iapo(rollouts: Rollouts, alpha: float = 0.1, beta: float = 0.0) -> torch.Tensor:
+    """GTPO as IAPO's authors compare with it: A_i plus alpha * w if right, minus it if wrong.
+
+    w is :func:`entropy_shares` (paper, "Baselines"; released code, ``gtpo_trainer.py``).
+    """
+    sign = torch.where(rollouts.correct, 1.0, -1.0)[:, None]
+    return grpo(rollouts) + alpha * sign * entropy_shares(rollouts)
 
 
 SGRPO_ALWAYS, SGRPO_UNTIL = 150, 341
@@ -105,15 +197,20 @@ SGRPO_ALWAYS, SGRPO_UNTIL = 150, 341
 
 
 def sgrpo(rollouts: Rollouts, alpha: float = 1.0, beta: float = 0.0) -> torch.Tensor:
-    """S-GRPO (Lee and Tong): A_i at the first tokens, at some of those that follow, then nothing.
+    """S-GRPO (Lee and Tong): A_i at the tokens of :func:`sgrpo_tokens`; beta is not used."""
+    return grpo(rollouts) * sgrpo_tokens(rollouts, alpha)
+
+
+def sgrpo_tokens(rollouts: Rollouts, alpha: float) -> torch.Tensor:
+    """(B, L) bool: the tokens that S-GRPO counts; the others are in no sum of its loss.
 
     Tokens before ``SGRPO_ALWAYS`` always count, those up to ``SGRPO_UNTIL`` with probability 1/2
-    if the completion is shorter than that, none after.
+    if the completion is shorter than that, none after (arXiv 2504.20834; the released code of
+    IAPO, ``s_grpo_lee_trainer.py``).
 
     Args:
-        rollouts: with ``rewards``.
+        rollouts: any.
         alpha: factor of both thresholds, which belong to completions of some hundred tokens.
-        beta: not used.
 
     The coins are seeded with the tokens of the batch: a resumed run flips the same ones.
     """
@@ -123,7 +220,7 @@ def sgrpo(rollouts: Rollouts, alpha: float = 1.0, beta: float = 0.0) -> torch.Te
     heads = (torch.rand(mask.shape, generator=generator) < 0.5).to(mask.device)
     t = torch.arange(mask.shape[1], device=mask.device)
     some = heads & (t < until) & (rollouts.lengths < until)[:, None]
-    return grpo(rollouts) * ((t < always) | some)
+    return mask & ((t < always) | some)
 
 
 def iapo(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
@@ -162,9 +259,19 @@ ADVANTAGES: dict[str, Rule] = {
     "dapo": dapo,
     "gfpo": gfpo,
     "gtpo": gtpo,
+    "gtpo_iapo": gtpo_iapo,
     "sgrpo": sgrpo,
     "iapo": iapo,
     "iapo_ni": iapo_ni,
+    "grpo_kimi": grpo_kimi,
+    "grpo_efficient": grpo_efficient,
 }
 """Rules by name. Which method has which, and what else makes it that method, stands in
 ``config.RECIPES``; one of your own: docs/methods.md."""
+
+COUNTED: dict[str, Callable[[Rollouts, float], torch.Tensor]] = {
+    "gfpo": gfpo_tokens,
+    "sgrpo": sgrpo_tokens,
+}
+"""Which tokens are in the loss at all, ``(rollouts, alpha) -> (B, L) bool``. A token that is left
+out is in no denominator, while one of advantage 0 is."""

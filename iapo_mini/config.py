@@ -25,6 +25,9 @@ AGGREGATIONS = ("sequence", "token")
 ENGINES = ("native", "vllm")
 """Who samples (:mod:`iapo_mini.sampling`, :mod:`iapo_mini.engines.vllm`)."""
 
+REWARDS = ("strict", "released")
+"""Rewards of a completion (:mod:`iapo_mini.rewards`)."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -43,6 +46,10 @@ class Recipe:
         aggregation: mean of the loss, ``"sequence"`` or ``"token"``.
         epsilon, epsilon_high: clip range of the importance ratio below and above 1.
         kl_coef: weight of KL(pi || pi_ref).
+        counted: the tokens that are in the loss: a key of ``advantages.COUNTED``, a function of
+            yours, ``(rollouts, alpha) -> (B, L) bool``, or None for all of them.
+        sampling_rounds: batches that are sampled at most until ``prompts_per_step`` groups hold
+            both right and wrong completions (dynamic sampling); 1 takes every group.
         absent: what its source does beside and this library does not.
     """
 
@@ -57,6 +64,8 @@ class Recipe:
     epsilon: float = 0.2
     epsilon_high: float = 0.2
     kl_coef: float = 0.001
+    counted: str | Callable | None = None
+    sampling_rounds: int = 1
     absent: str = ""
 
 
@@ -64,6 +73,9 @@ FROM_RECIPE = ("alpha", "beta", "aggregation", "epsilon", "epsilon_high", "kl_co
 """Fields of :class:`TrainConfig` that come from the method's recipe unless they are given."""
 
 _IAPO = "IAPO, arXiv 2602.19049"
+_RELEASED: dict[str, Any] = {"aggregation": "token", "epsilon_high": 0.28}
+"""Loss and clip range of the released code for IAPO and its ablations (``main.py``): they are not
+those of the GRPO equation that the paper prints."""
 
 RECIPES: dict[str, Recipe] = {
     "grpo": Recipe(
@@ -71,43 +83,65 @@ RECIPES: dict[str, Recipe] = {
         source="DeepSeekMath, arXiv 2402.03300", alpha=0.0, beta=0.0,
     ),
     "dapo": Recipe(
-        "dapo", label="DAPO", what="A_i, 0 for completions cut at the length limit",
+        "dapo", label="DAPO",
+        what="A_i of the reward with a soft punishment of over-long completions; groups that are "
+        "all right or all wrong are sampled again, twice at most",
         source="DAPO, arXiv 2503.14476", alpha=0.0, beta=0.0,
-        aggregation="token", epsilon_high=0.28,
-        absent="dynamic sampling and the soft over-long punishment are not built",
+        aggregation="token", epsilon_high=0.28, kl_coef=0.0, sampling_rounds=3,
     ),
     "gfpo": Recipe(
-        "gfpo", label="GFPO", what="A_i among the 6 shortest of 8, 0 for the others",
-        source="GFPO, arXiv 2508.09726", alpha=0.0, beta=0.0,
+        "gfpo", label="GFPO",
+        what="A_i among the shortest of each group, the others left out; alpha is the share kept",
+        source="GFPO, arXiv 2508.09726", alpha=0.75, beta=0.0, aggregation="token", counted="gfpo",
     ),
     "gtpo": Recipe(
         "gtpo", label="GTPO",
+        what="the reward shaped by alpha times the share of entropy at t, of its inverse if wrong; "
+        "tokens of right and of wrong completions normalised apart",
+        source="GTPO, arXiv 2508.04349", alpha=0.1, beta=0.0, aggregation="token",
+        epsilon_high=0.28, kl_coef=0.0,
+    ),
+    "gtpo_iapo": Recipe(
+        "gtpo_iapo", label="GTPO (IAPO's)",
         what="A_i, plus alpha times the share of entropy at t if right, minus alpha times that of "
         "its inverse if wrong",
-        source="GTPO, arXiv 2508.04349", alpha=0.1, beta=0.0,
+        source=f"baseline of {_IAPO}", alpha=0.1, beta=0.0, aggregation="token",
     ),
     "sgrpo": Recipe(
         "sgrpo", label="S-GRPO",
         what="A_i at the first 150 tokens, at half of those up to 341 if the completion is shorter "
-        "than that, 0 after; alpha scales both thresholds",
-        source="S-GRPO of Lee and Tong, arXiv 2504.20834", alpha=1.0, beta=0.0,
+        "than that, the others left out; alpha scales both thresholds",
+        source="S-GRPO of Lee and Tong, arXiv 2504.20834", alpha=1.0, beta=0.0, counted="sgrpo",
     ),
     "iapo": Recipe(
         "iapo", "answer_entropy", label="IAPO",
         what="A_i + alpha norm(s_it) + beta norm(c_it), s the drop of the answer entropy",
-        source=_IAPO,
+        source=_IAPO, **_RELEASED,
     ),
     "iapo_ni": Recipe(
         "iapo_ni", label="IAPO-NI", what="the same without s", source=f"{_IAPO}, Fig. 5", alpha=0.0,
+        **_RELEASED,
     ),
     "iapo_ne": Recipe(
         "iapo", "next_token_entropy", label="IAPO-NE",
         what="the same with s the drop of the next token's entropy", source=f"{_IAPO}, Fig. 5",
+        **_RELEASED,
     ),
     "iapo_pmi": Recipe(
         "iapo", "answer_surprisal", label="IAPO-PMI",
         what="the same with s the pointwise information on the completion's own answer",
-        source="a variant of this library",
+        source="a variant of this library", **_RELEASED,
+    ),
+    "grpo_kimi": Recipe(
+        "grpo_kimi", label="GRPO + length (Kimi)",
+        what="A_i of the reward plus alpha times 0.5 for the shortest of the group, down to -0.5 "
+        "for the longest, never above 0 for a wrong one",
+        source="length reward of Kimi k1.5, arXiv 2501.12599", alpha=0.5, beta=0.0,
+    ),
+    "grpo_efficient": Recipe(
+        "grpo_efficient", label="GRPO + length (A&Z)",
+        what="A_i of the reward minus alpha times the sigmoid of the normalised length if right",
+        source="Arora and Zanette, arXiv 2502.04463", alpha=0.4, beta=0.0,
     ),
 }  # fmt: skip
 """Method -> what it is. Those of a module of yours are added by :func:`use_methods`."""
@@ -118,14 +152,14 @@ class TrainConfig:
     """Settings of one run; names as in TRL where TRL has the same thing.
 
     Attributes:
-        method: what to train with, a key of ``config.RECIPES``: grpo, dapo, gfpo, gtpo, sgrpo,
-            iapo, iapo_ni, iapo_ne or iapo_pmi; `iapo-mini methods` lists them.
+        method: what to train with, a key of ``config.RECIPES``, which `iapo-mini methods` lists.
         model: ``"embedded"``, a model folder or a hub id.
         data: ``"stories"`` or a data set: gsm8k, math500, dapo_math, commonsense_qa.
         data_file: local file with the problems (.jsonl, .json or .parquet); empty asks the hub.
         split: part of the data to train on: train, tune, test, or all of a local file.
-        alpha: weight of the informativeness term (paper's symbol); of the entropy term in gtpo,
-            factor of the thresholds in sgrpo.
+        alpha: weight of the informativeness term (paper's symbol); of the entropy in gtpo, of the
+            length in grpo_kimi and grpo_efficient; share of the group kept in gfpo, factor of the
+            thresholds in sgrpo.
         beta: weight of the exploration term (paper's symbol; not the KL weight).
         learning_rate: AdamW step size after warm-up (betas 0.9 and 0.99 as in the paper).
         warmup_steps: steps of linear warm-up.
@@ -154,6 +188,8 @@ class TrainConfig:
         four_bit: keep the weights under the adapter in 4 bits (NF4); needs bitsandbytes.
         gradient_checkpointing: compute activations twice instead of keeping them.
         engine: who samples: ``"native"`` (``iapo_mini.sampling``) or, where installed, ``"vllm"``.
+        reward: ``"strict"`` (an answer counts in a well-formed completion only) or ``"released"``
+            (format and answer are judged apart, as in the paper's released code).
 
     Raises:
         ValueError: for a value out of range, naming it and what is allowed.
@@ -189,11 +225,13 @@ class TrainConfig:
     four_bit: bool = False
     gradient_checkpointing: bool = False
     engine: str = "native"
+    reward: str = "strict"
 
     def __post_init__(self) -> None:
         self._check_types()
         choices: dict[str, tuple[str, ...]] = {
             "method": tuple(RECIPES), "aggregation": AGGREGATIONS, "engine": ENGINES,
+            "reward": REWARDS,
         }  # fmt: skip
         for name, allowed in choices.items():
             value = getattr(self, name)

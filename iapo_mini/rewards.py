@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +17,9 @@ from iapo_mini.tasks import Problem
 
 _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+# No dot here matches a line break, so a thought of two lines has a bad format.
+_PLAIN = r"(?:(?!<think>|<answer>).)*"
+_RELEASED_FORMAT = re.compile(rf"{_PLAIN}<think>{_PLAIN}</think>\n<answer>{_PLAIN}</answer>\n?")
 
 
 def parse_answer(completion: str) -> str | None:
@@ -49,6 +53,32 @@ def reward(completion: str, reference: str) -> tuple[float, bool]:
     return (1.5 if correct else -0.5), correct
 
 
+def released_reward(completion: str, reference: str) -> tuple[float, bool]:
+    """Reward of one completion by the paper's released code, and whether its answer is right.
+
+    Format (+0.5 or -0.5) and correctness (+1 or -1) are judged apart (``compute_reward.py``, lines
+    31 to 46), so a right answer in a bad format earns +0.5 where :func:`reward` has -1.5. The
+    answer is what follows the last ``<answer>``, all of the text where there is no tag; a
+    ``\\boxed{}`` in it is opened. The format wants a line break between ``</think>`` and
+    ``<answer>`` and none within the thought: a pay for writing one line. Answers are compared by
+    our verifier; the released code compares normalised strings.
+
+    Args:
+        completion: text with its tags; reference: reference answer.
+    """
+    answer = completion.split("<answer>")[-1].split("</answer>")[0].strip()
+    formed = _RELEASED_FORMAT.fullmatch(completion) is not None
+    correct = equal_answers(answer, reference)
+    return (0.5 if formed else -0.5) + (1.0 if correct else -1.0), correct
+
+
+JUDGES: dict[str, Callable[[str, str], tuple[float, bool]]] = {
+    "strict": reward,
+    "released": released_reward,
+}
+"""Rewards by the name that ``TrainConfig.reward`` gives."""
+
+
 def check_completion(policy: Policy, problem: Problem) -> None:
     """Make sure that this policy can earn the full reward, before any long work.
 
@@ -74,22 +104,26 @@ def check_completion(policy: Policy, problem: Problem) -> None:
 
 
 def score(
-    rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
+    rollouts: Rollouts,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    how: str = "strict",
 ) -> Rollouts:
-    """Rollouts with ``rewards`` (B,) fp32 and ``correct`` (B,) bool filled in.
+    """Rollouts with ``rewards`` (B,) fp32, ``correct`` (B,) bool and ``references`` filled in.
 
     Args:
         rollouts: B completions; problem j owns rows j*G to (j+1)*G.
         tokenizer: the policy's tokenizer.
         problems: B / G problems.
+        how: a key of ``JUDGES``.
     """
-    group = rollouts.num_generations
+    references = tuple(p.answer for p in problems for _ in range(rollouts.num_generations))
     results = [
-        reward(text, problems[i // group].answer)
-        for i, text in enumerate(rollouts.texts(tokenizer))
+        JUDGES[how](text, reference)
+        for text, reference in zip(rollouts.texts(tokenizer), references)
     ]
     device = rollouts.completion_ids.device
-    return rollouts.filled(
+    return replace(rollouts, references=references).filled(
         rewards=torch.tensor([r for r, _ in results], dtype=torch.float32, device=device),
         correct=torch.tensor([c for _, c in results], dtype=torch.bool, device=device),
     )

@@ -9,9 +9,9 @@ the passes over what was sampled (:mod:`iapo_mini.logprobs`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -44,6 +44,8 @@ class Rollouts:
         known: what has been filled in so far, by name; read it through the properties below.
         prefill: what the chat template wrote of every completion (``<think>`` and a line break, or
             nothing): it stands in the prompt, and before the texts.
+        limit: tokens at which a completion was cut; 0 where no limit is known.
+        references: B reference answers; empty until ``rewards.score`` fills them in.
         cache: kept by ``sample`` on request, so that the estimator need not run the trunk again.
             Stale once the policy has changed.
     """
@@ -57,6 +59,8 @@ class Rollouts:
     finished: torch.Tensor
     known: Mapping[str, torch.Tensor] = field(default_factory=dict)
     prefill: str = ""
+    limit: int = 0
+    references: tuple[str, ...] = ()
     cache: Cache | None = None
 
     def filled(self, **values: torch.Tensor) -> Rollouts:
@@ -113,6 +117,7 @@ class Rollouts:
             old_logprobs=self.old_logprobs[rows, :width],
             finished=self.finished[rows],
             known={n: v[rows, :width] if v.ndim == 2 else v[rows] for n, v in self.known.items()},
+            references=self.references[rows],
             cache=None if self.cache is None else self.cache[rows],
         )
 
@@ -129,3 +134,37 @@ class Rollouts:
             text = str(tokenizer.decode(ids[:length], skip_special_tokens=False))
             out.append(self.prefill + text)
         return out
+
+
+def joined(parts: Sequence[Rollouts]) -> Rollouts:
+    """Rollouts of several batches as one, padded to the longest prompt and completion.
+
+    Args:
+        parts: batches with equal ``num_generations``, ``limit`` and ``prefill``, which know the
+            same things; their caches are left out.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    prompt, width = (max(x.shape[1] for x in each) for each in zip(
+        *((part.prompt_ids, part.completion_ids) for part in parts)
+    ))  # fmt: skip
+
+    def together(values: Sequence[torch.Tensor], name: str) -> torch.Tensor:
+        if values[0].ndim == 1:
+            return torch.cat(list(values))
+        left = name.startswith("prompt")
+        size = prompt if left else width
+        # What stands at padding is never read: the masks are False there.
+        grown = [
+            torch.nn.functional.pad(v, (size - v.shape[1], 0) if left else (0, size - v.shape[1]))
+            for v in values
+        ]
+        return torch.cat(grown)
+
+    tensors = [part.tensors() for part in parts]
+    merged: dict[str, Any] = {
+        name: together([t[name] for t in tensors], name) for name in tensors[0]
+    }
+    known = {name: merged.pop(name) for name in parts[0].known}
+    references = tuple(answer for part in parts for answer in part.references)
+    return replace(parts[0], **merged, known=known, references=references, cache=None)

@@ -192,7 +192,6 @@ def _first_logits(
     return logits.repeat_interleave(group, dim=0)
 
 
-@torch.no_grad()
 def sample(
     policy: Policy,
     problems: list[Problem],
@@ -221,9 +220,32 @@ def sample(
         ValueError: when an argument is out of range or ``problems`` is empty.
     """
     check_sampling(problems, num_generations, max_completion_length, temperature)
+    return sample_after(
+        policy, *encode_prompts(policy, problems), num_generations=num_generations,
+        max_completion_length=max_completion_length, temperature=temperature, seed=seed,
+        keep_cache=keep_cache,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def sample_after(
+    policy: Policy,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    *,
+    num_generations: int,
+    max_completion_length: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    keep_cache: bool = False,
+) -> Rollouts:
+    """As :func:`sample`, after given tokens: prompts, or prompts and what was written so far.
+
+    Args:
+        prompt_ids, prompt_mask: (N, P) long and bool, left-padded; the others as for ``sample``.
+    """
     model, device = policy.for_inference(), policy.device
-    prompt_ids, prompt_mask = encode_prompts(policy, problems)
-    total, longest = len(problems) * num_generations, max_completion_length
+    total, longest = len(prompt_ids) * num_generations, max_completion_length
     check_window(model, prompt_ids.shape[1] + longest)
     generator = torch.Generator(device).manual_seed(seed)
     cache = Cache(layer_class_to_replicate=_GrowingLayer)
@@ -271,7 +293,7 @@ def sample(
         num_generations=num_generations,
         finished=torch.isin(ids[torch.arange(total), lengths - 1], stops),
         known={"token_entropies": entropies[:, :width] * mask},
-        prefill=prefill(policy.tokenizer), cache=rows.kept,
+        prefill=prefill(policy.tokenizer), limit=longest, cache=rows.kept,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from iapo_mini.advantages import ADVANTAGES
+from iapo_mini.advantages import ADVANTAGES, COUNTED
 from iapo_mini.config import Recipe, TrainConfig
 from iapo_mini.engines.vllm import sampler_of
 from iapo_mini.information import inform
@@ -30,7 +30,7 @@ from iapo_mini.objective import policy_loss
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.datasets import training_problems
 from iapo_mini.rewards import check_completion, score
-from iapo_mini.rollouts import Rollouts
+from iapo_mini.rollouts import Rollouts, joined
 from iapo_mini.run_folder import Run
 from iapo_mini.tasks import Problem
 
@@ -79,12 +79,13 @@ def train(
     torch.set_num_threads(config.threads)
     recipe, how = config.recipe(), config.early_exit()
     with Run(output_dir, config, resume=resume, wait=wait) as run:
-        policy = _start_policy(config, recipe) if policy is None else policy
+        policy = start_policy(config) if policy is None else policy
         optimizer = torch.optim.AdamW(
             policy.trainable().values(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
         )
         done = run.restore(policy, optimizer)
-        stream = itertools.islice(stream, done * config.prompts_per_step, None)
+        asked = config.prompts_per_step * recipe.sampling_rounds
+        stream = itertools.islice(stream, done * asked, None)
         first = next(stream)
         check_completion(policy, first)
         stream = itertools.chain([first], stream)
@@ -97,9 +98,8 @@ def train(
         for step in bar:
             watch = Stopwatch()
             # Sample G completions for each prompt from the current policy, now "old"; score them.
-            batch = list(itertools.islice(stream, config.prompts_per_step))
-            rollouts = sample(policy, batch, **_sampling(config, recipe, step))
-            rollouts = score(rollouts, policy.tokenizer, batch)
+            batch = list(itertools.islice(stream, asked))
+            rollouts, batch, sampled = collect(policy, batch, sample, config, step)
             watch.lap("sampling")
             # Estimate what each token tells about the answer, if the method asks for it.
             if recipe.information is not None:
@@ -111,6 +111,7 @@ def train(
                 stats = update(policy, optimizer, rollouts, advantages, config, step)
             watch.lap("update")
             metrics = {"step": step + 1, **step_metrics(rollouts, advantages, stats, watch)}
+            metrics["sampled"] = sampled
             metrics |= role_metrics(rollouts, advantages, policy.tokenizer, batch)
             run.log(metrics)
             bar.set_postfix(reward=f"{metrics['reward']:.2f}", length=f"{metrics['length']:.1f}")
@@ -129,7 +130,9 @@ def _problem_stream(config: TrainConfig, problems: list[Problem] | None) -> Iter
     return itertools.cycle(problems)
 
 
-def _start_policy(config: TrainConfig, recipe: Recipe) -> Policy:
+def start_policy(config: TrainConfig) -> Policy:
+    """The policy that a run with these settings begins with: its model under a new adapter."""
+    recipe = config.recipe()
     return load_policy(
         config.model,
         lora_rank=config.lora_rank,
@@ -140,15 +143,45 @@ def _start_policy(config: TrainConfig, recipe: Recipe) -> Policy:
     )
 
 
-def _sampling(config: TrainConfig, recipe: Recipe, step: int) -> dict[str, Any]:
-    """What the sampler of a step is told."""
-    return {
-        "num_generations": config.num_generations,
-        "max_completion_length": config.max_completion_length,
-        "temperature": config.temperature,
-        "seed": config.seed * 1_000_003 + step,
-        "keep_cache": recipe.information is not None,
-    }
+def collect(
+    policy: Policy, problems: list[Problem], sample: Callable[..., Rollouts], config: TrainConfig,
+    step: int,
+) -> tuple[Rollouts, list[Problem], int]:  # fmt: skip
+    """Sample and score the rollouts of a step.
+
+    With dynamic sampling (``Recipe.sampling_rounds`` above 1) a group that is all right or all
+    wrong is left out and further prompts are sampled in its place, until there are enough groups
+    or no round is left. If every group is of that kind, those of the last round are taken.
+
+    Args:
+        problems: ``prompts_per_step`` for each round; sample: as ``sampling.sample``.
+
+    Returns:
+        ``(rollouts, their problems, number of completions sampled)``.
+    """
+    recipe, size, group = config.recipe(), config.prompts_per_step, config.num_generations
+    kept: list[tuple[Rollouts, Problem]] = []
+    for turn in range(recipe.sampling_rounds):
+        batch = problems[turn * size : (turn + 1) * size]
+        rollouts = sample(
+            policy, batch, num_generations=group,
+            max_completion_length=config.max_completion_length, temperature=config.temperature,
+            seed=config.seed * 1_000_003 + step + turn * 1_000_000_007,
+            keep_cache=recipe.information is not None,
+        )  # fmt: skip
+        rollouts = score(rollouts, policy.tokenizer, batch, config.reward)
+        if recipe.sampling_rounds == 1:
+            return rollouts, batch, len(rollouts.rewards)
+        right = rollouts.correct.view(-1, group).sum(1)
+        for j in ((right > 0) & (right < group)).nonzero()[:, 0].tolist():
+            kept.append((rollouts.rows(j * group, (j + 1) * group), batch[j]))
+        if len(kept) >= size:
+            break
+    sampled = (turn + 1) * size * group
+    if not kept:
+        return rollouts, batch, sampled
+    parts, chosen = zip(*kept[:size])
+    return joined(parts), list(chosen), sampled
 
 
 def check_finite(rollouts: Rollouts, advantages: torch.Tensor) -> None:
@@ -210,23 +243,35 @@ def update(
     return stats
 
 
+def _counted(rollouts: Rollouts, recipe: Recipe) -> torch.Tensor:
+    """(B, L) bool: the tokens that are in the loss."""
+    if recipe.counted is None:
+        return rollouts.completion_mask
+    count = COUNTED[recipe.counted] if isinstance(recipe.counted, str) else recipe.counted
+    return count(rollouts, recipe.alpha)
+
+
 def _gradient(
     policy: Policy, rollouts: Rollouts, advantages: torch.Tensor, config: TrainConfig
 ) -> dict[str, float]:
     """Gradient of the loss over all rollouts, in micro-batches of whole groups, and its numbers."""
     policy.model.train()
     recipe, rows = config.recipe(), len(rollouts.completion_ids)
+    counted = _counted(rollouts, recipe)
     # Completions of a group share the pass over their prompt, but not under checkpointing.
     group = 1 if config.gradient_checkpointing else config.num_generations
     scale = _FP16_LOSS_SCALE if policy.dtype == torch.float16 else 1.0
     size = math.ceil(config.micro_batch_size / group) * group
-    tokens = int(rollouts.completion_mask.sum())
+    tokens = int(counted.sum())
     totals: dict[str, float] = {}
     for start in range(0, rows, size):
         part = rollouts.rows(start, start + size)
         share = len(part.completion_ids) / rows
+        mask = counted[start : start + size, : part.completion_mask.shape[1]]
+        # Token means are weighed by tokens, the loss as its aggregation asks.
+        weight = int(mask.sum()) / max(1, tokens)
         if recipe.aggregation == "token":
-            share = int(part.completion_mask.sum()) / tokens
+            share = weight
         ref_logprobs = None
         if recipe.kl_coef > 0:
             with torch.no_grad(), policy.reference() as reference:
@@ -234,7 +279,7 @@ def _gradient(
         logprobs, entropies = token_logprobs(policy.model, part, config.temperature)
         loss, stats = policy_loss(
             logprobs, part.old_logprobs,
-            advantages[start : start + size, : logprobs.shape[1]], part.completion_mask,
+            advantages[start : start + size, : logprobs.shape[1]], mask,
             ref_logprobs=ref_logprobs, kl_coef=recipe.kl_coef,
             epsilon=recipe.epsilon, epsilon_high=recipe.epsilon_high,
             aggregation=recipe.aggregation,
@@ -242,9 +287,7 @@ def _gradient(
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()}")
         (loss * share * scale).backward()
-        stats["entropy"] = float(entropies.sum() / part.completion_mask.sum())
-        # Token means are weighed by tokens, the loss as its aggregation asks.
-        weight = int(part.completion_mask.sum()) / tokens
+        stats["entropy"] = float((entropies * mask).sum() / mask.sum().clamp(min=1))
         for name, value in stats.items():
             totals[name] = totals.get(name, 0.0) + weight * value
         totals["loss"] = totals.get("loss", 0.0) + share * loss.item()

@@ -1,108 +1,28 @@
 """Token advantages against plain Python with loops and the statistics module."""
 
 import math
-import statistics
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import PATIENCE, make_rollouts
+from helpers import PATIENCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scored import check, example, norm, plain_grpo, plain_iapo, rollouts
 
 from iapo_mini.advantages import (
     ADVANTAGES,
-    SGRPO_ALWAYS,
-    SGRPO_UNTIL,
-    dapo,
     exploration,
-    gfpo,
     group_advantage,
     grpo,
-    gtpo,
     iapo,
     iapo_ni,
     normalize,
-    sgrpo,
 )
 from iapo_mini.config import RECIPES
 from iapo_mini.information import INFORMATION
-
-
-def norm(population):
-    """norm(x, v) of the paper for every x of v, with a sample deviation plus 1e-4."""
-    if len(population) < 2 or min(population) == max(population):
-        return [0.0] * len(population)
-    mean, std = statistics.fmean(population), statistics.stdev(population)
-    return [(x - mean) / (std + 1e-4) for x in population]
-
-
-def plain_grpo(r):
-    rows, group = [], r.num_generations
-    rewards = r.rewards.tolist()
-    for i in range(len(rewards)):
-        first = i - i % group
-        a = norm(rewards[first : first + group])[i - first]
-        rows.append([a] * int(r.lengths[i]))
-    return rows
-
-
-def plain_iapo(r, alpha, beta):
-    rows = []
-    for i, base in enumerate(plain_grpo(r)):
-        n = len(base)
-        s = r.informativeness[i, :n].tolist()
-        sign = 1 if r.correct[i] else -1
-        c = [sign * math.exp(x) for x in r.old_logprobs[i, :n].tolist()]
-        rows.append([a + alpha * u + beta * v for a, u, v in zip(base, norm(s), norm(c))])
-    return rows
-
-
-def check(found, rows):
-    assert found.dtype == torch.float32
-    for i, row in enumerate(rows):
-        assert found[i, : len(row)].tolist() == pytest.approx(row, rel=1e-3, abs=1e-4)
-        assert not found[i, len(row) :].any()
-
-
-def scored(lengths, group, rewards, informativeness, old_probabilities, right=0, junk=0.0):
-    """Rollouts with given numbers; padding of the per-token fields is filled with ``junk``."""
-    r = make_rollouts([3] * (len(lengths) // group), lengths, group, right=right)
-    old, s, h = torch.full((3, *r.completion_ids.shape), junk)
-    for i, n in enumerate(lengths):
-        old[i, :n] = torch.tensor(old_probabilities[i]).log()
-        s[i, :n] = torch.tensor(informativeness[i])
-        # Any numbers do for entropies that are only compared with a reference that reads the same.
-        h[i, :n] = torch.tensor(old_probabilities[i]).neg() + 1.0
-    rewards = torch.tensor(rewards)
-    r = r.filled(rewards=rewards, correct=rewards > 1, informativeness=s, token_entropies=h)
-    return replace(r, old_logprobs=old)
-
-
-@st.composite
-def rollouts(draw):
-    """Random groups, ragged lengths. Values lie on a grid: populations are flat or clearly not."""
-    group = draw(st.integers(2, 4))
-    lengths = draw(st.lists(st.integers(1, 7), min_size=group, max_size=3 * group))
-    lengths = lengths[: len(lengths) // group * group]
-    rewards = [draw(st.sampled_from([-1.5, -0.5, 1.5])) for _ in lengths]
-    information = [[draw(st.integers(-40, 40)) / 10 for _ in range(n)] for n in lengths]
-    probabilities = [[draw(st.integers(1, 50)) / 50 for _ in range(n)] for n in lengths]
-    right, junk = draw(st.integers(0, 3)), draw(st.sampled_from([0.0, 5.0]))
-    return scored(lengths, group, rewards, information, probabilities, right, junk)
-
-
-def example(**changes):
-    fields = dict(
-        lengths=[3, 2, 4, 1],
-        group=2,
-        rewards=[1.5, -0.5, -1.5, 1.5],
-        informativeness=[[1.0, 0.0, -0.5], [0.2, 0.4], [0.0, 0.0, 0.0, 2.0], [0.7]],
-        old_probabilities=[[0.9, 0.1, 0.5], [0.2, 0.8], [0.5, 0.25, 0.5, 1.0], [0.3]],
-    )
-    return scored(**{**fields, **changes})
 
 
 def test_grpo_by_hand():
@@ -129,6 +49,12 @@ def test_iapo_by_hand():
 def test_advantages_equal_the_plain_reference(r, alpha, beta):
     check(grpo(r), plain_grpo(r))
     check(iapo(r, alpha, beta), plain_iapo(r, alpha, beta))
+
+
+@settings(max_examples=60)
+@given(rollouts(), st.sampled_from([0.0, 0.1, 1.0]))
+def test_without_information_nothing_is_paid_for_it(r, beta):
+    check(iapo_ni(r, 3.0, beta), plain_iapo(r, 0.0, beta))
 
 
 @settings(max_examples=60)
@@ -254,128 +180,3 @@ def test_what_is_mathematics_is_imported_without_models_and_data(module):
     imported = done.stdout.split()
     assert f"iapo_mini.{module}" in imported, done.stderr
     assert not {"transformers", "peft", "datasets"} & set(imported)
-
-
-def groups_of(r):
-    """Row numbers of each group."""
-    size = r.num_generations
-    return [range(i, i + size) for i in range(0, len(r.rewards), size)]
-
-
-def plain_dapo(r):
-    rows = plain_grpo(r)
-    return [row if r.finished[i] else [0.0] * len(row) for i, row in enumerate(rows)]
-
-
-def plain_gfpo(r):
-    lengths = r.lengths.tolist()
-    rows = [[0.0] * n for n in lengths]
-    for group in groups_of(r):
-        count = -(-3 * len(group) // 4)
-        kept = sorted(group, key=lambda i: (lengths[i], i))[:count]
-        for i, a in zip(kept, norm([float(r.rewards[i]) for i in kept])):
-            rows[i] = [a] * lengths[i]
-    return rows
-
-
-def plain_gtpo(r, weight):
-    rows, lengths = plain_grpo(r), r.lengths.tolist()
-    for group in groups_of(r):
-        for i in group:
-            for t in range(lengths[i]):
-                right = bool(r.correct[i])
-                peers = [k for k in group if bool(r.correct[k]) == right and lengths[k] > t]
-                h = {k: max(float(r.token_entropies[k, t]), 1e-4) for k in peers}
-                if right:
-                    rows[i][t] += weight * len(peers) * h[i] / sum(h.values())
-                else:
-                    total = sum(1 / x for x in h.values())
-                    rows[i][t] -= weight * len(peers) * (1 / h[i]) / total
-    return rows
-
-
-@settings(max_examples=60)
-@given(rollouts(), st.sampled_from([0.0, 0.1, 1.0]), st.lists(st.booleans(), min_size=12))
-def test_other_methods_equal_the_plain_reference(r, weight, finished):
-    r = replace(r, finished=torch.tensor(finished[: len(r.rewards)]))
-    check(dapo(r), plain_dapo(r))
-    check(gfpo(r), plain_gfpo(r))
-    check(gtpo(r, weight), plain_gtpo(r, weight))
-    check(iapo_ni(r, 3.0, weight), plain_iapo(r, 0.0, weight))
-
-
-def test_dapo_drops_what_was_cut_at_the_limit():
-    r = replace(example(), finished=torch.tensor([True, True, False, True]))
-    assert torch.equal(dapo(r)[[0, 1, 3]], grpo(r)[[0, 1, 3]])
-    assert not dapo(r)[2].any() and grpo(r)[2].any()
-
-
-def test_gfpo_by_hand():
-    """Four completions of 3, 2, 4 and 1 tokens: the one of 4 is dropped, also from the mean."""
-    found = gfpo(example(group=4))
-    mean, std = (1.5 - 0.5 + 1.5) / 3, 2 / math.sqrt(3)
-    for i, reward in [(0, 1.5), (1, -0.5), (3, 1.5)]:
-        assert float(found[i, 0]) == pytest.approx((reward - mean) / (std + 1e-4))
-    assert not found[2].any()
-
-
-def test_gfpo_keeps_six_of_eight():
-    r = example(
-        lengths=[5, 1, 4, 2, 8, 3, 7, 6], group=8, rewards=[1.5, -0.5] * 4,
-        informativeness=[[0.0] * n for n in (5, 1, 4, 2, 8, 3, 7, 6)],
-        old_probabilities=[[0.5] * n for n in (5, 1, 4, 2, 8, 3, 7, 6)],
-    )  # fmt: skip
-    kept = gfpo(r).abs().sum(1) > 0
-    assert kept.tolist() == [True, True, True, True, False, True, False, True]
-
-
-def test_gtpo_by_hand():
-    """Two right completions with entropies 1 and 3 at a token share a bonus of two weights."""
-    r = example(
-        lengths=[2, 1], rewards=[1.5, 1.5], informativeness=[[0.0] * 2, [0.0]],
-        old_probabilities=[[0.5, 0.5], [0.5]],
-    )  # fmt: skip
-    r = r.filled(token_entropies=torch.tensor([[1.0, 0.7], [3.0, 0.0]]))
-    found = gtpo(r, 0.1)
-    expected = torch.tensor([[0.1 * 2 / 4, 0.1], [0.1 * 2 * 3 / 4, 0.0]])
-    torch.testing.assert_close(found, expected)
-    r = r.filled(rewards=r.rewards - 2, correct=~r.correct)
-    # Wrong: the sure one pays three times as much.
-    expected = -torch.tensor([[0.1 * 2 * 3 / 4, 0.1], [0.1 * 2 / 4, 0.0]])
-    torch.testing.assert_close(gtpo(r, 0.1), expected)
-
-
-def test_gtpo_does_not_drown_in_a_token_without_doubt():
-    r = example()
-    r = r.filled(token_entropies=torch.zeros_like(r.token_entropies))
-    found = gtpo(r, 0.1)
-    assert found.isfinite().all()
-    check(found, plain_gtpo(r, 0.1))
-
-
-def test_sgrpo_counts_the_first_tokens_and_flips_coins_for_the_rest():
-    lengths = [400, 341, 340, 100] * 4
-    r = example(
-        lengths=lengths, group=16, rewards=[1.5, -0.5] * 8,
-        informativeness=[[0.0] * n for n in lengths],
-        old_probabilities=[[0.5] * n for n in lengths],
-    )  # fmt: skip
-    counts = sgrpo(r) != 0
-    assert torch.equal(sgrpo(r)[counts], grpo(r)[counts])
-    assert counts[:, :SGRPO_ALWAYS].eq(r.completion_mask[:, :SGRPO_ALWAYS]).all()
-    assert not counts[:, SGRPO_UNTIL:].any()
-    long = r.lengths >= SGRPO_UNTIL
-    assert not counts[long, SGRPO_ALWAYS:].any()
-    some = counts[r.lengths == 340, SGRPO_ALWAYS:340]
-    # 760 fair coins: five standard deviations are 0.09.
-    assert 0.41 < float(some.float().mean()) < 0.59
-    assert torch.equal(sgrpo(r), sgrpo(r))
-
-
-def test_sgrpo_scales_both_thresholds():
-    r = example(lengths=[4, 3, 2, 2], group=4, rewards=[1.5, -0.5, 1.5, -0.5],
-                informativeness=[[0.0] * n for n in (4, 3, 2, 2)],
-                old_probabilities=[[0.5] * n for n in (4, 3, 2, 2)])  # fmt: skip
-    counts = sgrpo(r, alpha=0.0099) != 0  # 1.485 -> 1 and 3.38 -> 3 tokens
-    assert counts[:2].tolist() == [[True, False, False, False]] * 2
-    assert counts[2:, 0].all() and not counts[:, 2:].any()

@@ -8,22 +8,26 @@ import torch
 from helpers import make_rollouts, run
 
 from iapo_mini import config, objective
-from iapo_mini.advantages import ADVANTAGES
+from iapo_mini.advantages import ADVANTAGES, COUNTED
 from iapo_mini.config import CARDS, FROM_RECIPE, RECIPES, TrainConfig, with_defaults
 from iapo_mini.engines.vllm import sampler_of
 from iapo_mini.information import INFORMATION
+from iapo_mini.rewards import JUDGES
 
 # What each method's source asks for: mean of the loss, clip range below and above, weights.
 SOURCES = {
     "grpo": ("sequence", 0.2, 0.2, 0.0, 0.0),
     "dapo": ("token", 0.2, 0.28, 0.0, 0.0),
-    "gfpo": ("sequence", 0.2, 0.2, 0.0, 0.0),
-    "gtpo": ("sequence", 0.2, 0.2, 0.1, 0.0),
+    "gfpo": ("token", 0.2, 0.2, 0.75, 0.0),
+    "gtpo": ("token", 0.2, 0.28, 0.1, 0.0),
+    "gtpo_iapo": ("token", 0.2, 0.2, 0.1, 0.0),
     "sgrpo": ("sequence", 0.2, 0.2, 1.0, 0.0),
-    "iapo": ("sequence", 0.2, 0.2, 0.2, 0.05),
-    "iapo_ni": ("sequence", 0.2, 0.2, 0.0, 0.05),
-    "iapo_ne": ("sequence", 0.2, 0.2, 0.2, 0.05),
-    "iapo_pmi": ("sequence", 0.2, 0.2, 0.2, 0.05),
+    "iapo": ("token", 0.2, 0.28, 0.2, 0.05),
+    "iapo_ni": ("token", 0.2, 0.28, 0.0, 0.05),
+    "iapo_ne": ("token", 0.2, 0.28, 0.2, 0.05),
+    "iapo_pmi": ("token", 0.2, 0.28, 0.2, 0.05),
+    "grpo_kimi": ("sequence", 0.2, 0.2, 0.5, 0.0),
+    "grpo_efficient": ("sequence", 0.2, 0.2, 0.4, 0.0),
 }
 
 
@@ -62,6 +66,7 @@ def test_every_recipe_names_a_rule_an_information_and_its_source():
     assert RECIPES.keys() == SOURCES.keys()
     for recipe in RECIPES.values():
         assert recipe.rule in ADVANTAGES and recipe.information in (None, *INFORMATION)
+        assert recipe.counted in (None, *COUNTED)
         assert recipe.label and recipe.what and recipe.source
 
 
@@ -106,7 +111,7 @@ def test_settings_from_before_a_field_existed_are_completed():
 
 def test_choices_are_those_of_the_modules_that_act_on_them():
     """Told twice, since settings load no torch."""
-    assert config_choices() == (objective.AGGREGATIONS, ("native", "vllm"))
+    assert config_choices() == (objective.AGGREGATIONS, ("native", "vllm"), tuple(JUDGES))
     mask = make_rollouts([3], [2, 1], group=2).completion_mask
     for how in config.AGGREGATIONS:
         assert objective.aggregate(mask.float(), mask, how) == pytest.approx(1.0)
@@ -115,7 +120,7 @@ def test_choices_are_those_of_the_modules_that_act_on_them():
 
 
 def config_choices():
-    return config.AGGREGATIONS, config.ENGINES
+    return config.AGGREGATIONS, config.ENGINES, config.REWARDS
 
 
 @pytest.mark.parametrize("card", CARDS)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iapo_mini.problems.verify import equal_answers
-from iapo_mini.rewards import parse_answer, reward, score
+from iapo_mini.rewards import parse_answer, released_reward, reward, score
 from iapo_mini.tasks import Problem
 
 RIGHT, WRONG, ILL_FORMED = (1.5, True), (-0.5, False), (-1.5, False)
@@ -162,3 +162,38 @@ def test_score_gives_each_row_the_answer_of_its_own_problem(tokenizer):
     assert scored.correct.tolist() == [True, False, True, False]
     assert scored.correct.dtype == torch.bool
     assert not rollouts.known
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("<think>a</think>\n<answer>72</answer>", (1.5, True)),
+        ("<think>a</think>\n<answer>71</answer>", (-0.5, False)),
+        # A right answer in a bad format earns half a point: no line break, one too many, text.
+        ("<think>a</think><answer>72</answer>", (0.5, True)),
+        ("<think>a\nb</think>\n<answer>72</answer>", (0.5, True)),
+        ("<think>a</think>\n<answer>72</answer> Done.", (0.5, True)),
+        ("<answer>72</answer>", (0.5, True)),
+        ("<think>a</think>\n<answer>72", (0.5, True)),
+        ("72", (0.5, True)),
+        # The text after the last <answer> counts, and a box in it is opened.
+        ("<answer>71</answer><answer>72</answer>", (0.5, True)),
+        ("<think>a</think>\n<answer>\\boxed{72}</answer>", (1.5, True)),
+        # What stands before the thought does not spoil the format.
+        ("Sure! <think>a</think>\n<answer>72</answer>", (1.5, True)),
+        ("", (-1.5, False)),
+        ("no idea", (-1.5, False)),
+    ],
+)
+def test_reward_of_the_released_code(completion, expected):
+    assert released_reward(completion, "72") == expected
+
+
+def test_score_by_the_released_reward(tokenizer):
+    text = "<think> so it is.</think><answer> 7</answer>"
+    ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    problems = [Problem("q", "7")]
+    strict = score(written([ids, ids], group=2), tokenizer, problems)
+    released = score(written([ids, ids], group=2), tokenizer, problems, "released")
+    assert strict.rewards.tolist() == [1.5, 1.5] and released.rewards.tolist() == [0.5, 0.5]
+    assert released.correct.all() and released.references == ("7", "7")

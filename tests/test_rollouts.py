@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import make_rollouts, written
 
-from iapo_mini.rollouts import FILLED_BY
+from iapo_mini.rollouts import FILLED_BY, joined
 
 BY_ROW, BY_TOKEN = ("rewards", "correct"), ("token_entropies", "informativeness")
 
@@ -98,3 +98,36 @@ def test_texts_keep_tags_and_leave_out_the_end(tokenizer):
     rollouts = written([ids, ids[:3]], group=2, pad=tokenizer.encode(" 7")[0])
     rollouts = replace(rollouts, finished=torch.tensor([True, False]))
     assert rollouts.texts(tokenizer) == [text, "<think> 3."]
+
+
+def test_joined_groups_are_the_rows_they_were():
+    """Batches of other widths: every row keeps its tokens and what is known of them."""
+    one = make_rollouts([3, 5], [2, 4, 1, 3], group=2, seed=1)
+    other = make_rollouts([7], [6, 2], group=2, seed=2)
+    parts = [
+        replace(
+            part.filled(**{name: values(part, name) for name in FILLED_BY}),
+            references=tuple(f"{number}-{i}" for i in range(len(part.lengths))),
+        )
+        for number, part in enumerate((one, other))
+    ]
+    whole = joined(parts)
+    assert whole.references == ("0-0", "0-1", "0-2", "0-3", "1-0", "1-1")
+    assert whole.completion_ids.shape == (6, 6) and whole.prompt_ids.shape == (6, 7)
+    row = 0
+    for part in parts:
+        for i in range(len(part.lengths)):
+            for name in ("prompt", "completion"):
+                ids, mask = getattr(whole, f"{name}_ids"), getattr(whole, f"{name}_mask")
+                was, real = getattr(part, f"{name}_ids"), getattr(part, f"{name}_mask")
+                assert torch.equal(ids[row][mask[row]], was[i][real[i]])
+            n = int(part.lengths[i])
+            assert torch.equal(whole.old_logprobs[row, :n], part.old_logprobs[i, :n])
+            for name in BY_TOKEN:
+                assert torch.equal(whole.known[name][row, :n], part.known[name][i, :n])
+            for name in BY_ROW:
+                assert whole.known[name][row] == part.known[name][i]
+            row += 1
+    # Prompts stay left-padded, completions right-padded.
+    assert whole.prompt_mask[:, -1].all() and whole.completion_mask[:, 0].all()
+    assert joined(parts[:1]) is parts[0]

@@ -105,4 +105,5 @@ def sample_with(
     rollouts = from_ids(policy, prompt_ids, prompt_mask, rows, num_generations)
     with torch.no_grad():
         logprobs, entropies = token_logprobs(policy.for_inference(), rollouts, temperature)
-    return replace(rollouts, old_logprobs=logprobs).filled(token_entropies=entropies)
+    rollouts = replace(rollouts, old_logprobs=logprobs, limit=max_completion_length)
+    return rollouts.filled(token_entropies=entropies)

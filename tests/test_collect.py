@@ -1,0 +1,122 @@
+"""Which rollouts a step takes, and which of their tokens are in the loss."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import content, make_rollouts, metrics, run
+
+from iapo_mini import trainer
+from iapo_mini.advantages import sgrpo, sgrpo_tokens
+from iapo_mini.config import RECIPES, Recipe
+from iapo_mini.objective import policy_loss
+from iapo_mini.sampling import sample
+from iapo_mini.tasks import Problem
+from iapo_mini.trainer import collect
+
+GROUP = 2
+
+
+def outcomes(monkeypatch, config, rounds, *right):
+    """Run ``collect`` on batches whose groups have so many right completions each."""
+    asked = []
+
+    def drawn(policy, batch, **how):
+        asked.append(([problem.question for problem in batch], how["seed"]))
+        return make_rollouts([3] * len(batch), [2 + len(asked)] * GROUP * len(batch), GROUP)
+
+    def judged(rollouts, tokenizer, batch, how):
+        counts = right[len(asked) - 1]
+        correct = torch.tensor([j < n for n in counts for j in range(GROUP)])
+        rollouts = replace(
+            rollouts, references=tuple(p.answer for p in batch for _ in range(GROUP))
+        )
+        return rollouts.filled(correct=correct, rewards=correct.float())
+
+    class Anyone:
+        tokenizer = None
+
+    monkeypatch.setattr(trainer, "score", judged)
+    monkeypatch.setitem(RECIPES, "mine", Recipe("grpo", sampling_rounds=rounds))
+    config = replace(config, method="mine", prompts_per_step=3, num_generations=GROUP)
+    problems = [Problem(f"q{i}", f"a{i}") for i in range(3 * rounds)]
+    rollouts, kept, sampled = collect(Anyone(), problems, drawn, config, step=4)
+    assert len({seed for _, seed in asked}) == len(asked)  # no round repeats another
+    assert [q for questions, _ in asked for q in questions] == [
+        f"q{i}" for i in range(3 * len(asked))
+    ]
+    assert len(rollouts.rewards) == GROUP * len(kept)
+    assert rollouts.references == tuple(p.answer for p in kept for _ in range(GROUP))
+    return [p.question for p in kept], sampled, rollouts
+
+
+def test_without_dynamic_sampling_every_group_is_taken(monkeypatch, config):
+    names, sampled, _ = outcomes(monkeypatch, config, 1, [0, 2, 1])
+    assert names == ["q0", "q1", "q2"] and sampled == 6
+
+
+def test_groups_that_are_all_right_or_all_wrong_are_replaced(monkeypatch, config):
+    names, sampled, rollouts = outcomes(monkeypatch, config, 3, [1, 0, 1], [2, 1, 1])
+    assert names == ["q0", "q2", "q4"] and sampled == 12
+    assert rollouts.lengths.tolist() == [3, 3, 3, 3, 4, 4]
+
+
+def test_sampling_ends_with_the_last_round(monkeypatch, config):
+    names, sampled, _ = outcomes(monkeypatch, config, 2, [0, 0, 1], [2, 2, 2])
+    assert names == ["q2"] and sampled == 12
+
+
+def test_if_no_group_teaches_the_last_round_is_taken(monkeypatch, config):
+    names, sampled, _ = outcomes(monkeypatch, config, 2, [0, 0, 2], [2, 2, 2])
+    assert names == ["q3", "q4", "q5"] and sampled == 12
+
+
+def test_a_run_with_dynamic_sampling_resumes_to_the_same_numbers(config, tmp_path):
+    config = replace(config, method="dapo", max_steps=4, save_steps=1)
+    run(config, tmp_path / "whole")
+    assert all(row["sampled"] >= 4 for row in metrics(tmp_path / "whole"))
+    assert any(row["sampled"] > 4 for row in metrics(tmp_path / "whole"))
+
+    def stop(line):
+        if line["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "cut", on_step=stop)
+    run(config, tmp_path / "cut", resume=True)
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+@pytest.mark.parametrize("micro_batch_size", [2, 100])
+def test_tokens_that_are_not_counted_are_in_no_denominator(
+    base_policy, config, monkeypatch, aggregation, micro_batch_size
+):
+    """The loss of a step against the definition: only the counted tokens exist."""
+    problems = [Problem("What is 2 + 2?", "4"), Problem("What is 3 + 2?", "5")]
+    rollouts = sample(base_policy, problems, num_generations=2, max_completion_length=9, seed=1)
+    right = torch.tensor([True, False, True, False])
+    rollouts = rollouts.filled(correct=right, rewards=right.float())
+    alpha = 0.02  # three tokens always count, those up to the seventh by a coin
+    advantages, counted = sgrpo(rollouts, alpha), sgrpo_tokens(rollouts, alpha)
+    assert 0 < int(counted.sum()) < int(rollouts.completion_mask.sum())
+    config = replace(
+        config, method="sgrpo", alpha=alpha, aggregation=aggregation, kl_coef=0.0,
+        micro_batch_size=micro_batch_size,
+    )  # fmt: skip
+    # The old policy is another one, so that the ratio is not 1 and the loss not the mean advantage.
+    rollouts = replace(rollouts, old_logprobs=rollouts.old_logprobs - 0.1 * right[:, None])
+    logprobs, _ = trainer.token_logprobs(base_policy.model, rollouts)
+    ratio = (logprobs - rollouts.old_logprobs).exp().detach()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    rows = [surrogate[i][counted[i]] for i in range(4)]
+    expected = torch.stack([row.mean() for row in rows]).mean()
+    if aggregation == "token":
+        expected = torch.cat(rows).mean()
+    found = trainer._gradient(base_policy, rollouts, advantages, config)
+    assert found["loss"] == pytest.approx(-float(expected), rel=1e-4)
+    whole, _ = policy_loss(
+        logprobs, rollouts.old_logprobs, advantages, rollouts.completion_mask,
+        aggregation=aggregation,
+    )  # fmt: skip
+    assert found["loss"] != pytest.approx(float(whole.detach()), rel=1e-2)
