@@ -3,8 +3,8 @@
 Nothing in the library depends on this module: it is a user of it, with methods of its own
 (docs/methods.md), one for each departure that touches the advantage and one with all of them. Each
 is trained as ``iapo`` is, and held against it on the same rollouts. All ask after every token,
-whatever the stride.
-
+whatever the stride. Files and lines are those of the released code, commit c00f0c9; docs/results.md
+has the whole list, with what the library does instead.
 
     figures/results/departures.json
       rows      name -> {"what": sentence, "correlation", "sign_flips", "token_term",
@@ -12,8 +12,9 @@ whatever the stride.
       iapo      the same three outcomes of the paper's rule;  k, config, seeds, versions
 
 ``correlation`` is Pearson's, of all token advantages with the paper's on rollouts of the start
-policy; ``sign_flips`` the share of tokens whose advantage changes sign; ``token_term`` the root
-mean square of what the token terms add, over that of the paper's.
+policy; ``terms`` the same of the token terms alone; ``sign_flips`` the share of tokens whose
+advantage changes sign; ``token_term`` the root mean square of what the token terms add, over that
+of the paper's.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from transformers import DynamicCache
 
 from iapo_mini.advantages import ADVANTAGES, exploration, grpo, iapo, normalize
 from iapo_mini.config import RECIPES as LIBRARY
-from iapo_mini.config import Recipe
+from iapo_mini.config import Recipe, TrainConfig
 from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit
 from iapo_mini.early_exit.reading import logits_entropy
 from iapo_mini.files import versions, write_json
 from iapo_mini.information import answer_entropies, encode_postfix, inform, informativeness
 from iapo_mini.intervals import format_interval, mean_interval
 from iapo_mini.lab.figures import methods
-from iapo_mini.lab.results import check_options, results_path
+from iapo_mini.lab.ledger import ledger_path
+from iapo_mini.lab.results import check_options, file_stem, results_path
 from iapo_mini.lab.runs import collect, make_jobs, run_all
 from iapo_mini.lab.sizes import preset_of
 from iapo_mini.lab.tuning import tuned
@@ -45,69 +47,87 @@ from iapo_mini.rewards import score
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.sampling import sample
 
-EPS = 1e-4
+EPS = 1e-8
 CHUNK = 16
-"""Positions that share a padded cache; the released code sets it per model, 16 among them."""
+"""Positions that share a padded cache (``g2rpo_trainer.py``, lines 1132 to 1137, set it per model,
+16 among them)."""
 
 
 def smoothed(entropies: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Departure 1: s_t = (H_t + H_{t-1}) / 2 - H_{t+1} in place of H_{t-1} - H_t.
+    """Departure 1: s_t + s_{t-1} / 2, the token's own drop and half of the one before it.
+
+    The released code has E_i = H(y | q, o_<i) at position i and s_i = (E_i + E_{i-1}) / 2 - E_{i+1}
+    (``g2rpo_trainer.py``, lines 1300 to 1304). E_i is the entropy *before* token i, so that is
+    (E_i - E_{i+1}) + (E_{i-1} - E_i) / 2. What lies outside of the batch is 0 there: E before the
+    first token, and E after the last one of the longest completion.
 
     Args:
         entropies: (B, L + 1) nats, column t after t tokens; mask: (B, L) bool.
 
     Returns:
-        (B, L) nats. After a row's last token H_{t+1} is H_t, since nothing follows.
+        (B, L) nats; padding 0.
     """
-    lengths = mask.sum(1, keepdim=True)
-    after = torch.arange(1, entropies.shape[1], device=mask.device)
-    following = entropies.gather(1, torch.minimum(after + 1, lengths))
-    return ((entropies[:, 1:] + entropies[:, :-1]) / 2 - following) * mask
+    at = entropies[:, :-1]
+    before = torch.nn.functional.pad(at[:, :-1], (1, 0))
+    after = torch.nn.functional.pad(at[:, 1:], (0, 1))
+    return ((at + before) / 2 - after) * mask
 
 
 def bracketless(values: torch.Tensor) -> torch.Tensor:
     """Departure 2: x - mean / (std + eps), padding included, divided by the row's L2 norm.
 
+    So a value is about 1 / sqrt(row length), whatever its unit: at weight 1 a token's share of the
+    advantage is about an eighth of what the paper's norm gives it (``g2rpo_trainer.py``, lines 2025
+    and 2039 to 2043).
+
     Args:
-        values: (B, L), zeros at padding. Returns (B, L).
+        values: (B, L), zeros at padding (where the released code has values of its own).
     """
     out = values - values.mean(1, keepdim=True) / (values.std(1, keepdim=True) + EPS)
-    return out / out.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return out / (out.norm(dim=1, keepdim=True) + EPS)
 
 
-def entropy_as_confidence(rollouts: Rollouts) -> torch.Tensor:
-    """Departure 3: c is the token's next-token entropy, signed by the reward, not pi_old(o_t)."""
+def confidence(rollouts: Rollouts) -> torch.Tensor:
+    """Departure 3: minus the token's next-token entropy if right, plus it if wrong; (B, L) nats.
+
+    The released code subtracts sign(reward) times the entropy (``g2rpo_trainer.py``, lines 2048 to
+    2050), so that a sure token of a right completion is paid, as by the paper's +pi_old.
+    """
     sign = torch.where(rollouts.rewards > 0, 1.0, -1.0)[:, None]
-    return sign * rollouts.token_entropies * rollouts.completion_mask
+    return -sign * rollouts.token_entropies * rollouts.completion_mask
 
 
 @torch.no_grad()
 def misplaced_entropies(policy: Policy, rollouts: Rollouts, chunk: int = CHUNK) -> torch.Tensor:
     """Departure 4: answer entropies with the postfix in the wrong place; (B, L + 1) nats.
 
-    The postfix goes behind a cache padded to the longest prefix of its chunk, so its rotary
-    positions are those of that prefix; left padding of the prompt counts as position and is
-    attended; and the cache holds one token less than the prefix it stands for.
+    The caches of a chunk of prefixes are padded to the longest of them, and the postfix takes its
+    rotary positions from there; left padding of the prompt is attended, since the mask is all ones
+    up to the prefix's end (``g2rpo_trainer.py``, lines 1140 to 1205). Positions count the padding
+    in the trunk and in the postfix alike, which cancels.
     """
     model, suffix = policy.for_inference(), encode_postfix(policy)
     width, k = rollouts.prompt_ids.shape[1], len(suffix)
-    out = torch.zeros(len(rollouts.lengths), rollouts.completion_ids.shape[1] + 1)
+    longest = rollouts.completion_ids.shape[1]
+    out = torch.zeros(len(rollouts.lengths), longest + 1)
     for trunk in trunk_blocks(model, rollouts, 1, need_logits=False):
         i = int(trunk.rows)
+        padding = width - int(rollouts.prompt_mask[i].sum())
         for t in torch.arange(int(rollouts.lengths[i]) + 1).split(chunk):
-            longest, n = width + int(t[-1]), len(t)
+            end, n = width + int(t[-1]), len(t)
+            place = width - padding + max(int(t[-1]), min(int(t[0]) + chunk, longest) - 1)
             cache = DynamicCache(
                 [
-                    tuple(x[:, :, :longest].repeat_interleave(n, 0) for x in (y.keys, y.values))
+                    tuple(x[:, :, :end].repeat_interleave(n, 0) for x in (y.keys, y.values))
                     for y in trunk.cache.layers
                 ]
             )
-            seen = (torch.arange(longest) < (width + t - 1)[:, None])[:, None].expand(-1, k, -1)
+            seen = (torch.arange(end) < (width + t)[:, None])[:, None].expand(-1, k, -1)
             own = torch.ones(k, k, dtype=torch.bool).tril().expand(n, -1, -1)
             logits = model(
                 suffix.expand(n, -1),
                 attention_mask=torch.cat([seen, own], dim=2)[:, None],
-                position_ids=(longest + torch.arange(k)).expand(n, -1),
+                position_ids=(place + torch.arange(k)).expand(n, -1),
                 past_key_values=cache,
                 logits_to_keep=1,
             ).logits[:, -1]
@@ -127,25 +147,24 @@ def _released(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tenso
     return smoothed(misplaced_entropies(policy, rollouts), rollouts.completion_mask)
 
 
-def _bracketless_terms(
-    rollouts: Rollouts, alpha: float, beta: float, c: torch.Tensor
-) -> torch.Tensor:
-    mask = rollouts.completion_mask
-    terms = alpha * bracketless(rollouts.informativeness * mask) + beta * bracketless(c)
-    return (grpo(rollouts) + terms) * mask
-
-
 def _bracket(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
-    return _bracketless_terms(rollouts, alpha, beta, exploration(rollouts))
+    mask = rollouts.completion_mask
+    terms = alpha * bracketless(rollouts.informativeness * mask)
+    return (grpo(rollouts) + terms + beta * bracketless(exploration(rollouts))) * mask
 
 
 def _entropy_c(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
-    term = normalize(entropy_as_confidence(rollouts), rollouts.completion_mask)
+    term = normalize(confidence(rollouts), rollouts.completion_mask)
     return iapo(rollouts, alpha, 0.0) + beta * term
 
 
 def _all(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
-    return _bracketless_terms(rollouts, alpha, beta, entropy_as_confidence(rollouts))
+    mask = rollouts.completion_mask
+    sign = torch.where(rollouts.rewards > 0, 1.0, -1.0)[:, None]
+    # The sign stands outside of their norm, which is not odd.
+    terms = alpha * bracketless(rollouts.informativeness * mask)
+    terms -= beta * sign * bracketless(rollouts.token_entropies * mask)
+    return (grpo(rollouts) + terms) * mask
 
 
 _IAPO = LIBRARY["iapo"]
@@ -154,14 +173,23 @@ RECIPES = {
     "departure_norm": replace(_IAPO, rule=_bracket),
     "departure_c": replace(_IAPO, rule=_entropy_c),
     "departure_positions": replace(_IAPO, information=_misplaced),
+    "departure_reward": _IAPO,
     "departure_all": replace(_IAPO, rule=_all, information=_released),
 }
+CHANGES = {
+    "departure_reward": {"reward": "released"},
+    "departure_all": {"reward": "released"},
+}
+"""What a departure changes in the settings beside the recipe."""
 WHAT = {
-    "departure_s": "s is (H_t + H_{t-1}) / 2 - H_{t+1}",
+    "departure_s": "s is s_t + s_{t-1} / 2",
     "departure_norm": "norm misses a bracket, counts padding and divides by the row's L2 norm",
-    "departure_c": "c is the next-token entropy, signed by the reward",
-    "departure_positions": "postfix at wrong positions, left padding attended, cache one short",
-    "departure_all": "all four",
+    "departure_c": "c is minus the next-token entropy if right, plus it if wrong",
+    "departure_positions": "the postfix stands where its chunk's longest prefix ends, left "
+    "padding is attended",
+    "departure_reward": "format and answer are judged apart, a thought of two lines has a bad "
+    "format",
+    "departure_all": "all five",
 }
 
 
@@ -174,28 +202,31 @@ def effect(policy: Policy, alpha: float, beta: float, prompts: int, seed: int) -
         prompts: stories of the tune stream, eight completions each; seed: for sampling.
 
     Returns:
-        name -> ``{"correlation", "sign_flips", "token_term"}`` as at the head of this module.
+        name -> ``{"correlation", "terms", "sign_flips", "token_term"}`` as at the head of this
+        module.
     """
     problems = list(itertools.islice(stories("tune", seed=seed), prompts))
-    rollouts = score(sample(policy, problems, seed=seed), policy.tokenizer, problems)
-    mask, base = rollouts.completion_mask, grpo(rollouts)
+    sampled = sample(policy, problems, seed=seed)
+    mask = sampled.completion_mask
 
-    def weighed(recipe: Recipe) -> torch.Tensor:
+    def weighed(recipe: Recipe, reward: str = "strict") -> tuple[torch.Tensor, torch.Tensor]:
+        """Advantages of the real tokens, and what the token terms add to them."""
         assert recipe.information is not None  # all of them are IAPO with something changed
+        rollouts = score(sampled, policy.tokenizer, problems, reward)
         informed = inform(policy, rollouts, recipe.information, EVERY_PREFIX)
         rule = ADVANTAGES[recipe.rule] if isinstance(recipe.rule, str) else recipe.rule
-        return rule(informed, alpha, beta)
+        advantages = rule(informed, alpha, beta)
+        return advantages[mask], (advantages - grpo(rollouts))[mask]
 
-    ours = weighed(_IAPO)
+    ours, our_terms = weighed(_IAPO)
     out = {}
     for name, recipe in RECIPES.items():
-        theirs = weighed(recipe)
-        pair = torch.stack([ours[mask], theirs[mask]])
-        size = ((theirs - base)[mask].square().mean() / (ours - base)[mask].square().mean()).sqrt()
+        theirs, terms = weighed(recipe, **CHANGES.get(name, {}))
         out[name] = {
-            "correlation": float(torch.corrcoef(pair)[0, 1]),
-            "sign_flips": float((pair[0] * pair[1] < 0).float().mean()),
-            "token_term": float(size),
+            "correlation": float(torch.corrcoef(torch.stack([ours, theirs]))[0, 1]),
+            "terms": float(torch.corrcoef(torch.stack([our_terms, terms]))[0, 1]),
+            "sign_flips": float((ours * theirs < 0).float().mean()),
+            "token_term": float((terms.square().mean() / our_terms.square().mean()).sqrt()),
         }
     return out
 
@@ -214,13 +245,17 @@ def departures(
     size, out, figures = preset_of(preset).sweeps, Path(out), Path(figures)
     check_options(out, figures, parallel)
     recipe = tuned(preset, out, figures, parallel)["iapo"]
-    recipes = {"iapo": recipe} | {name: recipe | {"method": name} for name in RECIPES}
+    recipes = {"iapo": recipe} | {
+        name: recipe | {"method": name} | CHANGES.get(name, {}) for name in RECIPES
+    }
     jobs = make_jobs(size, out / preset / "departures", recipes, methods=__name__)
-    run_all(jobs, parallel)
-    found, k = collect(jobs, size), max(size.ks)
+    kept = ledger_path(figures, file_stem("departures", preset))
+    run_all(jobs, parallel, kept)
+    found, k = collect(jobs, size, kept), max(size.ks)
     start = load_policy(lora_rank=0)
     prompts = size.prompts_per_step
-    effects = [effect(start, recipe["alpha"], recipe["beta"], prompts, seed) for seed in range(5)]
+    alpha, beta = (getattr(TrainConfig(**recipe).recipe(), name) for name in ("alpha", "beta"))
+    effects = [effect(start, alpha, beta, prompts, seed) for seed in range(5)]
     outcomes = ("length", "pass@1", f"pass@{k}", f"ratio@{k}")
     results = {
         "k": k,
@@ -242,7 +277,8 @@ def departures(
 def departures_table(results: dict) -> str:
     """The rows of :func:`departures` as a Markdown table; mean and 95% interval over seeds."""
     columns = {
-        "correlation": ("correlation of the advantages", 2), "sign_flips": ("signs changed", 3),
+        "correlation": ("correlation of the advantages", 2),
+        "terms": ("correlation of the token terms", 3), "sign_flips": ("signs changed", 3),
         "token_term": ("size of the token terms", 2), "length": ("length (tokens)", 1),
         "pass@1": ("Pass@1", 3),
     }  # fmt: skip
