@@ -36,6 +36,9 @@ LABELS = {
     "start": "start policy", "grpo": "GRPO", "dapo": "DAPO", "gfpo": "GFPO", "gtpo": "GTPO",
     "sgrpo": "S-GRPO", "iapo": "IAPO", "iapo_ni": "IAPO-NI", "iapo_ne": "IAPO-NE",
     "iapo_pmi": "IAPO-PMI", "iapo_sentence": "IAPO, by sentence",
+    "iapo_sequence": "IAPO, sequence mean", "gfpo_24": "GFPO (8 of 24)",
+    "gtpo_iapo": "GTPO (IAPO's form)", "grpo_kimi": "GRPO + length (Kimi)",
+    "grpo_efficient": "GRPO + length (A&Z)",
 }  # fmt: skip
 
 

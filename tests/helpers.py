@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from iapo_mini.early_exit import flat, prefixes
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.information import answer_entropies, encode_postfix
+from iapo_mini.lab.runs import run_job
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policy import Policy
 from iapo_mini.rollouts import Rollouts
@@ -299,3 +300,9 @@ def content(folder):
 def run(config, folder, **kwargs):
     """Train without a progress bar."""
     return train(config, folder, progress=False, **kwargs)
+
+
+def run_here(jobs, parallel=None, kept=None):
+    """Run an experiment's jobs in this process, which spares each of them its imports."""
+    for job in jobs:
+        run_job(job)

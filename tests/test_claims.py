@@ -8,10 +8,10 @@ import sys
 import pytest
 from helpers import PATIENCE
 
-from iapo_mini.config import RECIPES, TrainConfig
+from iapo_mini.config import TrainConfig
 from iapo_mini.lab import claims
 from iapo_mini.lab.sizes import PRESETS
-from iapo_mini.lab.tuning import choose, trials_of
+from iapo_mini.lab.tuning import OTHER_WEIGHTS, ROWS, choose, first_trials, last_trials
 
 
 @pytest.mark.parametrize(
@@ -57,11 +57,23 @@ def test_choice_is_the_best_ratio_among_those_that_keep_accuracy():
     assert choose(trials, floor=0.0) == 2
 
 
-def test_every_method_gets_as_many_different_valid_trials():
-    for method in RECIPES:
-        trials = trials_of(method)
-        assert len(trials) == 3 and len({str(t) for t in trials}) == 3
-        assert all(TrainConfig(**t).method == method for t in trials)
+def test_every_row_gets_as_many_different_valid_trials():
+    assert set(OTHER_WEIGHTS) < set(ROWS)
+    for row in ROWS:
+        trials = first_trials(row)
+        trials += last_trials(row, trials[2])
+        assert len(trials) == 7 and len({str(t) for t in trials}) == 7
+        for settings in trials:
+            config = TrainConfig(**settings)
+            # As many completions a step for every row.
+            assert config.prompts_per_step * config.num_generations == 96
+
+
+def test_last_trials_lie_on_both_sides_of_the_usual_weight():
+    for row, (one, other) in OTHER_WEIGHTS.items():
+        (name,) = one
+        usual = getattr(TrainConfig(**ROWS[row]).recipe(), name)
+        assert min(one[name], other[name]) < usual < max(one[name], other[name]), row
 
 
 def test_trials_and_reported_runs_share_no_seed():

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ import torch
 from helpers import PATIENCE
 
 from iapo_mini.config import RECIPES, Recipe, use_methods
-from iapo_mini.lab import table1
+from iapo_mini.lab import ledger, table1
 from iapo_mini.lab.figures import methods
-from iapo_mini.lab.runs import START, collect, make_jobs, run_all
+from iapo_mini.lab.runs import START, collect, make_jobs, run_all, run_job
 from iapo_mini.lab.sizes import Size
 from iapo_mini.policy import load_policy
 
@@ -144,6 +145,46 @@ def test_finished_runs_are_not_made_again_and_a_lost_one_is(finished):
         assert {k: v for k, v in old[1].items() if k != "train_minutes"} == {
             k: v for k, v in new[1].items() if k != "train_minutes"
         }
+
+
+def test_runs_in_the_ledger_need_no_folder(finished, tmp_path):
+    """Its lines are all that an experiment's results are made of."""
+    kept = tmp_path / "results" / "runs" / "table1.jsonl"
+    run_all(finished, parallel=1, kept=kept)
+    assert len(kept.read_text().splitlines()) == len(finished)
+    elsewhere = [job | {"run": str(tmp_path / "no" / Path(job["run"]).name)} for job in finished]
+    run_all(elsewhere, parallel=1, kept=kept)
+    assert not (tmp_path / "no").exists()
+    assert collect(elsewhere, TINY, kept) == collect(finished, TINY)
+    other = elsewhere[1] | {"config": {**elsewhere[1]["config"], "model": "no/such"}}
+    with pytest.raises(RuntimeError, match="failed"):  # its settings are others, so it is made
+        run_all([other], 1, kept)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"name": "a"}', "3"])
+def test_a_damaged_line_of_the_ledger_is_named(tmp_path, line):
+    kept = tmp_path / "table1.jsonl"
+    kept.write_text(json.dumps({"name": "a", "job": {}, "result": {}, "curve": None}) + "\n" + line)
+    with pytest.raises(ValueError, match=r"line 2 of .* is no record of a run"):
+        ledger.read(kept)
+
+
+def test_a_policy_is_judged_on_the_way_without_a_trace(tmp_path, monkeypatch):
+    """Judging at a step changes nothing in training, and the primary step is what is reported."""
+    monkeypatch.setattr("iapo_mini.lab.runs.WAY_PROBLEMS", 2)
+    recipes = {"grpo": {"method": "grpo", "learning_rate": 5e-3}}
+    sizes = [replace(TINY, seeds=(0,), max_steps=n) for n in (1, 3)]
+    sizes.append(replace(sizes[1], primary=1, on_the_way=(1, 3)))
+    results = []
+    for i, size in enumerate(sizes):
+        (job,) = make_jobs(size, tmp_path / str(i), recipes)
+        run_job(job)
+        results.append(collect([job], size))
+    short, long, both = (found["methods"]["grpo"] for found in results)
+    assert results[1]["curves"] == results[2]["curves"]
+    assert both["length"] == short["length"] and both["pass@2"] == short["pass@2"]
+    assert both["on_the_way"].keys() == {"1", "3"} and both["aggregation"] == "sequence"
+    assert "on_the_way" not in long
 
 
 def test_other_settings_in_the_same_folder_are_refused(finished):

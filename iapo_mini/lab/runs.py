@@ -19,6 +19,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -26,10 +27,12 @@ from tqdm.auto import tqdm
 from iapo_mini.config import TrainConfig, use_methods, with_defaults
 from iapo_mini.evaluation import evaluate
 from iapo_mini.files import versions, write_json
-from iapo_mini.lab.sizes import Size
-from iapo_mini.policy import load_policy
+from iapo_mini.lab import ledger
+from iapo_mini.lab.sizes import WAY_PROBLEMS, Size
+from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.stories import ROLES, stories, token_roles
-from iapo_mini.trainer import train
+from iapo_mini.run_folder import logged
+from iapo_mini.trainer import start_policy, train
 
 _CHILD = "IAPO_MINI_CHILD"
 """Environment variable of a process that is to end with the one that started it."""
@@ -56,7 +59,7 @@ def make_jobs(
 
     Returns:
         Jobs ``{"run": folder, "config": TrainConfig fields or None, "seed", "split", "methods",
-        "evaluation": {"problems", "num_generations", "ks"}}``.
+        "evaluation": {"problems", "num_generations", "ks", "primary", "on_the_way"}}``.
     """
     if methods:
         use_methods(methods)
@@ -71,7 +74,7 @@ def make_jobs(
                 "threads": 1,
             }
             config = TrainConfig(**settings | recipe).settings()
-        measured = ("problems", "num_generations", "ks")
+        measured = ("problems", "num_generations", "ks", "primary", "on_the_way")
         job = {
             "run": str(out / f"{name}-{seed}"),
             "config": config,
@@ -91,16 +94,55 @@ def run_job(job: dict) -> None:
         use_methods(job["methods"])
     run, size = Path(job["run"]), job["evaluation"]
     run.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
     if job["config"] is None:
-        policy = load_policy()
-    else:
-        folder = run / "train"
-        config = TrainConfig(**job["config"])
-        resume = (folder / "config.json").is_file()
-        # A run of a command that was killed ends with its step; this one goes on from there.
-        policy = train(config, folder, resume=resume, progress=False, wait=120.0)
-    minutes = (time.perf_counter() - began) / 60
+        _judge(load_policy(), job)
+        return
+    folder, config = run / "train", TrainConfig(**job["config"])
+    policy = start_policy(config)
+    primary = size["primary"] or config.max_steps
+
+    def judge(metrics: Mapping[str, Any]) -> None:
+        if metrics["step"] in size["on_the_way"]:
+            _judge_on_the_way(policy, job, metrics["step"])
+        if metrics["step"] == primary < config.max_steps:
+            _judge(policy, job)
+
+    resume = (folder / "config.json").is_file()
+    # A run of a command that was killed ends with its step; this one goes on from there.
+    train(config, folder, resume=resume, policy=policy, progress=False, wait=120.0, on_step=judge)
+    if not (run / "primary.json").is_file():
+        _judge(policy, job)
+    way = {step: json.loads(_way(run, step).read_text()) for step in size["on_the_way"]}
+    seconds = sum(
+        value
+        for _, row in logged(folder / "metrics.jsonl")
+        for name, value in row.items()
+        if name.startswith("seconds_")
+    )
+    found = json.loads((run / "primary.json").read_text())
+    write_json(run / "result.json", found | {"on_the_way": way, "train_minutes": seconds / 60})
+
+
+def _way(run: Path, step: int) -> Path:
+    return run / f"step-{step}.json"
+
+
+def _judge_on_the_way(policy: Policy, job: Mapping, step: int) -> None:
+    """Length and Pass@1 after a step, in ``step-<n>.json``, unless they are there already."""
+    path = _way(Path(job["run"]), step)
+    if path.is_file():
+        return
+    problems = list(itertools.islice(stories(job["split"], seed=0), WAY_PROBLEMS))
+    found = evaluate(policy, problems, ks=(1,), seed=job["seed"], progress=False)
+    write_json(path, {metric: found[metric] for metric in ("length", "pass@1")})
+
+
+def _judge(policy: Policy, job: Mapping) -> None:
+    """The evaluation that is reported; ``result.json`` for the start policy, else primary.json."""
+    run, size = Path(job["run"]), job["evaluation"]
+    path = run / ("result.json" if job["config"] is None else "primary.json")
+    if path.is_file():
+        return
     problems = list(itertools.islice(stories(job["split"], seed=0), size["problems"]))
     result = evaluate(
         policy, problems,
@@ -124,27 +166,48 @@ def run_job(job: dict) -> None:
         }
         for steps, some in sorted(by_steps.items())
     }
-    write_json(run / "result.json", {**result, "train_minutes": minutes})
+    if job["config"] is None:
+        result |= {"on_the_way": {}, "train_minutes": 0.0}
+    write_json(path, result)
 
 
-def run_all(jobs: Sequence[dict], parallel: int | None = None) -> None:
+def _found(job: Mapping) -> dict | None:
+    """``{"result", "curve"}`` of a run from its folder; None if it is not finished there."""
+    run = Path(job["run"])
+    if not (run / "result.json").is_file():
+        return None
+    result, curve = json.loads((run / "result.json").read_text()), None
+    if job["config"] is not None:
+        rows = [row for _, row in logged(run / "train" / "metrics.jsonl")]
+        curve = {name: [round(row[name], 5) for row in rows] for name in ledger.CURVES}
+    return {"result": result, "curve": curve}
+
+
+def run_all(jobs: Sequence[dict], parallel: int | None = None, kept: Path | None = None) -> None:
     """Run the jobs that have no result yet, ``parallel`` processes at a time.
 
     Args:
         jobs: from :func:`make_jobs`.
         parallel: default one per core.
+        kept: file of finished runs (:mod:`iapo_mini.lab.ledger`): those in it are not made again,
+            and each that finishes is added.
 
     Raises:
         ValueError: when a run's folder holds one of other settings.
         RuntimeError: when a run fails; the message holds its last line.
     """
     parallel = parallel or os.cpu_count() or 1
-    waiting = []
+    waiting, entries = [], ledger.read(kept)
     for job in jobs:
         run = Path(job["run"])
+        entry = entries.get(run.name)
+        if entry is not None and _as_now(entry["job"] | {"run": job["run"]}, job["run"]) == job:
+            continue
         saved = run / "job.json"
         same = saved.is_file() and _as_now(json.loads(saved.read_text()), job["run"]) == job
-        if same and (run / "result.json").is_file():
+        if same and (found := _found(job)) is not None:
+            if kept is not None:
+                ledger.append(kept, job, found)
             continue
         if saved.is_file() and not same:
             raise ValueError(
@@ -156,6 +219,7 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None) -> None:
     bar = tqdm(
         total=sum(sizes.values()), unit="step", desc=f"{len(waiting)} runs", disable=not waiting
     )
+    told = {Path(job["run"]): job for job in waiting}
     running: dict[subprocess.Popen, Path] = {}
     counted: dict[Path, int] = {}
     # One thread for each process: two processes beat two threads on models this small.
@@ -183,6 +247,9 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None) -> None:
                 if process.returncode != 0:
                     lines = (run / "log.txt").read_text().strip().splitlines() or ["no message"]
                     raise RuntimeError(f"the run in '{run}' failed: {lines[-1]}")
+                found = _found(told[run])
+                if kept is not None and found is not None:
+                    ledger.append(kept, told[run], found)
     finally:
         for process in running:
             process.terminate()
@@ -198,11 +265,18 @@ def _as_now(saved: dict, run: str) -> dict:
     Its folder may have been moved, or be named in another way.
     """
     config = saved["config"] and with_defaults(saved["config"])
-    return saved | {"run": run, "config": config}
+    evaluation = {"primary": 0, "on_the_way": []} | saved["evaluation"]
+    return saved | {"run": run, "config": config, "evaluation": evaluation}
 
 
-def collect(jobs: Sequence[dict], size: Size) -> dict:
-    """Gather finished jobs into the common part of a results file (``lab.results``)."""
+def collect(jobs: Sequence[dict], size: Size, kept: Path | None = None) -> dict:
+    """Gather finished jobs into the common part of a results file (``lab.results``).
+
+    Args:
+        jobs: from :func:`make_jobs`, finished by :func:`run_all`; size: theirs.
+        kept: file of finished runs, where those without a folder are looked up.
+    """
+    entries = ledger.read(kept)
     methods: dict[str, dict] = {}
     curves: dict[str, list] = {}
     configs: dict[str, dict] = {}
@@ -212,7 +286,8 @@ def collect(jobs: Sequence[dict], size: Size) -> dict:
     for job in jobs:
         by_name[Path(job["run"]).name.rsplit("-", 1)[0]].append(job)
     for name, own in by_name.items():
-        found = [json.loads((Path(job["run"]) / "result.json").read_text()) for job in own]
+        pairs = [_found(job) or entries[Path(job["run"]).name] for job in own]
+        found = [pair["result"] for pair in pairs]
         methods[name] = {metric: [result[metric] for result in found] for metric in metrics}
         methods[name]["intervals"] = [result["intervals"] for result in found]
         methods[name]["roles"] = {
@@ -228,13 +303,17 @@ def collect(jobs: Sequence[dict], size: Size) -> dict:
         methods[name]["train_minutes"] = [result["train_minutes"] for result in found]
         if own[0]["config"] is None:
             continue
+        if size.on_the_way:
+            methods[name]["on_the_way"] = {
+                str(step): {
+                    metric: [result["on_the_way"][str(step)][metric] for result in found]
+                    for metric in ("length", "pass@1")
+                }
+                for step in size.on_the_way
+            }
+        methods[name]["aggregation"] = own[0]["config"]["aggregation"]
         configs[name] = {k: v for k, v in own[0]["config"].items() if k != "seed"}
-        curves[name] = []
-        for job in own:
-            lines = (Path(job["run"]) / "train" / "metrics.jsonl").read_text().splitlines()
-            rows = [json.loads(line) for line in lines]
-            names_of = ("length", "accuracy", "entropy")
-            curves[name].append({k: [round(row[k], 5) for row in rows] for k in names_of})
+        curves[name] = [pair["curve"] for pair in pairs]
     evaluation = dataclasses.asdict(size) | {"split": jobs[0]["split"], "temperature": 1.0}
     return {
         "seeds": list(size.seeds),

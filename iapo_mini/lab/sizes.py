@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+WAY_PROBLEMS = 200
+"""Stories on which a policy is judged on the way, eight completions each."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -16,6 +19,9 @@ class Size:
         problems: stories of the evaluation, the same for every run.
         num_generations: completions per story of the evaluation.
         ks: values of k.
+        primary: the step whose policy is evaluated; 0 is the last one.
+        on_the_way: steps at which the policy is also judged, on ``WAY_PROBLEMS`` stories with
+            eight completions each.
     """
 
     seeds: tuple[int, ...]
@@ -24,6 +30,8 @@ class Size:
     prompts_per_step: int = 12
     num_generations: int = 8
     ks: tuple[int, ...] = (1, 2, 4, 8)
+    primary: int = 0
+    on_the_way: tuple[int, ...] = ()
 
 
 COMPARE: dict[str, Size] = {
@@ -43,8 +51,8 @@ class Preset:
     """Sizes of the experiments behind the paper's tables and figures.
 
     Attributes:
-        trials: how many of each method's three trials are made.
-        tuning: one run for each trial, on the tune stream.
+        trials: how many of each row's seven trials are made: all, or only the first.
+        tuning: of the trials, on the tune stream.
         table1: Table 1 and the ablation.
         sweeps: one run for each weight; departures are of this size too.
         timed: stories of the wall-clock measurement, eight completions each.
@@ -67,8 +75,8 @@ PRESETS = {
         timed=2,
     ),
     "full": Preset(
-        trials=3,
-        tuning=Size(seeds=(100,), max_steps=22, problems=100),
+        trials=7,
+        tuning=Size(seeds=(100, 101), max_steps=22, problems=100),
         table1=Size((0, 1, 2, 3, 4), 22, 500, 12, 32, _KS),
         sweeps=Size((0, 1, 2), 22, 100, 12, 32, _KS),
         timed=100,

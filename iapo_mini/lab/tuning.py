@@ -1,53 +1,84 @@
-"""The same number of trials for every method, on the tune stream."""
+"""The same number of trials for every row of Table 1, on the tune stream.
+
+First five learning rates at the row's usual weight, then, at the best of them, two other weights; a
+row without a weight tries two learning rates beside the best one instead. Every trial is run with
+each of the tuning seeds, which no reported run has, and judged by their mean.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from iapo_mini import plots
-from iapo_mini.config import RECIPES, TrainConfig
+from iapo_mini.config import TrainConfig
 from iapo_mini.files import versions, write_json
-from iapo_mini.lab.results import check_options, results_path
+from iapo_mini.lab.ledger import ledger_path
+from iapo_mini.lab.results import check_options, file_stem, results_path
 from iapo_mini.lab.runs import START, collect, make_jobs, run_all
-from iapo_mini.lab.sizes import preset_of
+from iapo_mini.lab.sizes import Size, preset_of
 
-_WEIGHTS: dict[str, Sequence[dict]] = {
-    "gtpo": ({"alpha": 0.1}, {"alpha": 0.4}),
+RATES = (3.5e-4, 7e-4, 1.4e-3, 2.8e-3, 5.6e-3)
+"""Learning rates of the first five trials."""
+
+ROWS: dict[str, dict] = {
+    "grpo": {"method": "grpo"},
+    "dapo": {"method": "dapo"},
+    "gfpo": {"method": "gfpo"},
+    # GFPO's authors keep 8 of 24; with 4 prompts a step that is as many completions.
+    "gfpo_24": {"method": "gfpo", "alpha": 1 / 3, "num_generations": 24, "prompts_per_step": 4},
+    "gtpo": {"method": "gtpo"},
+    "gtpo_iapo": {"method": "gtpo_iapo"},
     # S-GRPO's thresholds belong to completions of 178 tokens (the paper's 7B model on GSM8K); the
-    # start policy writes about 60, a factor of 0.35. The other trial cuts deeper.
-    "sgrpo": ({"alpha": 0.35}, {"alpha": 0.2}),
-    "iapo_ni": ({"beta": 0.05}, {"beta": 0.2}),
-    "iapo_ne": ({"alpha": 0.2, "beta": 0.05}, {"alpha": 0.4, "beta": 0.05}),
-    "iapo": ({"alpha": 0.2, "beta": 0.05}, {"alpha": 0.4, "beta": 0.05}),
-    "iapo_pmi": ({"alpha": 0.2, "beta": 0.05}, {"alpha": 0.4, "beta": 0.05}),
+    # start policy writes about 60, a factor of 0.35.
+    "sgrpo": {"method": "sgrpo", "alpha": 0.35},
+    "grpo_kimi": {"method": "grpo_kimi"},
+    "grpo_efficient": {"method": "grpo_efficient"},
+    "iapo": {"method": "iapo"},
+    "iapo_sequence": {"method": "iapo", "aggregation": "sequence"},
+    "iapo_ni": {"method": "iapo_ni"},
+    "iapo_ne": {"method": "iapo_ne"},
+    "iapo_pmi": {"method": "iapo_pmi"},
 }
+"""Rows of Table 1 -> TrainConfig fields, without what is tuned."""
 
-
-def trials_of(method: str) -> list[dict]:
-    """The three settings that are tried for a method.
-
-    A method with weights: two of them, and the first again at twice the learning rate. One without:
-    three learning rates.
-    """
-    if method in _WEIGHTS:
-        first, second = _WEIGHTS[method]
-        tried = [(7e-4, first), (7e-4, second), (1.4e-3, first)]
-    else:
-        tried = [(rate, {}) for rate in (3.5e-4, 7e-4, 1.4e-3)]
-    return [{"method": method, "learning_rate": rate} | weights for rate, weights in tried]
-
-
-def _tried(preset: str) -> dict[str, list[dict]]:
-    return {method: trials_of(method)[: preset_of(preset).trials] for method in RECIPES}
-
+_IAPO_WEIGHTS = ({"alpha": 0.1}, {"alpha": 0.4})
+OTHER_WEIGHTS: dict[str, tuple[dict, dict]] = {
+    "gfpo": ({"alpha": 0.5}, {"alpha": 0.25}),
+    "gfpo_24": ({"alpha": 0.5}, {"alpha": 1 / 6}),
+    "gtpo": ({"alpha": 0.05}, {"alpha": 0.4}),
+    "gtpo_iapo": ({"alpha": 0.05}, {"alpha": 0.4}),
+    "sgrpo": ({"alpha": 0.2}, {"alpha": 0.5}),
+    "grpo_kimi": ({"alpha": 0.25}, {"alpha": 1.0}),
+    "grpo_efficient": ({"alpha": 0.2}, {"alpha": 0.8}),
+    "iapo": _IAPO_WEIGHTS,
+    "iapo_sequence": _IAPO_WEIGHTS,
+    "iapo_ni": ({"beta": 0.025}, {"beta": 0.2}),
+    "iapo_ne": _IAPO_WEIGHTS,
+    "iapo_pmi": _IAPO_WEIGHTS,
+}
+"""The weights of the last two trials, one on each side of the usual one."""
 
 RULE = (
     "highest Ratio@1 (Pass@1 over mean length) among the trials whose Pass@1 is at least that of "
     "the start policy; if there is none, the highest Pass@1 (Problem 1 of the paper: most right "
     "answers per token, accuracy kept)"
 )
+
+
+def first_trials(row: str) -> list[dict]:
+    """The trials of the learning rates, as TrainConfig fields."""
+    return [ROWS[row] | {"learning_rate": rate} for rate in RATES]
+
+
+def last_trials(row: str, best: Mapping) -> list[dict]:
+    """The two trials beside the best one of the learning rates."""
+    if row in OTHER_WEIGHTS:
+        return [{**best, **weights} for weights in OTHER_WEIGHTS[row]]
+    beside = (best["learning_rate"] / math.sqrt(2), best["learning_rate"] * math.sqrt(2))
+    return [{**best, "learning_rate": float(f"{rate:.2g}")} for rate in beside]
 
 
 def choose(trials: Sequence[Mapping], floor: float) -> int:
@@ -58,6 +89,43 @@ def choose(trials: Sequence[Mapping], floor: float) -> int:
     return max(range(len(trials)), key=lambda i: trials[i]["pass@1"])
 
 
+def _tried(
+    recipes: Mapping[str, dict | None], size: Size, out: Path, kept: Path, parallel: int | None
+) -> dict[str, dict]:
+    """Name -> means over the tuning seeds, and the values of each, of runs on the tune stream."""
+    jobs = make_jobs(size, out, recipes, split="tune")
+    run_all(jobs, parallel, kept)
+    found = collect(jobs, size, kept)["methods"]
+    metrics = ("pass@1", f"pass@{max(size.ks)}", "length", "ratio@1")
+    return {
+        name: {metric: sum(found[name][metric]) / len(size.seeds) for metric in metrics}
+        | {"seeds": {metric: found[name][metric] for metric in metrics}}
+        for name in recipes
+    }
+
+
+def tune_row(
+    row: str, size: Size, last: bool, out: Path, kept: Path, parallel: int | None
+) -> tuple[list[dict], int]:
+    """The trials of one row, and the index of the one that was chosen.
+
+    Args:
+        row: a key of ``ROWS``; size: of the runs; last: whether the last two trials are made.
+        out: folder of the runs; kept: file of finished ones; parallel: processes at a time.
+    """
+    start = _tried({START: None}, size, out, kept, parallel)[START]
+    settings = first_trials(row) if last else first_trials(row)[:1]
+    trials: list[dict] = []
+    for stage in (0, 1) if last else (0,):
+        if stage:
+            best = trials[choose(trials, start["pass@1"])]["settings"]
+            settings = last_trials(row, best)
+        named = {f"{row}-trial{len(trials) + i}": recipe for i, recipe in enumerate(settings)}
+        found = _tried(named, size, out, kept, parallel)
+        trials += [{"settings": recipe} | found[name] for name, recipe in named.items()]
+    return trials, choose(trials, start["pass@1"])
+
+
 def tune(
     preset: str = "full",
     *,
@@ -65,37 +133,26 @@ def tune(
     figures: str | Path = "figures",
     parallel: int | None = None,
 ) -> dict:
-    """The same number of trials for every method on the tune stream; write ``tuning.json``.
+    """The trials of every row of :data:`ROWS` on the tune stream; write ``tuning.json``.
 
-    The seed of the trials (100) is none of the reported runs'. Arguments, errors and the results
-    file as for :func:`compare`; presets are those of ``PRESETS``.
+    The seeds of the trials are none of the reported runs'. Arguments, errors and the results file
+    as for :func:`compare`; presets are those of ``PRESETS``.
     """
-    size, out, figures = preset_of(preset).tuning, Path(out), Path(figures)
+    sizes, out, figures = preset_of(preset), Path(out), Path(figures)
     check_options(out, figures, parallel)
-    tried = _tried(preset)
-    recipes: dict[str, dict | None] = {START: None}
-    for method, rows in tried.items():
-        recipes |= {f"{method}-trial{i}": settings for i, settings in enumerate(rows)}
-    jobs = make_jobs(size, out / preset / "tuning", recipes, split="tune")
-    run_all(jobs, parallel)
-    found = collect(jobs, size)
-
-    def measured(name: str) -> dict:
-        metrics = ("pass@1", f"pass@{max(size.ks)}", "length", "ratio@1")
-        return {metric: found["methods"][name][metric][0] for metric in metrics}
-
-    start = measured(START)
-    trials = {
-        method: [
-            {"settings": settings} | measured(f"{method}-trial{i}")
-            for i, settings in enumerate(rows)
-        ]
-        for method, rows in tried.items()
-    }
-    chosen = {method: choose(rows, start["pass@1"]) for method, rows in trials.items()}
+    size, folder, kept = (
+        sizes.tuning,
+        out / preset / "tuning",
+        ledger_path(figures, file_stem("tuning", preset)),
+    )
+    trials, chosen = {}, {}
+    for row in ROWS:
+        trials[row], chosen[row] = tune_row(row, size, sizes.trials > 1, folder, kept, parallel)
     results = {
-        "trials": trials, "start": start, "rule": RULE, "chosen": chosen,
-        "config": {"evaluation": found["config"]["evaluation"]}, "versions": versions(),
+        "trials": trials, "start": _tried({START: None}, size, folder, kept, parallel)[START],
+        "rule": RULE, "chosen": chosen,
+        "config": {"evaluation": {"problems": size.problems, "seeds": list(size.seeds)}},
+        "versions": versions(),
     }  # fmt: skip
     write_json(results_path(figures, "tuning", preset), results)
     return results
@@ -103,41 +160,32 @@ def tune(
 
 def tuning_table(results: dict) -> str:
     """The trials of :func:`tune` as a Markdown table; what was chosen is in bold."""
-    lines = ["| method | learning rate | alpha | beta | length (tokens) | Pass@1 | Ratio@1 (1/1000 "
-             "tokens) |", "|---" * 7 + "|"]  # fmt: skip
-    for method, rows in results["trials"].items():
+    lines = ["| row | loss | learning rate | alpha | beta | length (tokens) | Pass@1 | Ratio@1 "
+             "(1/1000 tokens) |", "|---" * 8 + "|"]  # fmt: skip
+    for name, rows in results["trials"].items():
         for i, row in enumerate(rows):
             settings = row["settings"]
+            recipe = TrainConfig(**settings).recipe()
             cells = [
-                plots.LABELS[method], f"{settings['learning_rate']:g}",
-                *(f"{settings[w]:g}" if w in settings else "" for w in ("alpha", "beta")),
+                plots.LABELS.get(name, name), f"{recipe.aggregation} mean",
+                f"{settings['learning_rate']:g}",
+                *(f"{getattr(recipe, w):.3g}" if getattr(recipe, w) else "" for w in
+                  ("alpha", "beta")),
                 f"{row['length']:.1f}", f"{row['pass@1']:.3f}", f"{1000 * row['ratio@1']:.2f}",
             ]  # fmt: skip
-            if i == results["chosen"][method]:
+            if i == results["chosen"][name]:
                 cells = [f"**{cell}**" if cell else "" for cell in cells]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _whole(tried: Mapping[str, Sequence[Mapping]]) -> dict[str, list[dict]]:
-    """Trials with every setting filled in: what a recipe brings need not be written out."""
-    return {
-        method: [TrainConfig(**settings).settings() for settings in rows]
-        for method, rows in tried.items()
-    }
-
-
 def tuned(preset: str, out: Path, figures: Path, parallel: int | None) -> dict[str, dict]:
-    """Method -> the settings that :func:`tune` chose; from its file if that has these trials."""
+    """Row -> the settings that :func:`tune` chose; from its file if that has these rows."""
     path = results_path(figures, "tuning", preset)
-    results: dict = json.loads(path.read_text()) if path.is_file() else {"trials": None}
-    before = {
-        method: [trial["settings"] for trial in rows]
-        for method, rows in (results["trials"] or {}).items()
-    }
-    if _whole(before) != _whole(_tried(preset)):
+    results: dict = json.loads(path.read_text()) if path.is_file() else {"trials": {}}
+    first = {row: rows[0]["settings"] for row, rows in results["trials"].items()}
+    if first != {row: first_trials(row)[0] for row in ROWS}:
         results = tune(preset, out=out, figures=figures, parallel=parallel)
     return {
-        method: results["trials"][method][index]["settings"]
-        for method, index in results["chosen"].items()
+        row: results["trials"][row][index]["settings"] for row, index in results["chosen"].items()
     }

@@ -1,0 +1,70 @@
+"""Figures of the controls: every seed a dot, since seeds fall into two groups in many rows.
+
+As in :mod:`iapo_mini.plots`, every function returns a figure; nothing is shown or saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from iapo_mini.intervals import mean_interval
+from iapo_mini.plots import COLORS, LABELS
+
+NAMES = {
+    "constant": "a constant on every token", "shuffled": "IAPO, s shuffled",
+    "random": "IAPO, s random", "numeric": "IAPO, s on numbers", "roles": "IAPO, s from roles",
+    "reference": "IAPO, s of the reference", "grpo": "no token term",
+    "token": "estimate, at its token", "spread": "estimate, spread over its sentence",
+    "first": "estimate, at the sentence's first token", "to_go": "estimate, reward to go",
+    "roles_token": "roles, at the token", "roles_spread": "roles, spread over the sentence",
+    "roles_first": "roles, at the sentence's first token", "roles_to_go": "roles, reward to go",
+}  # fmt: skip
+"""Label of a row that :data:`iapo_mini.plots.LABELS` does not have."""
+
+
+def dots(ax: Axes, rows: Mapping[str, Sequence[float]], highlight: str = "") -> None:
+    """One line of dots for each row, the mean and its 95% interval as a bar above them.
+
+    Args:
+        ax: axes; rows: name -> one value per seed, first row on top.
+        highlight: row that is drawn in IAPO's colour.
+    """
+    for y, (name, values) in enumerate(rows.items()):
+        color = COLORS["iapo"] if name == highlight else COLORS["grpo"]
+        mean, low, high = mean_interval(values)
+        ax.plot(values, [y] * len(values), "o", color=color, alpha=0.45, ms=5, mew=0)
+        ax.plot([low, high], [y - 0.28] * 2, "-", color=color, lw=1.5)
+        ax.plot([mean], [y - 0.28], "|", color=color, ms=9, mew=2)
+    labels = [NAMES.get(name, LABELS.get(name, name)) for name in rows]
+    ax.set_yticks(range(len(rows)), labels)
+    ax.set_ylim(len(rows) - 0.5, -0.7)
+    ax.grid(axis="x", alpha=0.3)
+    ax.set_axisbelow(True)
+
+
+def controls(results: Mapping) -> Figure:
+    """Length and Pass@1 of every control under both means, and of every way to pay.
+
+    Args:
+        results: as written by ``controls.controls``.
+    """
+    fig = Figure(figsize=(13, 8.5), layout="constrained")
+    axes = fig.subplots(2, 3, height_ratios=(1, 1))
+    blocks = [
+        (f"{how} mean", {name: row[how] for name, row in results["rows"].items()})
+        for how in ("token", "sequence")
+    ]
+    blocks.append(("when to pay, token mean", results["payment"]))
+    for column, (title, rows) in zip(axes.T, blocks):
+        for ax, (metric, label) in zip(
+            column, (("length", "mean length (tokens)"), ("pass@1", "Pass@1"))
+        ):
+            shown = {name: values[metric] for name, values in rows.items()}
+            dots(ax, shown, "token" if "token" in rows else "iapo")
+            ax.set_xlabel(label)
+        column[0].set_title(title, fontsize=11)
+    fig.suptitle("Dots are seeds, bars above them means with 95% intervals", fontsize=9)
+    return fig

@@ -1,0 +1,38 @@
+"""Figures of what only the story world can tell: real continuations against early exits.
+
+As in :mod:`iapo_mini.plots`, every function returns a figure; nothing is shown or saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from matplotlib.figure import Figure
+
+from iapo_mini.lab.figures.controls import dots
+
+
+def agreement(results: Mapping) -> Figure:
+    """Answer entropy by place, asked and real, for each policy; and what training with it gives.
+
+    Args:
+        results: as written by ``oracle.oracle``.
+    """
+    fig = Figure(figsize=(12, 6.4), layout="constrained")
+    above, below = fig.subfigures(2, 1, squeeze=False)[:, 0]
+    axes = above.subplots(1, len(results["agreement"]), sharey=True)
+    for ax, (name, row) in zip(axes, results["agreement"].items()):
+        place, early, real = zip(*row["by_place"])
+        ax.plot(place, early, "o-", color="#D55E00", label="early exit")
+        ax.plot(place, real, "s--", color="#0072B2", label="continuations")
+        ax.set_title(f"{name} (correlation of the drops {row['correlation'][0]:.2f})", fontsize=10)
+        ax.set_xlabel("share of the completion written")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("answer entropy (nats)")
+    axes[0].legend(frameon=False)
+    for ax, (metric, label) in zip(
+        below.subplots(1, 2), (("length", "mean length (tokens)"), ("pass@1", "Pass@1"))
+    ):
+        dots(ax, {name: row[metric] for name, row in results["training"].items()}, "iapo")
+        ax.set_xlabel(label)
+    return fig

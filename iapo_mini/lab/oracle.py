@@ -1,0 +1,286 @@
+"""The estimate or the idea? What the paper only approximates can be had in the story world.
+
+After every sentence of a completion the policy writes ``K`` continuations. The answers that they
+really end with are a sample of p(y | q, o_<=t), without forcing an answer early. From them come
+
+* the drop of the answer's entropy over a sentence: the paper's I(y; o_t | q, o_<t), realised;
+* the share of right answers, the value of a prefix (VinePPO, arXiv 2410.01679); its gain over a
+  sentence is the sentence's true credit.
+
+:func:`agreement` tells how far early exits agree with the first, and :func:`oracle` trains with
+both: ``oracle`` is IAPO with the continuations' s, ``vine`` pays a token the gain in value.
+
+    figures/results/oracle.json
+      agreement   policy -> {"correlation", "rank", "bias": [mean, low, high] over stories,
+                             "by_place": [[place, early exit, continuations] in nats]}
+      training    "oracle", "vine", "iapo", "grpo" -> {"length", "pass@1", "ratio@1": [per seed]}
+      continuations, seeds, config, versions
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from iapo_mini.chat import token_texts
+from iapo_mini.config import RECIPES as LIBRARY
+from iapo_mini.early_exit.question import EarlyExit
+from iapo_mini.early_exit.strides import sentence_ends, spread
+from iapo_mini.files import versions, write_json
+from iapo_mini.information import answer_entropies, final_answers, informativeness
+from iapo_mini.intervals import bootstrap_interval, format_interval, mean_interval, spearman
+from iapo_mini.lab.figures import oracle as drawn
+from iapo_mini.lab.ledger import ledger_path
+from iapo_mini.lab.results import check_options, file_stem, results_path
+from iapo_mini.lab.runs import collect, make_jobs, run_all
+from iapo_mini.lab.sizes import Size, preset_of
+from iapo_mini.lab.starts import STARTS
+from iapo_mini.lab.tuning import tuned
+from iapo_mini.policy import Policy, load_policy
+from iapo_mini.problems.stories import stories
+from iapo_mini.problems.verify import equal_answers
+from iapo_mini.rewards import score
+from iapo_mini.rollouts import Rollouts
+from iapo_mini.sampling import sample, sample_after
+
+CONTINUATIONS = {"training": 8, "agreement": 64}
+"""K: continuations after each sentence."""
+_PREFIXES = 48
+"""Prefixes whose continuations are sampled together."""
+_LONGEST = 224
+
+
+def continuations(
+    policy: Policy, rollouts: Rollouts, k: int, seed: int
+) -> tuple[torch.Tensor, list[list[list[str | None]]]]:
+    """The answers that k continuations end with, after each sentence of each completion.
+
+    Args:
+        policy: writes the continuations; rollouts: B completions.
+        k: continuations of a prefix; a completion that has ended has one, itself.
+        seed: of the sampling.
+
+    Returns:
+        ``(asked, answers)``: (B, L + 1) bool, which prefixes were continued; and for each row and
+        each asked prefix in order the answers, None for a continuation without one.
+    """
+    asked = _asked(policy, rollouts)
+    whole = final_answers(policy, rollouts)
+    prompts = [ids[mask] for ids, mask in zip(rollouts.prompt_ids, rollouts.prompt_mask)]
+    answers: list[list[list[str | None]]] = []
+    todo: list[tuple[int, int, torch.Tensor]] = []
+    for i, n in enumerate(rollouts.lengths.tolist()):
+        ends = asked[i].nonzero()[:, 0].tolist()
+        answers.append([[whole[i]] for _ in ends])
+        todo += [(i, j, rollouts.completion_ids[i, :t]) for j, t in enumerate(ends) if t < n]
+    todo.sort(key=lambda item: len(prompts[item[0]]) + len(item[2]))  # little padding
+    for number, start in enumerate(range(0, len(todo), _PREFIXES)):
+        part = todo[start : start + _PREFIXES]
+        prefixes = [torch.cat([prompts[i], written]) for i, _, written in part]
+        width = max(map(len, prefixes))
+        real = torch.stack([torch.arange(width) >= width - len(ids) for ids in prefixes])
+        ids = torch.stack([torch.nn.functional.pad(x, (width - len(x), 0)) for x in prefixes])
+        found = sample_after(
+            policy, ids, real.to(ids.device), num_generations=k, max_completion_length=_LONGEST,
+            seed=seed + number,
+        )  # fmt: skip
+        texts = found.texts(policy.tokenizer)
+        for row, (i, j, written) in enumerate(part):
+            before = str(policy.tokenizer.decode(written, skip_special_tokens=False))
+            answers[i][j] = [_answer(before + text) for text in texts[row * k : (row + 1) * k]]
+    return asked, answers
+
+
+def _asked(policy: Policy, rollouts: Rollouts) -> torch.Tensor:
+    """(B, L + 1) bool: the first and last prefix, and those that end with a sentence.
+
+    Ends of tags are left out: no thought lies between ``</think>`` and the answer, and the noise of
+    a few continuations would be all that is seen there.
+    """
+    asked = sentence_ends(policy, rollouts)
+    for i, n in enumerate(rollouts.lengths.tolist()):
+        texts = token_texts(policy.tokenizer, rollouts.completion_ids[i, : n - 1].tolist())
+        tags = torch.tensor([text.endswith(">") for text in texts], dtype=torch.bool)
+        asked[i, 1:n] &= ~tags.to(asked.device)
+    return asked
+
+
+def _answer(text: str) -> str | None:
+    """What stands between the last ``<answer>`` and its end, None if nothing does."""
+    _, opened, rest = text.rpartition("<answer>")
+    answer, closed, _ = rest.partition("</answer>")
+    return answer.strip() if opened and closed and answer.strip() else None
+
+
+def entropy_of(answers: list[str | None]) -> float:
+    """Entropy in nats of the distribution that the answers are a sample of (Miller and Madow).
+
+    The entropy of the shares is too low by about (distinct - 1) / 2k on average, which is added.
+    """
+    counts = torch.tensor([answers.count(x) for x in set(answers)], dtype=torch.float)
+    p = counts / counts.sum()
+    return float(-(p * p.log()).sum() + (len(counts) - 1) / (2 * len(answers)))
+
+
+def _per_prefix(
+    asked: torch.Tensor, values: list[list[float]], lengths: torch.Tensor
+) -> torch.Tensor:
+    """(B, L + 1): values at the asked prefixes, on straight lines between them, then 0."""
+    out = torch.zeros(asked.shape)
+    for i, own in enumerate(values):
+        out[i, asked[i].cpu()] = torch.tensor(own)
+    t = torch.arange(out.shape[1])
+    within = t <= lengths.cpu()[:, None]
+    return (spread(out, asked.cpu() & within) * within).to(asked.device)
+
+
+def _seed(rollouts: Rollouts) -> int:
+    """From the tokens of the batch, so that a resumed run continues them the same way."""
+    return int(rollouts.completion_ids[rollouts.completion_mask].sum())
+
+
+def continuation_information(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
+    """s by continuations, (B, L) nats: a sentence's drop of the entropy, spread over its tokens."""
+    k = CONTINUATIONS["training"]
+    asked, answers = continuations(policy, rollouts, k, _seed(rollouts))
+    entropies = [[entropy_of(own) for own in row] for row in answers]
+    potential = _per_prefix(asked, entropies, rollouts.lengths)
+    return informativeness(potential, rollouts.completion_mask)
+
+
+def value_gain(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
+    """V(after its sentence) - V(before) at every token, (B, L); V is the share of right answers."""
+    k = CONTINUATIONS["training"]
+    asked, answers = continuations(policy, rollouts, k, _seed(rollouts))
+    values = [
+        [sum(a is not None and equal_answers(a, right) for a in own) / len(own) for own in row]
+        for row, right in zip(answers, rollouts.references)
+    ]
+    out = torch.zeros(rollouts.completion_mask.shape)
+    for i, own in enumerate(values):
+        ends = asked[i].nonzero()[:, 0].tolist()
+        for (a, b), (before, after) in zip(itertools.pairwise(ends), itertools.pairwise(own)):
+            out[i, a:b] = after - before
+    return out.to(asked.device)
+
+
+def _vine(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
+    """The gain in value at each token, over its standard deviation in the batch."""
+    gain, mask = rollouts.informativeness, rollouts.completion_mask
+    return gain / (gain[mask].std() + 1e-4)
+
+
+_IAPO = LIBRARY["iapo"]
+RECIPES = {
+    "oracle": replace(_IAPO, information=continuation_information),
+    "vine": replace(_IAPO, rule=_vine, information=value_gain),
+    "oracle_grpo": replace(_IAPO, rule="grpo", information=None),
+}
+METRICS = ("length", "pass@1", "ratio@1")
+SIZES = {
+    "quick": Size(seeds=(0,), max_steps=1, problems=2, prompts_per_step=1, num_generations=2),
+    "full": Size(seeds=(0, 1, 2), max_steps=22, problems=200),
+}
+STORIES = {"quick": 2, "full": 60}
+"""Stories of :func:`agreement`."""
+
+
+def agreement(policy: Policy, n_stories: int, k: int) -> dict:
+    """How far the answer entropy of early exits agrees with that of real continuations.
+
+    Args:
+        policy: writes one completion of each story, continues it and is asked.
+        n_stories: tune stories; k: continuations of each prefix.
+
+    Returns:
+        ``correlation`` and ``rank`` (Spearman) of the drops over sentences, ``bias`` (nats): early
+        exit minus continuations, all ``[mean, low, high]`` by bootstrap over stories; ``by_place``:
+        ``[share of the completion, mean entropy of early exits, of continuations]``.
+    """
+    problems = list(itertools.islice(stories("tune", seed=2), n_stories))
+    rollouts = score(
+        sample(policy, problems, num_generations=1, seed=2), policy.tokenizer, problems
+    )
+    asked, answers = continuations(policy, rollouts, k, seed=2)
+    exits = answer_entropies(policy, rollouts)
+    places, entropies = [], []
+    for i, own in enumerate(answers):
+        ends = asked[i].nonzero()[:, 0]
+        # The last prefix is the whole completion, whose answer is known.
+        real = np.array([entropy_of(a) for a in own[:-1]])
+        places.append((ends[:-1] / ends[-1]).numpy())
+        entropies.append((exits[i, ends[:-1]].numpy(), real))
+    drops = [(-np.diff(early), -np.diff(real)) for early, real in entropies]
+    place, (early, real) = np.concatenate(places), map(np.concatenate, zip(*entropies))
+    by_place = []
+    for low in (0.0, 0.2, 0.4, 0.6, 0.8):
+        inside = (place >= low) & (place < low + 0.2)
+        if inside.any():
+            by_place.append([low + 0.1, float(early[inside].mean()), float(real[inside].mean())])
+    return {
+        "correlation": bootstrap_interval(lambda a, b: float(np.corrcoef(a, b)[0, 1]), drops),
+        "rank": bootstrap_interval(spearman, drops),
+        "bias": bootstrap_interval(lambda a, b: float((a - b).mean()), entropies),
+        "by_place": by_place,
+    }
+
+
+def oracle(
+    preset: str = "full",
+    *,
+    out: str | Path = "runs/science",
+    figures: str | Path = "figures",
+    parallel: int | None = None,
+) -> dict:
+    """Agreement for every start policy, and training with both oracles; results file and figure.
+
+    Arguments and errors as for :func:`iapo_mini.lab.table1.table1`, which tunes the settings.
+    """
+    preset_of(preset)  # refuses an unknown one
+    size, out, figures = SIZES[preset], Path(out), Path(figures)
+    check_options(out, figures, parallel)
+    best = tuned(preset, out, figures, parallel)["iapo"]
+    methods = {"oracle": "oracle", "vine": "vine", "iapo": "iapo", "grpo": "oracle_grpo"}
+    recipes = {name: {**best, "method": method} for name, method in methods.items()}
+    jobs = make_jobs(size, out / preset / "oracle", recipes, methods=__name__)
+    kept = ledger_path(figures, file_stem("oracle", preset))
+    run_all(jobs, parallel, kept)
+    found = collect(jobs, size, kept)
+    asked = CONTINUATIONS["agreement"] if preset == "full" else 4
+    results = {
+        "agreement": {
+            name: agreement(load_policy(model, lora_rank=0), STORIES[preset], asked)
+            for name, model in tqdm(STARTS.items(), desc="agreement", unit="policy")
+        },
+        "training": {
+            name: {metric: found["methods"][name][metric] for metric in METRICS} for name in recipes
+        },
+        "continuations": CONTINUATIONS,
+        "seeds": found["seeds"], "config": found["config"], "versions": versions(),
+    }  # fmt: skip
+    path = results_path(figures, "oracle", preset)
+    write_json(path, results)
+    drawn.agreement(results).savefig(figures / f"{path.stem}.png", dpi=150)
+    return results
+
+
+def oracle_table(results: Mapping) -> str:
+    """Both parts of :func:`oracle` as Markdown tables; mean and 95% interval."""
+    lines = ["| policy | correlation of the drops | rank correlation | bias (nats) |",
+             "|---" * 4 + "|"]  # fmt: skip
+    for name, row in results["agreement"].items():
+        cells = [format_interval(row[m], 2) for m in ("correlation", "rank", "bias")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "| trained with | length (tokens) | Pass@1 |", "|---" * 3 + "|"]
+    for name, row in results["training"].items():
+        lines.append(
+            f"| {name} | {format_interval(mean_interval(row['length']), 1)} "
+            f"| {format_interval(mean_interval(row['pass@1']))} |"
+        )
+    return "\n".join(lines)

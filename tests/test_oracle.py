@@ -1,0 +1,147 @@
+"""Real continuations of a prefix: what they are drawn from, and what is made of them."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import run_here, written
+
+from iapo_mini.config import RECIPES as LIBRARY
+from iapo_mini.early_exit.question import EVERY_PREFIX
+from iapo_mini.lab import oracle
+from iapo_mini.lab.sizes import Size
+from iapo_mini.policies import EMBEDDED
+from iapo_mini.policy import load_policy
+from iapo_mini.problems.stories import stories
+from iapo_mini.sampling import encode_prompts, from_texts, sample, sample_after
+
+CHAIN = "<think> That makes 14 + 7 = 21 stamps. 21 / 3 = 7.</think><answer> 7</answer>"
+TINY = Size(seeds=(0, 1), max_steps=1, problems=2, prompts_per_step=1, num_generations=2, ks=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_policy(lora_rank=0)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return next(stories("tune", seed=0))
+
+
+def test_sampling_after_the_prompt_is_sampling(policy, problem):
+    plain = sample(policy, [problem], num_generations=3, seed=5, max_completion_length=20)
+    found = sample_after(
+        policy, *encode_prompts(policy, [problem]), num_generations=3, seed=5,
+        max_completion_length=20,
+    )  # fmt: skip
+    assert torch.equal(plain.completion_ids, found.completion_ids)
+
+
+def test_entropy_of_answers_by_hand():
+    assert oracle.entropy_of(["7"] * 8) == 0.0
+    # Shares 3/4 and 1/4, and (2 - 1) / 8 on top.
+    plain = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert oracle.entropy_of(["7", "7", "7", None]) == pytest.approx(plain + 1 / 8)
+
+
+def test_the_correction_takes_most_of_the_bias_away():
+    """Eight answers drawn from four equally likely ones, many times."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(4, (2000, 8), generator=generator).tolist()
+    found = sum(oracle.entropy_of([str(x) for x in draw]) for draw in draws) / 2000
+
+    def plain(draw):
+        return -sum(c / 8 * math.log(c / 8) for c in map(draw.count, set(draw)))
+
+    uncorrected = sum(map(plain, draws)) / 2000
+    assert abs(found - math.log(4)) < 0.5 * abs(uncorrected - math.log(4))
+
+
+def test_prefixes_are_continued_after_sentences_and_not_after_tags(policy, problem):
+    rollouts = from_texts(policy, [problem], [CHAIN])
+    asked, answers = oracle.continuations(policy, rollouts, k=3, seed=0)
+    ends = asked[0].nonzero()[:, 0]
+    texts = [policy.tokenizer.decode(rollouts.completion_ids[0, :t]) for t in ends]
+    assert [text.strip()[-10:] for text in texts[:-1]] == ["", "21 stamps.", "21 / 3 = 7."[-10:]]
+    assert [len(own) for own in answers[0]] == [3, 3, 3, 1]
+    assert answers[0][-1][0].strip() == "7"
+    # After the result is written nearly all continuations end with it.
+    assert answers[0][2].count("7") >= 2
+
+
+def test_continuations_are_those_of_the_prefix(policy, problem):
+    """What follows nothing but the prompt are completions like any; made again they are equal."""
+    n, nothing = 96, from_texts(policy, [problem], ["<think>"])
+    _, answers = oracle.continuations(policy, nothing, k=n, seed=3)
+    assert answers == oracle.continuations(policy, nothing, k=n, seed=3)[1]
+    whole = sample(policy, [problem], num_generations=n, seed=9)
+    plain = [oracle._answer(text) for text in whole.texts(policy.tokenizer)]
+    shares = [sum(a == problem.answer for a in some) / n for some in (plain, answers[0][0])]
+    assert abs(shares[0] - shares[1]) < 4 * math.sqrt(2 * 0.25 / n)
+
+
+def told(monkeypatch, answers):
+    """A row of 6 tokens in sentences of 2, 1 and 3, with given answers after each."""
+    asked = torch.tensor([[True, False, True, True, False, False, True]])
+    monkeypatch.setattr(oracle, "continuations", lambda *_: (asked, [answers]))
+    return replace(written([[1] * 6], group=1), references=("7",))
+
+
+def test_a_sentence_gets_the_drop_of_entropy_in_equal_parts(policy, monkeypatch):
+    unsure, half = ["1", "2", "3", "4"], ["7", "7", "1", "1"]
+    rollouts = told(monkeypatch, [unsure, unsure, half, ["7"]])
+    found = oracle.continuation_information(policy, rollouts, EVERY_PREFIX)[0].tolist()
+    high, low = (oracle.entropy_of(own) for own in (unsure, half))
+    assert found == pytest.approx([0, 0, high - low, *[low / 3] * 3], abs=1e-6)
+
+
+def test_a_token_gets_the_gain_in_value_of_its_sentence(policy, monkeypatch):
+    rollouts = told(monkeypatch, [["7", "1", "1", None], ["7", "7", "1", "1"], ["1"] * 4, ["7"]])
+    found = oracle.value_gain(policy, rollouts, EVERY_PREFIX)[0]
+    assert found.tolist() == pytest.approx([0.25, 0.25, -0.5, 1, 1, 1])
+    rollouts = rollouts.filled(informativeness=found[None])
+    expected = found / (found.std() + 1e-4)
+    torch.testing.assert_close(oracle._vine(rollouts, 0, 0)[0], expected)
+
+
+def test_agreement_of_an_estimate_with_itself_is_whole(policy, monkeypatch):
+    """With the early exits' own entropies in place of the continuations'."""
+    exits, plain = [], oracle.answer_entropies
+
+    def watched(policy, rollouts):
+        exits.append((plain(policy, rollouts), oracle._asked(policy, rollouts)))
+        return exits[-1][0]
+
+    monkeypatch.setattr(oracle, "answer_entropies", watched)
+    first = oracle.agreement(policy, 3, 2)
+    assert -1 <= first["correlation"][0] <= 1 and first["by_place"]
+    entropies, asked = exits[0]
+    own = iter([
+        float(entropies[i, t])
+        for i, row in enumerate(asked)
+        for t in row.nonzero()[:-1, 0].tolist()
+    ])  # fmt: skip
+    monkeypatch.setattr(oracle, "entropy_of", lambda answers: next(own))
+    again = oracle.agreement(policy, 3, 2)
+    assert again["correlation"][0] == pytest.approx(1.0, abs=1e-5)
+    assert again["rank"][0] == pytest.approx(1.0) and again["bias"][0] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_experiment_at_its_smallest(tmp_path, monkeypatch):
+    monkeypatch.setattr(oracle, "run_all", run_here)
+    monkeypatch.setattr(oracle, "SIZES", {"quick": TINY})
+    monkeypatch.setattr(oracle, "STARTS", {"embedded": EMBEDDED, "again": EMBEDDED})
+    monkeypatch.setattr(oracle, "tuned", lambda *_: {"iapo": {"method": "iapo"}})
+    found = oracle.oracle("quick", out=tmp_path / "runs", figures=tmp_path / "figures")
+    saved = json.loads((tmp_path / "figures/results/oracle_quick.json").read_text())
+    assert saved == json.loads(json.dumps(found))
+    assert found["agreement"].keys() == {"embedded", "again"}
+    assert found["agreement"]["embedded"] == found["agreement"]["again"]
+    assert found["training"].keys() == {"oracle", "vine", "iapo", "grpo"}
+    assert len(oracle.oracle_table(found).splitlines()) == 4 + 3 + 4
+    assert (tmp_path / "figures/oracle_quick.png").stat().st_size > 10_000
+    for name in oracle.RECIPES:
+        LIBRARY.pop(name, None)
