@@ -18,7 +18,7 @@ from iapo_mini.files import replace_text, write_json
 from iapo_mini.intervals import format_interval
 from iapo_mini.policy import Policy
 from iapo_mini.rewards import check_completion, score
-from iapo_mini.sampling import sample
+from iapo_mini.sampling import check_length, sample
 from iapo_mini.tasks import Problem, messages
 
 
@@ -103,6 +103,7 @@ def evaluate(
         if not 1 <= k <= num_generations:
             raise ValueError(f"k is {k}; allowed are 1 to num_generations = {num_generations}.")
     check_completion(policy, problems[0])
+    check_length(policy, problems, max_completion_length)
     how = _Sampling(num_generations, max_completion_length, temperature, batch_size, seed)
     path = None if save_to is None else Path(save_to)
     completions = _sample_all(policy, problems, how, path, progress)
