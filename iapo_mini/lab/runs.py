@@ -25,8 +25,9 @@ from tqdm.auto import tqdm
 
 from iapo_mini.config import TrainConfig, use_methods, with_defaults
 from iapo_mini.evaluation import evaluate
-from iapo_mini.files import versions, write_json
+from iapo_mini.files import read_json, versions, write_json
 from iapo_mini.lab.sizes import Size
+from iapo_mini.metrics import LOG, whole_log
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import ROLES, stories, token_roles
 from iapo_mini.trainer import train
@@ -143,8 +144,10 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None) -> None:
     for job in jobs:
         run = Path(job["run"])
         saved = run / "job.json"
-        same = saved.is_file() and _as_now(json.loads(saved.read_text()), job["run"]) == job
+        before = read_json(saved, {}, needs=("config",))
+        same = bool(before) and _as_now(before, job["run"]) == job
         if same and (run / "result.json").is_file():
+            _result(job)  # a damaged one is told before the others have run
             continue
         if saved.is_file() and not same:
             raise ValueError(
@@ -172,7 +175,7 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None) -> None:
                 running[process] = run
             time.sleep(0.5)
             for process, run in list(running.items()):
-                metrics = run / "train" / "metrics.jsonl"
+                metrics = run / "train" / LOG
                 done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
                 bar.update(done - counted.get(run, 0))
                 counted[run] = done
@@ -201,6 +204,14 @@ def _as_now(saved: dict, run: str) -> dict:
     return saved | {"run": run, "config": config}
 
 
+def _result(job: Mapping) -> dict:
+    """What a finished run has left; ValueError for a file that is damaged."""
+    ks = job["evaluation"]["ks"]
+    metrics = [f"{name}@{k}" for name in ("pass", "length", "ratio") for k in ks]
+    needs = ("length", *metrics, "intervals", "roles", "by_steps", "train_minutes")
+    return read_json(Path(job["run"]) / "result.json", needs=needs)
+
+
 def collect(jobs: Sequence[dict], size: Size) -> dict:
     """Gather finished jobs into the common part of a results file (``lab.results``)."""
     methods: dict[str, dict] = {}
@@ -212,7 +223,7 @@ def collect(jobs: Sequence[dict], size: Size) -> dict:
     for job in jobs:
         by_name[Path(job["run"]).name.rsplit("-", 1)[0]].append(job)
     for name, own in by_name.items():
-        found = [json.loads((Path(job["run"]) / "result.json").read_text()) for job in own]
+        found = [_result(job) for job in own]
         methods[name] = {metric: [result[metric] for result in found] for metric in metrics}
         methods[name]["intervals"] = [result["intervals"] for result in found]
         methods[name]["roles"] = {
@@ -231,8 +242,7 @@ def collect(jobs: Sequence[dict], size: Size) -> dict:
         configs[name] = {k: v for k, v in own[0]["config"].items() if k != "seed"}
         curves[name] = []
         for job in own:
-            lines = (Path(job["run"]) / "train" / "metrics.jsonl").read_text().splitlines()
-            rows = [json.loads(line) for line in lines]
+            rows = whole_log(Path(job["run"]) / "train" / LOG, job["config"]["max_steps"])
             names_of = ("length", "accuracy", "entropy")
             curves[name].append({k: [round(row[k], 5) for row in rows] for k in names_of})
     evaluation = dataclasses.asdict(size) | {"split": jobs[0]["split"], "temperature": 1.0}
@@ -259,4 +269,4 @@ def _end_with_parent() -> None:
 if __name__ == "__main__":
     if os.environ.get(_CHILD):
         _end_with_parent()
-    run_job(json.loads(Path(sys.argv[1]).read_text()))
+    run_job(read_json(Path(sys.argv[1])))

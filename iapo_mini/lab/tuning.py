@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from iapo_mini import plots
 from iapo_mini.config import RECIPES, TrainConfig
-from iapo_mini.files import versions, write_json
+from iapo_mini.files import read_json, versions, write_json
 from iapo_mini.lab.results import check_options, results_path
 from iapo_mini.lab.runs import START, collect, make_jobs, run_all
 from iapo_mini.lab.sizes import preset_of
@@ -130,7 +129,7 @@ def _whole(tried: Mapping[str, Sequence[Mapping]]) -> dict[str, list[dict]]:
 def tuned(preset: str, out: Path, figures: Path, parallel: int | None) -> dict[str, dict]:
     """Method -> the settings that :func:`tune` chose; from its file if that has these trials."""
     path = results_path(figures, "tuning", preset)
-    results: dict = json.loads(path.read_text()) if path.is_file() else {"trials": None}
+    results = read_json(path, {"trials": None, "chosen": None}, needs=("trials", "chosen"))
     before = {
         method: [trial["settings"] for trial in rows]
         for method, rows in (results["trials"] or {}).items()
