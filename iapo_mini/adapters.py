@@ -7,14 +7,17 @@ weights. The name alone would not do: under one path other weights may lie tomor
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from iapo_mini.errors import first_line
+from iapo_mini.files import read_json
 
 BASE = "base.json"
 
@@ -27,12 +30,24 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest difference of logits after a merge, as a share of the largest logit: rounding."""
 
 
+def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights of the base model by the names that they have without an adapter."""
+    named = model.named_parameters()
+    return {_WRAPPED.sub("", name): p for name, p in named if not _OF_ADAPTER.search(name)}
+
+
+def fingerprint_of_weights(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Of a thousand values of every weight: training changes them all, reading all takes long."""
+    digest = hashlib.sha256()
+    for name, weight in named:
+        some = weight.detach().flatten()[:: max(1, weight.numel() // 1000)]
+        digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def some_weights(model: torch.nn.Module, count: int = 256) -> list[float]:
-    """A few weights of the base model, spread over it; those of adapters and in 4 bits left out."""
-    named = {
-        _WRAPPED.sub("", name): p for name, p in model.named_parameters()
-        if p.is_floating_point() and not _OF_ADAPTER.search(name)
-    }  # fmt: skip
+    """A few weights of the base model, spread over it; those in 4 bits left out."""
+    named = {name: p for name, p in base_weights(model).items() if p.is_floating_point()}
     # What 4 bits would take is left out in any case: the list must not depend on them.
     kept = [named[n] for n in sorted(named) if named[n].ndim == 1 or _VOCABULARY.search(n)]
     each = max(1, count // max(1, len(kept)))
@@ -49,11 +64,7 @@ def write_base(folder: str | Path, model: torch.nn.Module, name: str) -> None:
 def base_of(adapter: str | Path) -> str | None:
     """Name of the model that an adapter was trained on; None where its folder does not say."""
     for file, key in ((BASE, "model"), ("adapter_config.json", "base_model_name_or_path")):
-        try:
-            found = json.loads((Path(adapter) / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        name = found.get(key) if isinstance(found, dict) else None
+        name = read_json(Path(adapter) / file, {}).get(key)
         if name:
             return str(name)
     return None
@@ -65,10 +76,10 @@ def check_base(adapter: str | Path, model: torch.nn.Module, name: str) -> None:
     Raises:
         ValueError: naming both. Without ``base.json`` nothing is known and nothing is refused.
     """
+    told = read_json(Path(adapter) / BASE, {})
     try:
-        told = json.loads((Path(adapter) / BASE).read_text(encoding="utf-8"))
         before = torch.tensor(told["weights"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         return
     now = torch.tensor(some_weights(model))
     # Loaded in 16 bits a weight is rounded to three digits.

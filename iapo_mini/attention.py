@@ -37,6 +37,32 @@ def check_window(model: torch.nn.Module, length: int) -> None:
         )
 
 
+def check_positions(model: torch.nn.Module, length: int) -> None:
+    """Refuse sequences beyond the positions that a model has, or was trained on.
+
+    Args:
+        length: tokens of the longest prompt, completion and forced answer together.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    most = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    stretched = rope.get("factor") if isinstance(rope, dict) else None
+    if isinstance(most, int) and 0 < most * max(1.0, stretched or 1.0) < length:
+        raise ValueError(
+            f"the model has {most} positions, prompt, completion and forced answer are up to "
+            f"{length} tokens; lower max_completion_length, or take a model with more positions."
+        )
+
+
+def check_reach(model: torch.nn.Module, length: int) -> None:
+    """Refuse sequences beyond the model's sliding window or its positions."""
+    check_window(model, length)
+    check_positions(model, length)
+
+
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
     """Position ids that count real tokens only, (rows, width)."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from iapo_mini.errors import first_line
+from iapo_mini.signals import processor_time
 from iapo_mini.tasks import Problem, messages
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ _KNOWN: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictiona
 """Tokenizer -> what has been found out about it, and for which template."""
 
 _PREFILL = re.compile(r"<think>\s*\Z")
-_ANSWER = "An answer."
+_QUESTION, _ANSWER = "1 + 1?", "An answer."
+PATIENCE = 20.0
+"""Seconds of processor time that a template may take over a short question."""
+_LIMIT = 100_000  # characters that it may make of it
 _SPACE = "\u2581"  # how SentencePiece writes the space before a word
 
 
@@ -39,13 +43,11 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], prom
             f"model is '{name}', whose tokenizer has no chat template; take an instruction-tuned "
             "model, or set tokenizer.chat_template and save it beside the model."
         )
-    from jinja2 import TemplateError
-
     try:
         return str(
             tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
         )
-    except (TemplateError, TypeError, KeyError, IndexError) as error:
+    except Exception as error:  # a template is a program of somebody else's
         if turns[0]["role"] == "system":  # older Mistral, Gemma: no such role
             first, second, *rest = turns
             told = {"role": "user", "content": f"{first['content']}\n\n{second['content']}"}
@@ -97,14 +99,29 @@ def _found(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         known["template"] = tokenizer.chat_template
         known["prefill"], known["end"] = "", None
         if tokenizer.chat_template:
-            match = _PREFILL.search(render_prompt(tokenizer, Problem("1 + 1?", "2")))
+            match = _PREFILL.search(_tried(tokenizer))
             known["prefill"] = "" if match is None else match[0]
             known["end"] = _token_after_an_answer(tokenizer)
     return known
 
 
+def _tried(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template makes of a short question, refused where it would spoil every prompt."""
+    with processor_time(PATIENCE):
+        prompt = render_prompt(tokenizer, Problem(_QUESTION, "2"))
+    if _QUESTION not in prompt or len(prompt) > _LIMIT:
+        told = "leaves out the question"
+        if _QUESTION in prompt:
+            told = f"makes {len(prompt):,} characters of the question '{_QUESTION}'"
+        raise ValueError(
+            f"model is '{tokenizer.name_or_path}', whose chat template {told}; repair "
+            "chat_template in its tokenizer, or take another model."
+        )
+    return prompt
+
+
 def _token_after_an_answer(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": _ANSWER}]
+    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     try:
         _, _, rest = render(tokenizer, turns, False).rpartition(_ANSWER)
     except ValueError:  # a template that writes prompts only

@@ -322,17 +322,14 @@ def _diagnose(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from iapo_mini.files import replace_folder, writable_folder
+    from iapo_mini.files import read_json, replace_folder, writable_folder
     from iapo_mini.policy import load_policy
 
     out = Path(args.out)
     writable_folder(out, "out")
     if any(out.iterdir()):
         raise ValueError(f"out is '{out}', which is not empty; allowed is a new folder.")
-    trained = {}
-    config = Path(args.adapter).parent / "config.json"
-    if config.is_file():
-        trained = json.loads(config.read_text())
+    trained = read_json(Path(args.adapter).parent / "config.json", {})
     four_bit = bool(trained.get("four_bit")) if args.four_bit is None else args.four_bit
     policy = load_policy(args.model, adapter=args.adapter, four_bit=four_bit)
     merged = policy.merged("cpu")

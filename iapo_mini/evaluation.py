@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from iapo_mini.files import replace_text, write_json
+from iapo_mini.adapters import fingerprint_of_weights
+from iapo_mini.files import read_json, replace_text, write_json
 from iapo_mini.intervals import format_interval
 from iapo_mini.policy import Policy
 from iapo_mini.rewards import check_completion, score
-from iapo_mini.sampling import sample
+from iapo_mini.sampling import check_length, sample
 from iapo_mini.tasks import Problem, messages
 
 
@@ -103,6 +104,7 @@ def evaluate(
         if not 1 <= k <= num_generations:
             raise ValueError(f"k is {k}; allowed are 1 to num_generations = {num_generations}.")
     check_completion(policy, problems[0])
+    check_length(policy, problems, max_completion_length)
     how = _Sampling(num_generations, max_completion_length, temperature, batch_size, seed)
     path = None if save_to is None else Path(save_to)
     completions = _sample_all(policy, problems, how, path, progress)
@@ -258,7 +260,7 @@ def _saved(
         **asdict(how),
         "number of problems": len(problems),
         "fingerprint of the problems": _fingerprint_of_problems(problems),
-        "fingerprint of the policy": _fingerprint_of_policy(policy),
+        "fingerprint of the policy": fingerprint_of_weights(policy.model.named_parameters()),
     }
     size = how.problems_at_once
     whole = [min(start, len(problems)) for start in range(0, len(problems) + size, size)]
@@ -273,31 +275,46 @@ def _restore(path: Path, settings: dict[str, Any], sizes: Sequence[int]) -> list
     saved = path.with_suffix(".settings.json")
     found: list[dict[str, Any]] = []
     if path.is_file() and path.stat().st_size:
-        before = json.loads(saved.read_text()) if saved.is_file() else {}
+        before = read_json(saved, {})
         for name, value in settings.items():
             if before.get(name) != value:
                 raise ValueError(
                     f"{name} is {value!r}, but the completions in '{path}' were made with "
                     f"{before.get(name)!r}; go on with the same settings or name another file."
                 )
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut short
-                found.append(json.loads(line))
+        found = read_completions(path, settings["num_generations"])
         found = found[: max(n for n in sizes if n <= len(found))]
     write_json(saved, settings)
     replace_text(path, "".join(json.dumps(completion) + "\n" for completion in found))
     return found
 
 
+def read_completions(path: Path, num_generations: int) -> list[dict[str, Any]]:
+    """Completions as :func:`evaluate` has written them; a last line cut short is left out.
+
+    Raises:
+        ValueError: naming the first line that does not hold the completion that belongs there.
+    """
+    *lines, rest = path.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate([*lines, rest] if rest else lines, start=1):
+        try:
+            row = json.loads(line)
+            kinds = {name: type(row[name]) for name in ("problem", "text", "correct", "tokens")}
+        except (ValueError, TypeError, KeyError, RecursionError):
+            row, kinds = {}, {}
+        right = [*kinds.values()] == [int, str, bool, int]
+        if right and row["problem"] == (number - 1) // num_generations:
+            found.append(row)
+        elif number <= len(lines):
+            raise ValueError(
+                f"'{path}' is damaged: line {number} does not hold a completion of problem "
+                f"{(number - 1) // num_generations}; restore the file, or remove it to have all "
+                "completions sampled anew."
+            )
+    return found
+
+
 def _fingerprint_of_problems(problems: Sequence[Problem]) -> str:
     told = json.dumps([[messages(problem), problem.answer] for problem in problems])
     return hashlib.sha256(told.encode()).hexdigest()[:16]
-
-
-def _fingerprint_of_policy(policy: Policy) -> str:
-    """Of a thousand values of every weight: training changes them all, reading all takes long."""
-    digest = hashlib.sha256()
-    for name, weight in policy.model.named_parameters():
-        some = weight.detach().flatten()[:: max(1, weight.numel() // 1000)]
-        digest.update(name.encode() + some.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

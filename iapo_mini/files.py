@@ -7,9 +7,12 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from iapo_mini.errors import first_line
 
 
 def writable_folder(folder: Path, name: str) -> None:
@@ -46,6 +49,30 @@ def write_json(path: Path, content: dict) -> None:
     """Write JSON whole or not at all (temporary name, then rename)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path, default: dict | None = None, needs: Iterable[str] = ()) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        default: what a file that is not there stands for; without one it must be there.
+        needs: keys that a file must have.
+
+    Raises:
+        ValueError: naming a file that is damaged, and why.
+    """
+    if default is not None and not path.exists():
+        return default
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        lacking = [key for key in needs if key not in found] if isinstance(found, dict) else []
+        reason = None if isinstance(found, dict) else "it holds no JSON object"
+        reason = f"it lacks '{lacking[0]}'" if lacking else reason
+    except (OSError, ValueError, RecursionError) as error:
+        reason = first_line(error)
+    if reason:
+        raise ValueError(f"'{path}' can't be used ({reason}); restore it, or remove it.")
+    return dict(found)
 
 
 def _umask() -> int:

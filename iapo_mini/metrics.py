@@ -1,17 +1,27 @@
-"""What is logged of a step; what each number means: README.md, "What the metrics mean"."""
+"""What is logged of a step, and how a log is read.
+
+What each number means: README.md, "What the metrics mean".
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from iapo_mini.files import replace_text
 from iapo_mini.problems.stories import ROLES, token_roles
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.tasks import Problem
+
+LOG = "metrics.jsonl"
+"""Name of a run's log: a line of JSON for each step, from 1."""
 
 
 class Stopwatch:
@@ -83,3 +93,61 @@ def role_metrics(
         if s is not None:
             metrics[f"informativeness/{role}"] = s_t / count if count else None
     return metrics
+
+
+def row_of(line: str | bytes) -> dict | None:
+    """The metrics in a line of a log; None for what is none, as a kill leaves it."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def logged(log: Path) -> list[tuple[str, dict]]:
+    """Lines of a run's log and the metrics in them; a line that a kill cut short is passed over."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return [(line, row) for line in lines if (row := row_of(line)) is not None]
+
+
+def trim_log(log: Path, done: int) -> None:
+    """Drop metrics of steps that will be made again, and a line that a kill cut short."""
+    kept, before = [], 0
+    for line, row in logged(log):
+        if before < row["step"] <= done:
+            kept.append(line + "\n")
+            before = row["step"]
+    replace_text(log, "".join(kept))
+
+
+def _lines(log: Path) -> list[bytes]:
+    return log.read_bytes().splitlines() if log.is_file() else []
+
+
+def _sum(lines: list[bytes]) -> str:
+    return hashlib.sha256(b"\n".join(lines)).hexdigest()
+
+
+def sum_of_log(log: Path, steps: int) -> str:
+    """SHA-256 of the first ``steps`` lines of a run's log."""
+    return _sum(_lines(log)[:steps])
+
+
+def whole_log(log: Path, steps: int, checksum: str | None = None) -> list[dict]:
+    """Metrics of steps 1 to ``steps``, in order.
+
+    Args:
+        checksum: of these lines as they were written, if known.
+
+    Raises:
+        ValueError: naming the first line that is not what was written.
+    """
+    lines, rows = _lines(log), []
+    for number in range(1, steps + 1):
+        row = row_of(lines[number - 1]) if number <= len(lines) else None
+        if row is None or row["step"] != number:
+            raise ValueError(f"'{log}' is damaged: line {number} does not hold step {number}")
+        rows.append(row)
+    if checksum is not None and _sum(lines[:steps]) != checksum:
+        raise ValueError(f"'{log}' is damaged: a number in lines 1 to {steps} has changed")
+    return rows

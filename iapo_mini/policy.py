@@ -20,8 +20,7 @@ import huggingface_hub
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from iapo_mini.adapters import (
     base_of,
@@ -41,14 +40,12 @@ from iapo_mini.four_bit import (
     plain_weight,
     prepare_for_adapter,
 )
-from iapo_mini.model_files import check_loaded, model_source
+from iapo_mini.model_files import check_forward, check_loaded, check_quantised, model_source
 from iapo_mini.policies import EMBEDDED
 
 # Below this many parameters a second, merged copy of the weights is cheap and makes sampling and
 # the estimator about twice as fast as going through the adapter's extra layers.
 _MERGED_COPY_LIMIT = 50_000_000
-
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 
 
 @dataclass
@@ -313,10 +310,16 @@ def _load(
 ) -> tuple[transformers.PreTrainedTokenizerBase, Any]:
     """Tokenizer and causal LM; whatever is wrong with them is told in one sentence."""
     try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise _not_loaded(model, error) from error
+    check_quantised(model, config, four_bit)
+    try:
         # False, not unset: transformers would ask on the terminal and wait.
         tokenizer = AutoTokenizer.from_pretrained(
             source, padding_side="left", trust_remote_code=False
         )
+        tokenizer("1 + 1 = 2", padding=True)  # some settings are first read here
         causal_lm: Any
         if four_bit:
             causal_lm, told = load_four_bit(source, device, dtype)
@@ -328,14 +331,20 @@ def _load(
                 output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
             causal_lm, told = loaded[0].to(device), loaded[1]
-    except _LOAD_ERRORS as error:
-        raise ValueError(
-            f"model is '{model}' and can't be loaded ({first_line(error)}); allowed are "
-            f"'{EMBEDDED}', a folder written by save_pretrained, or a hub id that this machine can "
-            "reach."
-        ) from error
+    except Exception as error:
+        raise _not_loaded(model, error) from error
     check_loaded(model, tokenizer, causal_lm, told)
+    check_forward(model, causal_lm)
     return tokenizer, causal_lm
+
+
+def _not_loaded(model: str, error: Exception) -> ValueError:
+    """Whatever transformers raises over a folder (it raises everything), the way on is the same."""
+    return ValueError(
+        f"model is '{model}' and can't be loaded ({first_line(error)}); allowed are "
+        f"'{EMBEDDED}', a folder written by save_pretrained, or a hub id that this machine can "
+        "reach."
+    )
 
 
 def _with_trained_adapter(causal_lm: Any, adapter: str | Path, model: str) -> PeftModel:
@@ -348,7 +357,7 @@ def _with_trained_adapter(causal_lm: Any, adapter: str | Path, model: str) -> Pe
     try:
         with _by_older_names():
             return PeftModel.from_pretrained(causal_lm, adapter, is_trainable=True)
-    except _LOAD_ERRORS as error:
+    except Exception as error:
         raise ValueError(
             f"adapter is '{adapter}' and can't be loaded onto '{model}' "
             f"({first_line(error)}); allowed is an adapter trained on this model."

@@ -25,8 +25,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from iapo_mini.adapters import base_weights, fingerprint_of_weights
 from iapo_mini.config import TrainConfig, with_defaults
 from iapo_mini.files import remove, replace_folder, replace_text, writable_folder
+from iapo_mini.metrics import LOG, sum_of_log, trim_log, whole_log
 from iapo_mini.problems.datasets import fingerprint
 from iapo_mini.signals import asked_to_end
 
@@ -77,7 +79,10 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def save_checkpoint(run: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Checkpoint of trained weights and optimizer moments; the two newest are kept."""
+    """Checkpoint of trained weights and optimizer moments; the two newest are kept.
+
+    With it goes the checksum of what is logged up to this step.
+    """
 
     def write(folder: Path) -> None:
         save_file({k: v.detach().contiguous() for k, v in policy.trainable().items()},
@@ -88,7 +93,8 @@ def save_checkpoint(run: Path, step: int, policy: Policy, optimizer: torch.optim
             for key, value in entry.items()
         }
         save_file(moments, folder / "optimizer.safetensors")
-        (folder / "sha256.json").write_text(json.dumps(_sums(folder), indent=1) + "\n")
+        sums = _sums(folder) | {LOG: sum_of_log(run / LOG, step)}
+        (folder / "sha256.json").write_text(json.dumps(sums, indent=1) + "\n")
 
     replace_folder(run / f"checkpoint-{step}", write)
     for old in checkpoints(run)[:-2]:
@@ -97,14 +103,24 @@ def save_checkpoint(run: Path, step: int, policy: Policy, optimizer: torch.optim
 
 
 def restore_checkpoint(run: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint that is whole; return the steps done, 0 without one."""
+    """Load the newest checkpoint that is whole; return the steps done, 0 without one.
+
+    Where the log is damaged, the steps since an older checkpoint are made again.
+
+    Raises:
+        ValueError: for a checkpoint that can't be read, or a log that is damaged from before the
+            oldest one: nothing is begun anew over checkpoints that are whole.
+    """
+    told = None
     for checkpoint in reversed(checkpoints(run)):
         try:
-            if _sums(checkpoint) != json.loads((checkpoint / "sha256.json").read_text()):
+            sums = json.loads((checkpoint / "sha256.json").read_text())
+            logged_sum = sums.pop(LOG, None)
+            if _sums(checkpoint) != sums:
                 raise ValueError("its files do not match their checksums")
             weights = load_file(checkpoint / "trainable.safetensors")
             moments = load_file(checkpoint / "optimizer.safetensors")
-        except (FileNotFoundError, ValueError, SafetensorError) as error:
+        except (FileNotFoundError, ValueError, AttributeError, SafetensorError) as error:
             warnings.warn(
                 f"'{checkpoint}' is damaged ({error}) and is not used; the one before it is, or "
                 "the run starts anew.",
@@ -116,6 +132,15 @@ def restore_checkpoint(run: Path, policy: Policy, optimizer: torch.optim.Optimiz
                 f"output_dir is '{run}', whose '{checkpoint.name}' can't be read "
                 f"({error.strerror or error}); make it readable, then resume."
             ) from error
+        try:
+            whole_log(run / LOG, _step_of(checkpoint), logged_sum)
+        except ValueError as error:
+            told = str(error)
+            continue
+        if told:
+            warnings.warn(
+                f"{told}; the steps after '{checkpoint.name}' are made again.", stacklevel=2
+            )
         with torch.no_grad():
             for name, parameter in policy.trainable().items():
                 parameter.copy_(weights[name])
@@ -125,24 +150,12 @@ def restore_checkpoint(run: Path, policy: Policy, optimizer: torch.optim.Optimiz
             state["state"].setdefault(int(index), {})[key] = value
         optimizer.load_state_dict(state)
         return _step_of(checkpoint)
+    if told:
+        raise ValueError(
+            f"{told}, and no checkpoint is as old as what is left of it; restore the file, or "
+            "start a new run in another folder."
+        )
     return 0
-
-
-def logged(log: Path) -> list[tuple[str, dict]]:
-    """Lines of a run's log and the metrics in them; a line that a kill cut short is passed over."""
-    found = []
-    for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                found.append((line, row))
-    return found
-
-
-def trim_log(log: Path, done: int) -> None:
-    """Drop metrics of steps that will be made again, and a line that a kill cut short."""
-    kept = [line + "\n" for line, row in logged(log) if row["step"] <= done]
-    replace_text(log, "".join(kept))
 
 
 class Run:
@@ -168,6 +181,7 @@ class Run:
         self.folder, self.config, self.resume, self.wait = Path(folder), config, resume, wait
         self._stack = contextlib.ExitStack()
         self._interrupted = threading.Event()
+        self._before: dict[str, Any] = {}
 
     def __enter__(self) -> Run:
         if self.resume and not (self.folder / "config.json").is_file():
@@ -197,6 +211,7 @@ class Run:
         try:
             saved = json.loads((run / "config.json").read_text())
             before = with_defaults(saved)
+            self._before = saved
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"output_dir is '{run}', whose config.json is damaged ({error}); write the run's "
@@ -225,6 +240,7 @@ class Run:
                 remove(path)
             told = self.config.settings() | {"from_recipe": self.config.from_recipe()}
             told["data_fingerprint"] = fingerprint(self.config.data_file)
+            told["model_fingerprint"] = self._model_fingerprint(policy)
             replace_text(self.folder / "config.json", json.dumps(told, indent=2) + "\n")
         done = restore_checkpoint(self.folder, policy, optimizer)
         if done > self.config.max_steps:
@@ -233,13 +249,29 @@ class Run:
                 f"{done} steps; allowed are {done} and above, or a new folder."
             )
         with writing(self.folder):
-            trim_log(self.folder / "metrics.jsonl", done)
+            trim_log(self.folder / LOG, done)
         self._interrupted = self._stack.enter_context(asked_to_end())  # until here it ends at once
         return done
 
+    def _model_fingerprint(self, policy: Policy) -> dict[str, str]:
+        """Of the start weights, which must be those that the run began with."""
+        start = policy.model if policy.frozen is None else policy.frozen
+        now = {
+            "dtype": str(policy.dtype),
+            "weights": fingerprint_of_weights(base_weights(start).items()),
+        }
+        before = self._before.get("model_fingerprint") or now
+        # In another dtype, as another card may ask for, weights are rounded otherwise.
+        if before["dtype"] == now["dtype"] and before != now:
+            raise ValueError(
+                f"model is '{self.config.model}', whose weights are not those that the run in "
+                f"'{self.folder}' was started with; resume with the same model, or start a new run."
+            )
+        return before
+
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``, flushed at once."""
-        with writing(self.folder), (self.folder / "metrics.jsonl").open("a") as log:
+        with writing(self.folder), (self.folder / LOG).open("a") as log:
             log.write(json.dumps(metrics) + "\n")
 
     def save(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:

@@ -6,12 +6,13 @@ Rows of one prompt stand next to each other, so every prompt is run once per gro
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from iapo_mini.attention import check_window, model_mask, positions_of
+from iapo_mini.attention import check_positions, check_reach, model_mask, positions_of
 from iapo_mini.chat import continuation_ids, prefill, render_prompt, without_prefill
 from iapo_mini.logprobs import NEVER
 from iapo_mini.memory import CACHE_BLOCK
@@ -38,9 +39,11 @@ class _GrowingLayer(DynamicLayer):
             self._used = 0
         new = self._used + key_states.shape[-2]
         if self._buffers is None or new > self._buffers[0].shape[-2]:
-            shape = list(key_states.shape)
-            shape[-2] = new + self.block
-            grown = [key_states.new_empty(shape), value_states.new_empty(shape)]
+            # Their last dimensions may differ (multi-head latent attention).
+            grown = [
+                x.new_empty((*x.shape[:-2], new + self.block, x.shape[-1]))
+                for x in (key_states, value_states)
+            ]
             for buffer, old in zip(grown, (self.keys, self.values)):
                 if self._used and old is not None:
                     buffer[..., : self._used, :] = old
@@ -78,6 +81,20 @@ def encode_prompts(policy: Policy, problems: list[Problem]) -> tuple[torch.Tenso
         texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
     ).to(policy.device)
     return batch["input_ids"], batch["attention_mask"].bool()
+
+
+def check_length(policy: Policy, problems: Sequence[Problem], tokens: int) -> None:
+    """Make sure, before any long work, that the model has positions for these problems.
+
+    Args:
+        tokens: those of a completion, and of what is asked after it.
+
+    Raises:
+        ValueError: for a prompt that leaves fewer.
+    """
+    texts = [render_prompt(policy.tokenizer, problem) for problem in problems]
+    ids = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    check_positions(policy.model, max(map(len, ids)) + tokens)
 
 
 def check_sampling(
@@ -246,7 +263,7 @@ def sample_after(
     """
     model, device = policy.for_inference(), policy.device
     total, longest = len(prompt_ids) * num_generations, max_completion_length
-    check_window(model, prompt_ids.shape[1] + longest)
+    check_reach(model, prompt_ids.shape[1] + longest)
     generator = torch.Generator(device).manual_seed(seed)
     cache = Cache(layer_class_to_replicate=_GrowingLayer)
     logits = _first_logits(model, cache, prompt_ids, prompt_mask, num_generations)

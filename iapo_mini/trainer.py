@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from iapo_mini.advantages import ADVANTAGES, COUNTED
 from iapo_mini.config import Recipe, TrainConfig
 from iapo_mini.engines.vllm import sampler_of
-from iapo_mini.information import inform
+from iapo_mini.information import encode_postfix, inform
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.metrics import Stopwatch, role_metrics, step_metrics
 from iapo_mini.objective import policy_loss
@@ -32,6 +32,7 @@ from iapo_mini.problems.datasets import training_problems
 from iapo_mini.rewards import check_completion, score
 from iapo_mini.rollouts import Rollouts, joined
 from iapo_mini.run_folder import Run
+from iapo_mini.sampling import check_length
 from iapo_mini.tasks import Problem
 
 _FP16_LOSS_SCALE = 1024.0
@@ -80,15 +81,15 @@ def train(
     recipe, how = config.recipe(), config.early_exit()
     with Run(output_dir, config, resume=resume, wait=wait) as run:
         policy = start_policy(config) if policy is None else policy
+        first = list(itertools.islice(stream, config.prompts_per_step))
+        _check_policy(policy, first, config, recipe)
+        stream = itertools.chain(first, stream)
         optimizer = torch.optim.AdamW(
             policy.trainable().values(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
         )
         done = run.restore(policy, optimizer)
         asked = config.prompts_per_step * recipe.sampling_rounds
         stream = itertools.islice(stream, done * asked, None)
-        first = next(stream)
-        check_completion(policy, first)
-        stream = itertools.chain([first], stream)
         weigh = ADVANTAGES[recipe.rule] if isinstance(recipe.rule, str) else recipe.rule
         sample = sampler_of(config.engine, config.model)
         bar = tqdm(
@@ -141,6 +142,17 @@ def start_policy(config: TrainConfig) -> Policy:
         four_bit=config.four_bit,
         gradient_checkpointing=config.gradient_checkpointing,
     )
+
+
+def _check_policy(
+    policy: Policy, first: list[Problem], config: TrainConfig, recipe: Recipe
+) -> None:
+    """Refuse a policy that can't earn the full reward, or has too few positions, before step 1."""
+    check_completion(policy, first[0])
+    asked = 0
+    if recipe.information is not None:
+        asked = len(encode_postfix(policy, config.early_exit().postfix))
+    check_length(policy, first, config.max_completion_length + asked)
 
 
 def collect(

@@ -156,6 +156,16 @@ def test_an_adapter_from_elsewhere_is_known_by_peft_s_own_name(adapter, tiny_fol
     load_policy(adapter=adapter)
 
 
+@pytest.mark.parametrize("name", ["base.json", "adapter_config.json"])
+def test_what_an_adapter_says_of_its_base_is_named_when_damaged(adapter, tiny_folder, name):
+    (adapter / "base.json").unlink()
+    (adapter / name).write_text('{"model": ')
+    with pytest.raises(ValueError, match=rf"{name}"):
+        load_policy(adapter=adapter)
+    with pytest.raises(ValueError, match=r"base.json' can't be used|adapter is "):
+        load_policy(tiny_folder, adapter=adapter)
+
+
 def test_some_weights_tell_models_apart(tokenizer):
     one, other = (tiny_policy("qwen2", tokenizer).model for _ in range(2))
     assert some_weights(one) == some_weights(other) and len(some_weights(one)) > 20

@@ -259,8 +259,7 @@ def test_a_model_that_can_not_write_a_perfect_completion_is_refused_before_any_w
     ]  # fmt: skip
     with pytest.raises(ValueError, match="a token in its middle ends the row"):
         run(config, tmp_path / "run", policy=policy)
-    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert not list((tmp_path / "run").iterdir())
     with pytest.raises(ValueError, match="a token in its middle ends the row"):
         evaluate(policy, [PROBLEM], ks=[1], num_generations=1, progress=False)
 

@@ -1,6 +1,7 @@
 """The diagnosis of a run, on runs that are healthy and on ones that are ill in one way each."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 
 from iapo_mini.cli import main
 from iapo_mini.config import TrainConfig
-from iapo_mini.tools.diagnose import CHECKS, diagnose, findings_text, read_metrics
+from iapo_mini.tools.diagnose import CHECKS, diagnose, findings_text, read_log
 from iapo_mini.trainer import train
 
 HEALTHY = {
@@ -82,7 +83,7 @@ def test_a_method_without_information_is_not_asked_for_it(tmp_path):
 def test_half_a_line_at_the_end_is_passed_over(tmp_path):
     path = write(tmp_path) / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 31, "los')
-    assert read_metrics(tmp_path)[-1]["step"] == 30 and not looks(diagnose(tmp_path))
+    assert read_log(tmp_path, 10).steps == 30 and not looks(diagnose(tmp_path))
 
 
 @pytest.mark.parametrize("norm", [0.0, 2.0])
@@ -125,3 +126,75 @@ def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit):
         main(["diagnose", *arguments])
     assert sentence in capsys.readouterr().err
+
+
+def damage(path, at, line):
+    lines = path.read_text().splitlines()
+    lines[at - 1 : at] = line
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [["{"], [], [""], ["[1]"], ['{"step": "7"}'], ['{"step": 9}'], ["\0" * 40], ["x" * 10**6],
+     ["[" * 10**5], ['{"step": 7}', '{"step": 7}']],
+    ids=["half", "gone", "empty", "a list", "text", "another", "zeros", "long", "nested", "twice"],
+)  # fmt: skip
+def test_a_damaged_line_is_told_with_its_number(tmp_path, line):
+    damage(write(tmp_path) / "metrics.jsonl", 7, line)
+    (finding,) = [f for f in diagnose(tmp_path) if f.look]
+    assert "can't be read or are out of order" in finding.what
+    assert f"the first is line {8 if len(line) == 2 else 7}" in finding.advice
+
+
+def test_numbers_that_are_missing_or_none_are_told_and_averaged_over(tmp_path):
+    for value in (None, "0.3", [1], True):
+        found = diagnose(write(tmp_path, kl=value, reward=value))
+        assert [f.value for f in found if f.look] == ["not in the log"] * 2
+    half = diagnose(write(tmp_path, kl=lambda step: 0.1 if step % 2 else None))
+    assert not looks(half) and "0.1" in [f.value for f in half]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300, 10**400])
+def test_numbers_that_are_not_finite_deserve_a_look(tmp_path, value):
+    found = diagnose(write(tmp_path, kl=value, reward=value, length=value))
+    assert len([f for f in found if f.look and f.value in ("nan", "inf", "-inf")]) >= 1
+    assert [f.value for f in found[-2:]] == ["not finite"] * 2
+    assert all(f.look for f in found[-2:])
+
+
+def test_the_log_of_another_tool_is_told_apart(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 3.2, "_runtime": 7}\n' * 9)
+    found = diagnose(tmp_path)
+    assert sum(f.value == "not in the log" for f in found) == sum(c.always for c in CHECKS) + 2
+    for text in ("", "epoch,loss\n1,3.2\n", '{"epoch": 1}\n', "\0" * 99):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="holds no step of a training run"):
+            diagnose(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 90, b"\2\0\0\0\0\0\0\0{", None])
+def test_weights_that_can_not_be_read_are_a_row(tmp_path, content):
+    (write(tmp_path) / "final").mkdir()
+    file = tmp_path / "final" / "adapter_model.safetensors"
+    save_file({"x.lora_B": torch.ones(9)}, file)
+    file.write_bytes(content or file.read_bytes()[:-4])
+    last = diagnose(tmp_path)[-1]
+    assert last.look and last.value.startswith("can't be read (") and "(final)" in last.what
+
+
+def test_an_adapter_that_is_not_finite_deserves_a_look(tmp_path):
+    (write(tmp_path) / "final").mkdir()
+    weights = {"x.lora_B": torch.tensor([1.0, float("nan")])}
+    save_file(weights, tmp_path / "final" / "adapter_model.safetensors")
+    assert diagnose(tmp_path)[-1].look
+
+
+def test_a_long_log_is_read_fast_and_line_by_line(tmp_path):
+    resource = pytest.importorskip("resource")
+    more = {f"tokens/role {n}": 1 / (n + 3) for n in range(15)}
+    write(tmp_path, steps=20_000, reward=lambda step: step / 20_000, **more)
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    assert not looks(diagnose(tmp_path))
+    assert time.process_time() - began < 3
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kB

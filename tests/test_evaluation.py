@@ -262,3 +262,39 @@ def test_results_of_before_may_be_written_over(tmp_path):
 def test_completions_do_not_write_over_the_data(tmp_path):
     with pytest.raises(ValueError, match="would write over data_file"):
         check_out(tmp_path / "data.json", str(tmp_path / "data.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "", "[1]", '{"problem": 0}', "\0" * 30,
+     '{"problem": 2, "text": "x", "correct": true, "tokens": 3}',
+     '{"problem": 1, "text": "x", "correct": "yes", "tokens": 3}',
+     '{"problem": 1, "text": "x", "correct": true, "tokens": null}'],
+    ids=["half", "empty", "a list", "fields", "zeros", "another problem", "a word", "null"],
+)  # fmt: skip
+def test_a_damaged_line_of_completions_is_refused_and_left_alone(policy, tmp_path, line):
+    file = tmp_path / "x.jsonl"
+    run(policy, save_to=file)
+    lines = file.read_text().splitlines()
+    lines[5] = line
+    file.write_text("\n".join(lines) + "\n")
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"x.jsonl' is damaged: line 6 .* of problem 1; restore"):
+        run(policy, save_to=file)
+    assert file.read_bytes() == before
+
+
+def test_a_line_of_completions_that_is_gone_is_refused(policy, tmp_path):
+    file = tmp_path / "x.jsonl"
+    run(policy, save_to=file)
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:3] + lines[4:]))
+    with pytest.raises(ValueError, match="line 4 does not hold a completion of problem 0"):
+        run(policy, save_to=file)
+
+
+def test_damaged_settings_of_completions_are_named(policy, tmp_path):
+    run(policy, save_to=tmp_path / "x.jsonl")
+    (tmp_path / "x.settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"x.settings.json' can't be used .*; restore it"):
+        run(policy, save_to=tmp_path / "x.jsonl")

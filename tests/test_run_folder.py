@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import stat
 from dataclasses import replace
 
 import pytest
 from helpers import content, run
+from safetensors.torch import load_file, save_file
 
+from iapo_mini.metrics import whole_log
 from iapo_mini.policy import load_policy
 
 
@@ -68,3 +71,97 @@ def test_weights_can_be_read_by_whom_other_files_can(config, tmp_path):
     saved = [*(tmp_path / "run").glob("*/*.safetensors")]
     assert len(saved) >= 3
     assert {stat.S_IMODE(path.stat().st_mode) for path in saved} == {usual}
+
+
+@pytest.mark.parametrize("lora_rank", [4, 0])
+@pytest.mark.parametrize(
+    "part", ["embed_tokens", "layers.1.mlp.up_proj", "layers.0.input_layernorm"]
+)
+def test_other_weights_under_the_same_name_are_refused(config, tmp_path, part, lora_rank):
+    shutil.copytree(config.model, tmp_path / "model")
+    config = replace(config, model=str(tmp_path / "model"), lora_rank=lora_rank, max_steps=2)
+    config = replace(config, save_steps=1, learning_rate=1e-3)
+    run(replace(config, max_steps=1), tmp_path / "run")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights[f"model.{part}.weight"] *= 1.0001
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model is .*, whose weights are not those that the run"):
+        run(config, tmp_path / "run", resume=True)
+    (tmp_path / "model" / "model.safetensors").write_bytes(before)
+    run(config, tmp_path / "run", resume=True)
+    run(config, tmp_path / "whole")
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+
+def test_a_run_of_a_version_that_kept_no_fingerprint_goes_on(config, tmp_path):
+    run(replace(config, max_steps=1, save_steps=1), tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    told = json.loads(file.read_text())
+    assert told.pop("model_fingerprint")["dtype"] == "torch.float32"
+    file.write_text(json.dumps(told))
+    run(replace(config, max_steps=2, save_steps=1), tmp_path / "run", resume=True)
+
+
+@pytest.fixture
+def stopped(config, tmp_path):
+    """A run of six steps that ended after the fifth: checkpoints 2 and 4, five lines of log."""
+
+    def stop(line):
+        if line["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(config, max_steps=6), tmp_path / "run", on_step=stop)
+    return tmp_path / "run"
+
+
+def changed(log, at, how):
+    lines = log.read_text().splitlines(keepends=True)
+    lines[at - 1 : at] = how(lines[at - 1])
+    log.write_text("".join(lines))
+
+
+DAMAGE = {
+    "half a line": lambda line: [line[:40] + "\n"],
+    "no line": lambda line: [],
+    "twice": lambda line: [line, line],
+    "a digit": lambda line: [line.replace("0", "1", 1)],
+    "zeros": lambda line: ["\0" * len(line) + "\n"],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_steps_after_the_damage_in_a_log_are_made_again(config, stopped, tmp_path, damage):
+    changed(stopped / "metrics.jsonl", 4 if damage != "twice" else 3, DAMAGE[damage])
+    with pytest.warns(UserWarning, match=r"metrics.jsonl' is damaged: .* after 'checkpoint-2' are"):
+        run(replace(config, max_steps=6), stopped, resume=True)
+    run(replace(config, max_steps=6), tmp_path / "whole")
+    assert content(stopped) == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "gone", "empty"])
+def test_a_log_damaged_before_every_checkpoint_is_refused_and_nothing_changes(
+    config, stopped, damage
+):
+    log = stopped / "metrics.jsonl"
+    if damage == "gone":
+        log.unlink()
+    elif damage == "empty":
+        log.write_text("")
+    else:
+        changed(log, 1, DAMAGE[damage])
+    before = {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file()}
+    line = "lines 1 to 2" if damage == "a digit" else f"line {2 if damage == 'twice' else 1} "
+    with pytest.raises(ValueError, match=rf"metrics.jsonl' is damaged: .*{line}.*; restore the"):
+        run(replace(config, max_steps=6), stopped, resume=True)
+    assert {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file()} == before
+
+
+def test_a_log_without_checksums_is_read_in_order(config, stopped):
+    for checkpoint in stopped.glob("checkpoint-*"):
+        sums = json.loads((checkpoint / "sha256.json").read_text())
+        del sums["metrics.jsonl"]
+        (checkpoint / "sha256.json").write_text(json.dumps(sums))
+    run(replace(config, max_steps=6), stopped, resume=True)
+    assert [row["step"] for row in whole_log(stopped / "metrics.jsonl", 6)] == [1, 2, 3, 4, 5, 6]

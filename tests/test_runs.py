@@ -187,6 +187,30 @@ def test_a_policy_is_judged_on_the_way_without_a_trace(tmp_path, monkeypatch):
     assert "on_the_way" not in long
 
 
+@pytest.mark.parametrize("content", ["{", "", "[]", '{"length": 3.0}'])
+@pytest.mark.parametrize("name", ["result.json", "job.json"])
+def test_a_damaged_file_of_a_run_is_named_before_another_run_begins(finished, name, content):
+    file = Path(finished[-1]["run"]) / name
+    before = file.read_text()
+    file.write_text(content)
+    try:
+        with pytest.raises(ValueError, match=rf"-1/{name}' can't be used .*; restore it, or"):
+            run_all(finished, parallel=1)
+    finally:
+        file.write_text(before)
+
+
+def test_a_damaged_log_of_a_run_is_named(finished):
+    file = Path(finished[-1]["run"]) / "train" / "metrics.jsonl"
+    before = file.read_text()
+    file.write_text(before[:50] + "\n")
+    try:
+        with pytest.raises(ValueError, match=r"metrics.jsonl' is damaged: line 1 does not hold"):
+            collect(finished, TINY)
+    finally:
+        file.write_text(before)
+
+
 def test_other_settings_in_the_same_folder_are_refused(finished):
     out = Path(finished[0]["run"]).parent
     jobs = make_jobs(TINY, out, {"gtpo": {"method": "gtpo", "alpha": 0.3}})

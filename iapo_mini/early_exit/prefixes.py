@@ -28,7 +28,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from iapo_mini.attention import model_mask, sliding_window
+from iapo_mini.attention import check_positions, model_mask, sliding_window
 from iapo_mini.early_exit import flat
 from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit, Question
 from iapo_mini.errors import first_line
@@ -364,7 +364,7 @@ def ask(
         (B, L + 1, r) fp32; zeros where nothing was asked.
 
     Raises:
-        ValueError: when nothing is asked.
+        ValueError: when nothing is asked, or the model has too few positions for it.
     """
     rows, width = rollouts.completion_ids.shape
     t = torch.arange(width + 1, device=rollouts.completion_ids.device)
@@ -374,6 +374,8 @@ def ask(
         raise ValueError("asked holds no prefix within the completions; allowed is at least one.")
     suffix = question.suffix.expand(rows, -1)
     case = Case(plain_model(model), rollouts, asked, suffix, question.keep)
+    tokens = rollouts.prompt_mask.sum(1) + rollouts.lengths
+    check_positions(case.model, int(tokens.max()) + suffix.shape[1])
     way = _way_for(case, how.way)
     alike = not question.by_row and bool((suffix == suffix[:1]).all())
     if way is _naive or not alike:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any
 import torch
 
 from iapo_mini.calibration import exit_calibration
+from iapo_mini.files import write_json
 from iapo_mini.intervals import expected_calibration_error
+from iapo_mini.metrics import logged
 from iapo_mini.plots import reliability
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import chain_of_thought, stories, token_roles
@@ -45,9 +46,12 @@ def assess(
         What is written to ``policy.json``: numbers, and lists of one for each tenth.
 
     Raises:
-        ValueError: when no policy can be loaded from ``folder``.
+        ValueError: when no policy can be loaded from ``folder``, or it holds no log.
     """
     folder, figures = Path(folder), Path(figures)
+    log = [row for _, row in logged(folder / "pretrain_log.jsonl") if "minutes" in row]
+    if not log:
+        raise ValueError(f"folder is '{folder}', which holds no log of a pretraining.")
     policy = load_policy(str(folder), lora_rank=0)
     problems = list(itertools.islice(stories("test", seed=0), n_stories))
     rng = random.Random("report")
@@ -68,7 +72,6 @@ def assess(
         confidence, correct = e["confidence"][:, at], e["correct"][:, at]
         return expected_calibration_error(confidence.flatten(), correct.flatten())
 
-    log = [json.loads(line) for line in (folder / "pretrain_log.jsonl").read_text().splitlines()]
     tenths = range(exits["entropy"].shape[1])
     result = {
         "ece": error(exits),
@@ -86,8 +89,7 @@ def assess(
         "train_minutes": log[-1]["minutes"],
         "stories": n_stories,
     }
-    (figures / "results").mkdir(parents=True, exist_ok=True)
-    (figures / "results" / "policy.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(figures / "results" / "policy.json", result)
     sets = {"world's chains, true answer": exits, "own chains, own final answer": own_exits}
     reliability(sets).savefig(figures / "calibration.png", dpi=150)
     return result

@@ -8,11 +8,11 @@ A claim is a quantity with an interval over seeds and the region in which it hol
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from iapo_mini.files import read_json, replace_text
 from iapo_mini.intervals import format_interval, mean_interval
 from iapo_mini.lab.ablation import ablation
 from iapo_mini.lab.departures import departures
@@ -213,7 +213,8 @@ def _of_departures(results: Mapping) -> list[Row]:
 def _theory(preset: str, figures: Path) -> dict:
     """Results of the theory, from its file where that is there: a run takes minutes."""
     path = results_path(figures, "theory", preset)
-    return json.loads(path.read_text()) if path.is_file() else theory(preset, figures=figures)
+    needs = ("theorem", "exploration", "corollary")
+    return read_json(path, {}, needs) or theory(preset, figures=figures)
 
 
 def claims(
@@ -233,7 +234,7 @@ def claims(
     """
     preset_of(preset)
     ablated = ablation(preset, out=out, figures=figures, parallel=parallel)  # Table 1 with it
-    table = json.loads(results_path(Path(figures), "table1", preset).read_text())
+    table = read_json(results_path(Path(figures), "table1", preset))
     swept = sweeps(preset, out=out, figures=figures, parallel=parallel)
     sections = {
         "Fewer tokens at equal accuracy (Table 1)": _of_table1(table),
@@ -263,5 +264,5 @@ def claims(
         lines += [f"| {row[0]} | {row[1]} | {row[2]} | **{row[3]}** |" for row in rows]
     text = "\n".join(lines) + "\n"
     name = "claims.md" if preset == "full" else f"claims_{preset}.md"
-    (Path(figures) / name).write_text(text)
+    replace_text(Path(figures) / name, text)
     return text

@@ -10,7 +10,6 @@ fine-tune, for one trained on whole chains only, and for that one after a short 
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from iapo_mini import plots
 from iapo_mini.calibration import calibrate, calibration, exit_calibration
 from iapo_mini.chat import token_texts
 from iapo_mini.early_exit.reading import logits_entropy
-from iapo_mini.files import versions, write_json
+from iapo_mini.files import read_json, versions, write_json
 from iapo_mini.information import (
     answer_entropies,
     answer_surprisals,
@@ -172,7 +171,7 @@ def estimator_study(figures: str | Path = "figures", n_stories: int = 300) -> di
     """
     figures = Path(figures)
     path = figures / "results" / "estimator.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = read_json(path, {})
     problems = list(itertools.islice(stories("test", seed=3), n_stories))
     rng = random.Random("estimator")
     chains = [chain_of_thought(p, rng) for p in problems]

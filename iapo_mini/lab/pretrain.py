@@ -36,6 +36,7 @@ from iapo_mini.calibration import Trunk, calibrate, exit_loss
 from iapo_mini.chat import render_prompt
 from iapo_mini.lab.assess import assess
 from iapo_mini.lab.story_model import HEAD_WIDTH, build_model, build_tokenizer
+from iapo_mini.metrics import trim_log
 from iapo_mini.policies import EMBEDDED
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import MAX_VALUE, chain_of_thought, stories
@@ -234,9 +235,7 @@ def _resume(
     model.load_state_dict(state["model"])
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(state[name])
-    lines = log.read_text().splitlines() if log.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
-    log.write_text("".join(line + "\n" for line in kept))
+    trim_log(log, state["step"])
     return state["step"], state["minutes"]
 
 

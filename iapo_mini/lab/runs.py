@@ -26,12 +26,12 @@ from tqdm.auto import tqdm
 
 from iapo_mini.config import TrainConfig, use_methods, with_defaults
 from iapo_mini.evaluation import evaluate
-from iapo_mini.files import versions, write_json
+from iapo_mini.files import read_json, versions, write_json
 from iapo_mini.lab import ledger
 from iapo_mini.lab.sizes import WAY_PROBLEMS, Size
+from iapo_mini.metrics import LOG, whole_log
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.stories import ROLES, stories, token_roles
-from iapo_mini.run_folder import logged
 from iapo_mini.trainer import start_policy, train
 
 _CHILD = "IAPO_MINI_CHILD"
@@ -112,14 +112,14 @@ def run_job(job: dict) -> None:
     train(config, folder, resume=resume, policy=policy, progress=False, wait=120.0, on_step=judge)
     if not (run / "primary.json").is_file():
         _judge(policy, job)
-    way = {step: json.loads(_way(run, step).read_text()) for step in size["on_the_way"]}
+    way = {step: read_json(_way(run, step)) for step in size["on_the_way"]}
     seconds = sum(
         value
-        for _, row in logged(folder / "metrics.jsonl")
+        for row in whole_log(folder / LOG, config.max_steps)
         for name, value in row.items()
         if name.startswith("seconds_")
     )
-    found = json.loads((run / "primary.json").read_text())
+    found = read_json(run / "primary.json")
     write_json(run / "result.json", found | {"on_the_way": way, "train_minutes": seconds / 60})
 
 
@@ -172,13 +172,20 @@ def _judge(policy: Policy, job: Mapping) -> None:
 
 
 def _found(job: Mapping) -> dict | None:
-    """``{"result", "curve"}`` of a run from its folder; None if it is not finished there."""
-    run = Path(job["run"])
-    if not (run / "result.json").is_file():
+    """``{"result", "curve"}`` of a run from its folder; None if it is not finished there.
+
+    Raises:
+        ValueError: for a file of it that is damaged.
+    """
+    path = Path(job["run"]) / "result.json"
+    if not path.is_file():
         return None
-    result, curve = json.loads((run / "result.json").read_text()), None
+    ks = job["evaluation"]["ks"]
+    metrics = [f"{name}@{k}" for name in ("pass", "length", "ratio") for k in ks]
+    needs = ("length", *metrics, "intervals", "roles", "by_steps", "train_minutes")
+    result, curve = read_json(path, needs=needs), None
     if job["config"] is not None:
-        rows = [row for _, row in logged(run / "train" / "metrics.jsonl")]
+        rows = whole_log(path.parent / "train" / LOG, job["config"]["max_steps"])
         curve = {name: [round(row[name], 5) for row in rows] for name in ledger.CURVES}
     return {"result": result, "curve": curve}
 
@@ -204,8 +211,9 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None, kept: Path | None
         if entry is not None and _as_now(entry["job"] | {"run": job["run"]}, job["run"]) == job:
             continue
         saved = run / "job.json"
-        same = saved.is_file() and _as_now(json.loads(saved.read_text()), job["run"]) == job
-        if same and (found := _found(job)) is not None:
+        before = read_json(saved, {}, needs=("config",))
+        same = bool(before) and _as_now(before, job["run"]) == job
+        if same and (found := _found(job)) is not None:  # a damaged one is told before others run
             if kept is not None:
                 ledger.append(kept, job, found)
             continue
@@ -236,7 +244,7 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None, kept: Path | None
                 running[process] = run
             time.sleep(0.5)
             for process, run in list(running.items()):
-                metrics = run / "train" / "metrics.jsonl"
+                metrics = run / "train" / LOG
                 done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
                 bar.update(done - counted.get(run, 0))
                 counted[run] = done
@@ -338,4 +346,4 @@ def _end_with_parent() -> None:
 if __name__ == "__main__":
     if os.environ.get(_CHILD):
         _end_with_parent()
-    run_job(json.loads(Path(sys.argv[1]).read_text()))
+    run_job(read_json(Path(sys.argv[1])))

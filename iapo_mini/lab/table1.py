@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import torch
 
 from iapo_mini.chat import token_texts
-from iapo_mini.files import write_json
+from iapo_mini.evaluation import read_completions
+from iapo_mini.files import read_json, write_json
 from iapo_mini.information import answer_entropies, informativeness
 from iapo_mini.lab.figures import methods as drawn
 from iapo_mini.lab.results import check_options, draw_comparison, file_stem, results_path
@@ -43,7 +43,7 @@ def table1(
     run_all(jobs, parallel)
     results = collect(jobs, sizes.table1)
     path = results_path(figures, "table1", preset)
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = read_json(path, {})
     if before.get("methods") == results["methods"] and "wall_clock" in before:
         results["wall_clock"] = before["wall_clock"]
     else:
@@ -111,9 +111,9 @@ def answers_to_one_story(jobs: Sequence[dict]) -> tuple[str, dict[str, str]]:
     for job in jobs:
         if job["seed"] != jobs[0]["seed"]:
             continue
-        lines = (Path(job["run"]) / "completions.jsonl").read_text().splitlines()
         rows = right.setdefault(Path(job["run"]).name.rsplit("-", 1)[0], {})
-        for completion in map(json.loads, lines):
+        file, group = Path(job["run"]) / "completions.jsonl", job["evaluation"]["num_generations"]
+        for completion in read_completions(file, group):
             if completion["correct"]:
                 rows.setdefault(completion["problem"], []).append(completion)
     common = set.intersection(*(set(rows) for rows in right.values()))

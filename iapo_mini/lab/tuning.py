@@ -7,14 +7,13 @@ each of the tuning seeds, which no reported run has, and judged by their mean.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from iapo_mini import plots
 from iapo_mini.config import TrainConfig
-from iapo_mini.files import versions, write_json
+from iapo_mini.files import read_json, versions, write_json
 from iapo_mini.lab.ledger import ledger_path
 from iapo_mini.lab.results import check_options, file_stem, results_path
 from iapo_mini.lab.runs import START, collect, make_jobs, run_all
@@ -182,7 +181,7 @@ def tuning_table(results: dict) -> str:
 def tuned(preset: str, out: Path, figures: Path, parallel: int | None) -> dict[str, dict]:
     """Row -> the settings that :func:`tune` chose; from its file if that has these rows."""
     path = results_path(figures, "tuning", preset)
-    results: dict = json.loads(path.read_text()) if path.is_file() else {"trials": {}}
+    results = read_json(path, {"trials": {}, "chosen": {}}, needs=("trials", "chosen"))
     first = {row: rows[0]["settings"] for row, rows in results["trials"].items()}
     if first != {row: first_trials(row)[0] for row in ROWS}:
         results = tune(preset, out=out, figures=figures, parallel=parallel)

@@ -61,8 +61,12 @@ _NUMBER = re.compile(
 )
 # A word or two after a number. What joins, doubts or scales is no unit: "5 or 6", "3 million".
 _NO_UNIT = (
-    r"(?!(?:[^{}]*[^A-Za-z])?(?:or|and|but|nor|not|if|else|than|to|maybe|about|percent|hundred|"
-    r"thousand|[a-z]*illion|dozen|times)(?:[^A-Za-z]|$|\}))"
+    r"(?i:(?!(?:[^{}]*[^A-Za-z])?(?:or|and|but|nor|not|n?either|if|unless|except|(?:or)?else|than|"
+    r"otherwise|to|by|at|is|was|are|i|we|any|less|more|fewer|maybe|perhaps|possibly|probably|about|"
+    r"around|roughly|approximately|nearly|almost|vs|versus|plus|minus|negative|over|squared|cubed|"
+    r"root|factorial|mod|modulo|base|per\s*cent|percentage|hundreds?|thousands?|[a-z]*illions?|half|"
+    r"halves|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|dozens?|tens|score|"
+    r"gross|times)(?:[^A-Za-z]|$|\})))"
 )
 _SI = (
     r"(?:[kcmu]?m|[mk]?g|[kM]?W|k?J|[mkM]?Hz|k?N|[cm]?L|min|s|h|ft|in|yd|mi|lb|oz|cal|mph|km/h|m/s)"
@@ -282,12 +286,8 @@ def _serve() -> None:
     from math_verify import LatexExtractionConfig, parse, verify
 
     def read(text: str) -> list:
-        return parse(
-            f"${text}$",
-            extraction_config=[LatexExtractionConfig()],
-            fallback_mode="no_fallback",
-            parsing_timeout=None,
-        )
+        how: Any = {"fallback_mode": "no_fallback", "parsing_timeout": None}
+        return parse(f"${text}$", extraction_config=[LatexExtractionConfig()], **how)
 
     def equal(given: str, reference: str) -> bool:
         try:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from iapo_mini.files import read_json
+
 _RESULTS = Path(__file__).parent.parent.parent / "figures" / "results"
 _RESULTS_URL = "https://raw.githubusercontent.com/iapo-mini/iapo-mini/main/figures/results/"
 
@@ -68,7 +70,7 @@ def committed_result(name: str) -> dict:
     """
     path = _RESULTS / name
     if path.is_file():
-        return json.loads(path.read_text())
+        return read_json(path)
     try:
         with urllib.request.urlopen(_RESULTS_URL + name, timeout=20) as answer:
             return json.load(answer)

@@ -7,14 +7,17 @@ what lies outside deserves a look, and is not always a fault.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from iapo_mini.run_folder import checkpoints, logged
+from iapo_mini.errors import first_line
+from iapo_mini.metrics import LOG, row_of
+from iapo_mini.run_folder import checkpoints
 
 WEIGHTS = ("adapter_model.safetensors", "trainable.safetensors")
 """Where the adapter stands: in ``final/``, in a checkpoint."""
@@ -29,6 +32,7 @@ class Check:
         read: metrics of a step -> the number, or None where the run has none.
         low, high: the healthy range, ends included.
         if_low, if_high: what it means and what to do below and above it.
+        always: whether every run has it.
     """
 
     what: str
@@ -37,52 +41,64 @@ class Check:
     high: float = math.inf
     if_low: str = ""
     if_high: str = ""
+    always: bool = True
+
+
+def _number(metrics: Mapping, name: str) -> float | None:
+    """A metric of a step; None where its line has no number for it."""
+    value = metrics.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    if abs(value) > 1e100:  # no metric: squares of it would overflow
+        return math.inf if value > 0 else -math.inf
+    return float(value)
 
 
 def _told(metrics: Mapping) -> float | None:
     """Information of a whole completion, nats: the mean of s times the length."""
-    s = metrics.get("informativeness")
-    return None if s is None else s * metrics["length"]
+    s, length = _number(metrics, "informativeness"), _number(metrics, "length")
+    return None if s is None or length is None else s * length
 
 
 CHECKS = (
     Check(
-        "share well-formed (format)", lambda m: m["format"], low=0.9,
+        "share well-formed (format)", lambda m: _number(m, "format"), low=0.9,
         if_low="answers are not found where they should stand. Early on this is normal for a model "
         "that has never seen the format; later it is not: look at completions.",
     ),
     Check(
-        "share cut at the limit (truncated)", lambda m: m["truncated"], high=0.05,
+        "share cut at the limit (truncated)", lambda m: _number(m, "truncated"), high=0.05,
         if_high="a cut completion counts as wrong, whatever it was about to say: raise "
         "max_completion_length.",
     ),
     Check(
         "groups whose rewards are all equal (zero_variance_groups)",
-        lambda m: m["zero_variance_groups"], high=0.7,
+        lambda m: _number(m, "zero_variance_groups"), high=0.7,
         if_high="they teach GRPO nothing. Take problems that are sometimes solved, or more "
         "completions per prompt (num_generations), or stop: it has learnt what there is.",
     ),
     Check(
-        "gradient norm before clipping (grad_norm)", lambda m: m["grad_norm"], 1e-6, 10.0,
+        "gradient norm before clipping (grad_norm)", lambda m: _number(m, "grad_norm"), 1e-6, 10.0,
         "nothing is learnt: all advantages are zero, or nothing is trainable.",
         "steps are only as large as max_grad_norm lets them be: lower learning_rate.",
     ),
     Check(
-        "KL to the reference policy (kl, nats per token)", lambda m: m["kl"], high=0.5,
+        "KL to the reference policy (kl, nats per token)", lambda m: _number(m, "kl"), high=0.5,
         if_high="the policy has gone far: lower learning_rate, or raise kl_coef.",
     ),
     Check(
-        "tokens at the clip (clip_ratio)", lambda m: m["clip_ratio"], high=0.2,
+        "tokens at the clip (clip_ratio)", lambda m: _number(m, "clip_ratio"), high=0.2,
         if_high="batches are used too often or steps are too large: lower num_iterations or "
         "learning_rate.",
     ),
     Check(
-        "policy entropy (entropy, nats per token)", lambda m: m["entropy"], low=0.02,
+        "policy entropy (entropy, nats per token)", lambda m: _number(m, "entropy"), low=0.02,
         if_low="completions of a group are nearly alike and nothing can be compared: lower "
         "learning_rate or alpha, or stop earlier.",
     ),
     Check(
         "information told by a completion (informativeness x length, nats)", _told, low=0.3,
+        always=False,
         if_low="forced answers are as sure before the reasoning as after it. If the model is not "
         "calibrated there, the estimate is noise: see docs/estimators.md and calibrate().",
     ),
@@ -100,16 +116,67 @@ class Finding:
     advice: str = ""
 
 
-def read_metrics(run: str | Path) -> list[dict]:
-    """The steps of ``metrics.jsonl``; a last line that a kill left half is passed over.
+_PLAIN = re.compile(rb'\{"step": ([0-9]{1,15})(?:, "[^"\\]*+": (?:-?[0-9][0-9.e+-]*+|null))*+\}\n')
+"""A line as a run writes it, all of whose numbers are finite. Matching takes a third of parsing."""
+
+
+@dataclass
+class _Log:
+    """What is kept of a log while it is read line by line, however long it is.
+
+    Attributes:
+        last: how many steps to keep at either end.
+        steps: how many there are.
+        step: the newest.
+        first, ending: lines of the first and of the last steps.
+        odd: steps with a number that is not finite.
+        unread: numbers of the lines that hold no step, or not the one after the step before.
+    """
+
+    last: int
+    steps: int = 0
+    step: int = 0
+    first: list[bytes] = field(default_factory=list)
+    ending: list[bytes] = field(default_factory=list)
+    odd: list[int] = field(default_factory=list)
+    unread: list[int] = field(default_factory=list)
+
+    def add(self, number: int, line: bytes) -> None:
+        """Take in a line; a last one that a kill cut short is passed over."""
+        plain = _PLAIN.fullmatch(line)
+        row = None if plain else row_of(line)
+        step = int(plain[1]) if plain else None if row is None else int(row["step"])
+        if step != self.step + 1 and line.endswith(b"\n"):
+            self.unread.append(number)
+        if step is None:
+            return
+        self.steps, self.step = self.steps + 1, step
+        if len(self.first) < self.last:
+            self.first.append(line)
+        self.ending.append(line)
+        del self.ending[: -self.last]
+        if any(isinstance(x, float) and not math.isfinite(x) for x in (row or {}).values()):
+            self.odd.append(step)
+
+
+def read_log(run: str | Path, last: int) -> _Log:
+    """Read the steps of ``metrics.jsonl``, keeping ``last`` of them at either end.
 
     Raises:
-        ValueError: when the folder holds no step of a run.
+        ValueError: when the folder holds no step of a run, or its log can't be read.
     """
-    rows = [row for _, row in logged(Path(run) / "metrics.jsonl")]
-    if not rows:
-        raise ValueError(f"run is '{run}', which holds no step of a training run (metrics.jsonl).")
-    return rows
+    path, log = Path(run) / LOG, _Log(last)
+    if path.is_file():
+        try:
+            with path.open("rb") as lines:
+                for number, line in enumerate(lines, start=1):
+                    log.add(number, line)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(f"run is '{run}', whose {LOG} can't be read ({reason}).") from error
+    if not log.steps:
+        raise ValueError(f"run is '{run}', which holds no step of a training run ({LOG}).")
+    return log
 
 
 def diagnose(run: str | Path, last: int = 10) -> list[Finding]:
@@ -120,30 +187,40 @@ def diagnose(run: str | Path, last: int = 10) -> list[Finding]:
         last: steps at the end that are averaged.
 
     Returns:
-        One finding for each of ``CHECKS`` that the run has numbers for, then whether all metrics
-        are finite, where reward and length are going, and whether the adapter has left zero.
+        One finding for each of ``CHECKS`` that the run should have numbers for, then lines of the
+        log that can't be read, if there are any, whether all metrics are finite, where reward and
+        length are going, and whether the adapter has left zero.
 
     Raises:
         ValueError: for ``last`` below 1, or a folder without a step.
     """
     if last < 1:
         raise ValueError(f"last is {last}; allowed are 1 and above.")
-    rows = read_metrics(run)
-    ending = rows[-last:]
+    log = read_log(run, last)
+    ending = _rows(log.ending)
     found = []
     for check in CHECKS:
         values = [x for x in map(check.read, ending) if x is not None]
         if values:
-            mean = statistics.fmean(values)
+            mean = sum(values) / len(values)
             low, high = mean < check.low, mean > check.high
             advice = check.if_low if low else check.if_high if high else ""
-            found.append(Finding(check.what, f"{mean:.3g}", _range(check), low or high, advice))
-    odd = [row["step"] for row in rows if any(not _finite(x) for x in row.values())]
+            look = low or high or not math.isfinite(mean)
+            found.append(Finding(check.what, f"{mean:.3g}", _range(check), look, advice))
+        elif check.always:
+            found.append(Finding(check.what, "not in the log", _range(check), True))
+    if log.unread:
+        found.append(Finding(
+            "lines of the log that can't be read or are out of order", str(len(log.unread)), "0",
+            True, f"the first is line {log.unread[0]} of {LOG}: the file was damaged after it was "
+            "written, or another program has written into it.",
+        ))  # fmt: skip
+    odd = log.odd
     found.append(Finding(
         "steps with a number that is not finite", str(len(odd)), "0", bool(odd),
         f"the first is step {odd[0]}: lower learning_rate." if odd else "",
     ))  # fmt: skip
-    return [*found, _reward(rows, last), _length(rows, last), *_adapter(Path(run))]
+    return [*found, _reward(log), _length(log), *_adapter(Path(run))]
 
 
 def _range(check: Check) -> str:
@@ -152,35 +229,42 @@ def _range(check: Check) -> str:
     return f"<= {check.high:g}" if math.isinf(check.low) else f"{check.low:g} to {check.high:g}"
 
 
-def _finite(value: object) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+def _rows(lines: Sequence[bytes]) -> list[dict]:
+    return [row for line in lines if (row := row_of(line)) is not None]
 
 
-def _change(rows: Sequence[Mapping], last: int, name: str) -> tuple[str, str]:
+def _change(log: _Log, name: str) -> tuple[str, str]:
     """Mean of the last steps less that of as many first ones: direction, and the numbers."""
-    size = min(last, len(rows) // 3)
+    size = min(log.last, log.steps // 3)
     if size < 2:
         return "", "too few steps to tell"
-    before, after = ([row[name] for row in part] for part in (rows[:size], rows[-size:]))
+    ends = _rows(log.first[:size]), _rows(log.ending[-size:])
+    before, after = ([x for row in part if (x := _number(row, name)) is not None] for part in ends)
+    if min(len(before), len(after)) < 2:
+        return "", "not in the log"
+    if not all(map(math.isfinite, [*before, *after])):
+        return "", "not finite"
     change = statistics.fmean(after) - statistics.fmean(before)
     error = 2 * math.sqrt((statistics.variance(before) + statistics.variance(after)) / size)
     told = "rises" if change > error else "falls" if change < -error else "within the noise"
     return told, f"{change:+.3g} +- {error:.2g}, {told}"
 
 
-def _reward(rows: Sequence[Mapping], last: int) -> Finding:
-    told, value = _change(rows, last, "reward")
+def _reward(log: _Log) -> Finding:
+    told, value = _change(log, "reward")
     advice = {
         "falls": "training makes it worse: lower learning_rate, alpha and beta.",
         "within the noise": "more steps, or more prompts_per_step, would tell a small gain from "
         "none. (The loss tells nothing: it is near zero by construction.)",
     }.get(told, "")
-    return Finding("reward, end less beginning", value, "rises", told == "falls", advice)
+    look = told == "falls" or value.startswith("not ")
+    return Finding("reward, end less beginning", value, "rises", look, advice)
 
 
-def _length(rows: Sequence[Mapping], last: int) -> Finding:
-    value = _change(rows, last, "length")[1]
-    return Finding("length, end less beginning (tokens)", value, "either way", False)
+def _length(log: _Log) -> Finding:
+    value = _change(log, "length")[1]
+    look = value.startswith("not ")
+    return Finding("length, end less beginning (tokens)", value, "either way", look)
 
 
 def _adapter(run: Path) -> list[Finding]:
@@ -188,14 +272,20 @@ def _adapter(run: Path) -> list[Finding]:
     folders = (run / "final", *reversed(checkpoints(run)))
     files = [folder / name for folder in folders for name in WEIGHTS]
     for file in filter(Path.is_file, files):
-        with safe_open(file, framework="pt") as weights:
-            matrices = [weights.get_tensor(n) for n in weights.keys() if "lora_B" in n]  # noqa: SIM118
-        if not matrices:  # every weight was trained
-            return []
-        norm = math.sqrt(sum(float(b.float().square().sum()) for b in matrices))
-        advice = "" if norm else "the adapter is as it began: the policy is still the start policy."
         what = f"norm of the adapter's B matrices ({file.parent.name})"
-        return [Finding(what, f"{norm:.3g}", "above 0", not norm, advice)]
+        try:
+            with safe_open(file, framework="pt") as weights:
+                names = [name for name in weights.keys() if "lora_B" in name]  # noqa: SIM118
+                squares = [float(weights.get_tensor(n).float().square().sum()) for n in names]
+        except (OSError, SafetensorError) as error:
+            told = f"can't be read ({first_line(error)})"
+            advice = f"'{file}' is damaged, or belongs to somebody else."
+            return [Finding(what, told, "above 0", True, advice)]
+        if not squares:  # every weight was trained
+            return []
+        norm = math.sqrt(sum(squares))
+        advice = "" if norm else "the adapter is as it began: the policy is still the start policy."
+        return [Finding(what, f"{norm:.3g}", "above 0", not 0 < norm < math.inf, advice)]
     return []
 
 
