@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo full long test check types fast torture policy notebooks course clean
+.PHONY: demo full long test check types fast torture real policy notebooks course clean
 
 demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy, compare them, three seeds (about six minutes)
 	$(RUN) iapo_mini compare --preset demo
@@ -31,6 +31,11 @@ test: $(VENV)/ready  ## style, types and every test, the notebooks included
 
 torture: $(VENV)/ready  ## kills, full disks and hostile input: a few minutes
 	$(RUN) pytest tests/torture
+
+real: $(VENV)/ready  ## a pretrained model, end to end: make real MODEL=folder-or-hub-id
+	@test -n "$(MODEL)" || { echo "make real wants MODEL=..., a model folder or a hub id"; exit 2; }
+	HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-0} IAPO_REAL_MODEL="$(MODEL)" \
+	  $(RUN) pytest tests/real -rA --durations=0
 
 long: $(VENV)/ready  ## three seeds, 60 steps
 	$(RUN) iapo_mini compare --preset long

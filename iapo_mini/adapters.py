@@ -55,19 +55,25 @@ def some_weights(model: torch.nn.Module, count: int = 256) -> list[float]:
     return torch.cat([v.cpu() for v in values])[:count].tolist() if values else []
 
 
-def write_base(folder: str | Path, model: torch.nn.Module, name: str) -> None:
-    """Write ``base.json`` into an adapter's folder."""
-    told = {"model": name, "weights": some_weights(model)}
+def write_base(
+    folder: str | Path, model: torch.nn.Module, name: str, asked: dict[str, str]
+) -> None:
+    """Write ``base.json`` into an adapter's folder; ``asked``: subfolder, revision on the hub."""
+    told = {"model": name, **asked, "weights": some_weights(model)}
     (Path(folder) / BASE).write_text(json.dumps(told) + "\n")
 
 
-def base_of(adapter: str | Path) -> str | None:
-    """Name of the model that an adapter was trained on; None where its folder does not say."""
+def base_of(adapter: str | Path) -> dict[str, str]:
+    """Model that an adapter was trained on, and its subfolder and revision on the hub.
+
+    Empty where the adapter's folder does not say.
+    """
     for file, key in ((BASE, "model"), ("adapter_config.json", "base_model_name_or_path")):
         name = read_json(Path(adapter) / file, {}).get(key)
         if name:
-            return str(name)
-    return None
+            asked = {x: str(found[x]) for x in ("subfolder", "revision") if found.get(x)}
+            return {"model": str(name), **asked}
+    return {}
 
 
 def check_base(adapter: str | Path, model: torch.nn.Module, name: str) -> None:

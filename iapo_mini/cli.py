@@ -82,7 +82,17 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
     add("--model",
         help="'embedded', a folder, or a hub id (default: the adapter's, or embedded)")  # fmt: skip
     add("--adapter", help="folder of a trained adapter (PEFT format)")
+    add("--subfolder", default="", help="folder of the model in its repository (default: the top)")
+    add("--revision", help="branch, tag or commit of a hub id (default: the newest)")
     add("--four-bit", action="store_true", help="load the weights in 4 bits (NF4; bitsandbytes)")
+
+
+def _policy(args: argparse.Namespace) -> Any:
+    """The policy that these options name."""
+    from iapo_mini.policy import load_policy
+
+    names = ("adapter", "subfolder", "revision", "four_bit")
+    return load_policy(args.model, lora_rank=0, **{name: getattr(args, name) for name in names})
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
@@ -228,23 +238,15 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     from iapo_mini.evaluation import check_out, evaluate, evaluation_table
     from iapo_mini.files import versions, writable_folder, write_json
-    from iapo_mini.policy import load_policy
 
     check_out(out, args.data_file)
     writable_folder(out.parent, "out")
     torch.set_num_threads(args.threads)
-    policy = load_policy(args.model, adapter=args.adapter, lora_rank=0, four_bit=args.four_bit)
     result = evaluate(
-        policy,
-        problems,
-        ks=args.k,
-        num_generations=max(args.k),
-        max_completion_length=args.max_completion_length,
-        temperature=args.temperature,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        save_to=out.with_suffix(".jsonl"),
-    )
+        _policy(args), problems, ks=args.k, num_generations=max(args.k),
+        max_completion_length=args.max_completion_length, temperature=args.temperature,
+        batch_size=args.batch_size, seed=args.seed, save_to=out.with_suffix(".jsonl"),
+    )  # fmt: skip
     del result["completions"]  # they are in their file
     print(evaluation_table(result, args.k))
     of = "" if args.data == "stories" else f" of {found}"
@@ -276,11 +278,10 @@ def _explain(args: argparse.Namespace) -> None:
         problem = next(itertools.islice(stories("test"), args.seed, None))
 
     from iapo_mini.files import writable_folder
-    from iapo_mini.policy import load_policy
     from iapo_mini.tools.explain import explain, terminal_text
 
     writable_folder(Path(args.out).parent, "out")
-    policy = load_policy(args.model, adapter=args.adapter, lora_rank=0, four_bit=args.four_bit)
+    policy = _policy(args)
     explained = explain(policy, problem, temperature=args.temperature, seed=args.seed)
     color = args.color == "always" or (
         args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -50,7 +50,7 @@ def check_four_bit(device: str) -> None:
 
 
 def load_four_bit(
-    source: str, device: str, dtype: torch.dtype
+    source: str, device: str, dtype: torch.dtype, **asked: str
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A causal LM whose linear layers, the vocabulary head excepted, are in NF4.
 
@@ -58,6 +58,7 @@ def load_four_bit(
         source: folder or hub id.
         device: where the weights go, and where they are quantised.
         dtype: of all that is not quantised, and of the arithmetic.
+        asked: subfolder and revision of a hub id, where they are given.
 
     Returns:
         The model, and what transformers says of the weights that it found.
@@ -76,6 +77,7 @@ def load_four_bit(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         ),
+        **asked,
     )
     model, told = loaded
     for layer in _quantised_layers(model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -30,11 +30,9 @@ def model_source(model: str, weights: bool = True) -> str:
     """
     if model in SHIPPED:
         return str(SHIPPED[model])
-    path = Path(model)
-    looks_local = path.exists() or path.is_absolute() or model.startswith((".", "~"))
-    if not looks_local:
+    if not _looks_local(model):
         return model  # a hub id
-    path = path.expanduser()
+    path = Path(model).expanduser()
     if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
         raise ValueError(
             f"model is '{model}', which is an adapter; say --adapter '{model}' (adapter=), its "
@@ -69,6 +67,44 @@ def model_source(model: str, weights: bool = True) -> str:
                     "complete the folder."
                 )
     return str(path)
+
+
+def of_repository(model: str, subfolder: str, revision: str | None) -> tuple[str, dict[str, str]]:
+    """A model that is one of several in a repository, or stands at a revision of it.
+
+    Args:
+        model: folder or hub id of the repository.
+        subfolder: folder of the model within it, with ``/`` between parts; empty for its top.
+        revision: branch, tag or commit on the hub; None for the newest.
+
+    Returns:
+        The model (the inner folder of a folder), and what else the hub is asked for.
+
+    Raises:
+        ValueError: for a subfolder that leads out of the repository, or a revision of a folder.
+    """
+    inner = PurePosixPath(subfolder)
+    if inner.is_absolute() or ".." in inner.parts:
+        raise ValueError(
+            f"subfolder is '{subfolder}'; allowed is the path of a folder inside '{model}'."
+        )
+    if not _looks_local(model):
+        asked = {"subfolder": subfolder, "revision": revision or ""}
+        return model, {name: value for name, value in asked.items() if value}
+    if revision:
+        raise ValueError(
+            f"revision is '{revision}', but model is '{model}', which is no hub id and has none."
+        )
+    if model in SHIPPED and subfolder:
+        raise ValueError(f"subfolder is '{subfolder}', but model is '{model}', which has none.")
+    return (str(Path(model) / inner) if subfolder else model), {}
+
+
+def _looks_local(model: str) -> bool:
+    """Whether a name is that of a shipped model or of a folder, not a hub id."""
+    path = Path(model)
+    local = path.exists() or path.is_absolute() or model.startswith((".", "~"))
+    return model in SHIPPED or local
 
 
 def _settings(model: str, folder: Path) -> dict[str, dict]:

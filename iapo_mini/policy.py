@@ -12,7 +12,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,13 @@ from iapo_mini.four_bit import (
     plain_weight,
     prepare_for_adapter,
 )
-from iapo_mini.model_files import check_forward, check_loaded, check_quantised, model_source
+from iapo_mini.model_files import (
+    check_forward,
+    check_loaded,
+    check_quantised,
+    model_source,
+    of_repository,
+)
 from iapo_mini.policies import EMBEDDED
 
 # Below this many parameters a second, merged copy of the weights is cheap and makes sampling and
@@ -58,12 +64,14 @@ class Policy:
         tokenizer: its tokenizer, padding on the left.
         frozen: copy of the start weights for full fine-tuning with a KL term, else None.
         name: what it was loaded by.
+        asked: the subfolder and revision that the hub was asked for, where they were given.
     """
 
     model: Any
     tokenizer: transformers.PreTrainedTokenizerBase
     frozen: PreTrainedModel | None = None
     name: str = ""
+    asked: dict[str, str] = field(default_factory=dict)
     _merged: PreTrainedModel | None = None
 
     @property
@@ -214,7 +222,7 @@ class Policy:
         self.model.save_pretrained(folder, **settings)
         self.tokenizer.save_pretrained(folder)
         if self.uses_lora:
-            write_base(folder, self.model, self.name)
+            write_base(folder, self.model, self.name, self.asked)
 
 
 @contextlib.contextmanager
@@ -235,6 +243,8 @@ def quiet_libraries() -> None:
 def load_policy(
     model: str | None = None,
     *,
+    subfolder: str = "",
+    revision: str | None = None,
     adapter: str | Path | None = None,
     lora_rank: int = 16,
     lora_alpha: int | None = None,
@@ -251,6 +261,8 @@ def load_policy(
         model: ``"embedded"``, ``"embedded-calibrated"``, ``"embedded-uncalibrated"``, a folder
             written by ``save_pretrained``, or a hub id. Default: the model that the adapter was
             trained on, ``"embedded"`` without an adapter.
+        subfolder: folder of the model within a repository that holds several.
+        revision: branch, tag or commit of a hub id.
         adapter: folder of a trained PEFT adapter to continue from or to evaluate.
         lora_rank: rank of new LoRA matrices on all linear layers; 0 trains every weight.
         lora_alpha: LoRA scale numerator, default ``2 * lora_rank``.
@@ -271,7 +283,11 @@ def load_policy(
     if lora_rank < 0:
         raise ValueError(f"lora_rank is {lora_rank}; allowed are 0 (full fine-tuning) and above.")
     if model is None:
-        model = EMBEDDED if adapter is None else base_of(adapter) or EMBEDDED
+        base = {} if adapter is None else base_of(adapter)
+        model = base.get("model", EMBEDDED)
+        subfolder = subfolder or base.get("subfolder", "")
+        revision = revision or base.get("revision")
+    model, asked = of_repository(model, subfolder, revision)
     source = model_source(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if four_bit:
@@ -280,8 +296,9 @@ def load_policy(
         dtype = compute_dtype(device) if four_bit else torch.float32
     quiet_libraries()
     tokenizer, causal_lm = _load(
-        model, source, device, dtype, four_bit=four_bit, checkpointing=gradient_checkpointing
-    )
+        model, source, asked, device, dtype,
+        four_bit=four_bit, checkpointing=gradient_checkpointing,
+    )  # fmt: skip
     if four_bit and device == "cpu":
         check_rows(model, causal_lm)
     if tokenizer.pad_token is None:
@@ -292,16 +309,19 @@ def load_policy(
     frozen = copy.deepcopy(causal_lm).requires_grad_(False).eval() if keep_reference else None
     if adapter is not None:
         check_base(adapter, causal_lm, model)
-        return Policy(_with_trained_adapter(causal_lm, adapter, model), tokenizer, frozen, model)
+        adapted = _with_trained_adapter(causal_lm, adapter, model)
+        return Policy(adapted, tokenizer, frozen, model, asked)
     if lora_rank == 0:
-        return Policy(causal_lm, tokenizer, frozen, model)
+        return Policy(causal_lm, tokenizer, frozen, model, asked)
     alpha = lora_alpha if lora_alpha is not None else 2 * lora_rank
-    return Policy(_with_new_adapter(causal_lm, lora_rank, alpha, seed), tokenizer, None, model)
+    adapted = _with_new_adapter(causal_lm, lora_rank, alpha, seed)
+    return Policy(adapted, tokenizer, None, model, asked)
 
 
 def _load(
     model: str,
     source: str,
+    asked: dict[str, str],
     device: str,
     dtype: torch.dtype,
     *,
@@ -309,39 +329,44 @@ def _load(
     checkpointing: bool,
 ) -> tuple[transformers.PreTrainedTokenizerBase, Any]:
     """Tokenizer and causal LM; whatever is wrong with them is told in one sentence."""
+    within = "".join(f", {name} '{value}'," for name, value in asked.items())
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **asked)
     except Exception as error:
-        raise _not_loaded(model, error) from error
+        raise _not_loaded(model, error, within) from error
     check_quantised(model, config, four_bit)
     try:
         # False, not unset: transformers would ask on the terminal and wait.
         tokenizer = AutoTokenizer.from_pretrained(
-            source, padding_side="left", trust_remote_code=False
+            source, padding_side="left", trust_remote_code=False, **asked
         )
         tokenizer("1 + 1 = 2", padding=True)  # some settings are first read here
         causal_lm: Any
         if four_bit:
-            causal_lm, told = load_four_bit(source, device, dtype)
+            causal_lm, told = load_four_bit(source, device, dtype, **asked)
             with _by_older_names():
                 causal_lm = prepare_for_adapter(causal_lm, dtype, checkpointing)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                output_loading_info=True, ignore_mismatched_sizes=True,
+                output_loading_info=True, ignore_mismatched_sizes=True, **asked,
             )  # fmt: skip
             causal_lm, told = loaded[0].to(device), loaded[1]
     except Exception as error:
-        raise _not_loaded(model, error) from error
+        raise _not_loaded(model, error, within) from error
     check_loaded(model, tokenizer, causal_lm, told)
     check_forward(model, causal_lm)
     return tokenizer, causal_lm
 
 
-def _not_loaded(model: str, error: Exception) -> ValueError:
-    """Whatever transformers raises over a folder (it raises everything), the way on is the same."""
+def _not_loaded(model: str, error: Exception, within: str) -> ValueError:
+    """Whatever transformers raises over a folder (it raises everything), the way on is the same.
+
+    Args:
+        within: which of several models in a repository it is, as words for the sentence.
+    """
     return ValueError(
-        f"model is '{model}' and can't be loaded ({first_line(error)}); allowed are "
+        f"model is '{model}'{within} and can't be loaded ({first_line(error)}); allowed are "
         f"'{EMBEDDED}', a folder written by save_pretrained, or a hub id that this machine can "
         "reach."
     )

@@ -36,6 +36,19 @@ def real_problems(name):
     return path
 
 
+REAL_MODEL = "IAPO_REAL_MODEL"
+"""Environment variable: a folder or a hub id of a pretrained model; `make real` sets it."""
+
+
+def real_model():
+    """What ``REAL_MODEL`` names, a folder by its whole path; the test is skipped without it."""
+    named = os.environ.get(REAL_MODEL)
+    if not named:
+        pytest.skip(f"{REAL_MODEL} names no model; make real MODEL=... runs this")
+    path = Path(named).expanduser()
+    return str(path.resolve()) if path.is_dir() else named
+
+
 TRIVIAL = [
     Problem("How many sides has a pentagon?", "5"),
     Problem("How many fingers are on one hand?", "5"),

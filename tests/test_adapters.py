@@ -116,14 +116,14 @@ def adapter(tiny_folder, tmp_path):
 
 
 def test_the_base_of_an_adapter_is_found_by_it(adapter, tiny_folder):
-    assert base_of(adapter) == tiny_folder
+    assert base_of(adapter) == {"model": tiny_folder}
     policy = load_policy(adapter=adapter)
     assert policy.name == tiny_folder and isinstance(policy.model, PeftModel)
 
 
 def test_an_adapter_of_the_embedded_policy_names_it_and_no_folder_of_this_machine(tmp_path):
     load_policy(lora_rank=2).save(tmp_path)
-    assert base_of(tmp_path) == EMBEDDED
+    assert base_of(tmp_path) == {"model": EMBEDDED}
     assert json.loads((tmp_path / "base.json").read_text())["model"] == EMBEDDED
 
 
@@ -152,7 +152,7 @@ def test_the_same_base_in_4_bits_is_the_same(adapter, tiny_folder):
 def test_an_adapter_from_elsewhere_is_known_by_peft_s_own_name(adapter, tiny_folder):
     """Without base.json nothing is known of the weights, and nothing is refused."""
     (adapter / "base.json").unlink()
-    assert base_of(adapter) == tiny_folder
+    assert base_of(adapter) == {"model": tiny_folder}
     load_policy(adapter=adapter)
 
 
