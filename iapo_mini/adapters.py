@@ -75,8 +75,8 @@ def check_base(adapter: str | Path, model: torch.nn.Module, name: str) -> None:
     same = before.shape == now.shape and torch.allclose(before, now, rtol=0.01, atol=1e-5)
     if not same:
         raise ValueError(
-            f"adapter is '{adapter}', which was trained on '{told.get('model')}'; '{name}' has "
-            "other weights, allowed is the model it was trained on."
+            f"model must be the one that adapter '{adapter}' was trained on, "
+            f"'{told.get('model')}', got '{name}', which has other weights"
         )
 
 

@@ -32,7 +32,7 @@ from iapo_mini.adapters import (
     write_base,
 )
 from iapo_mini.chat import end_of_turn
-from iapo_mini.errors import first_line
+from iapo_mini.errors import MOST_RANK, check_number, first_line
 from iapo_mini.four_bit import (
     check_four_bit,
     check_rows,
@@ -41,6 +41,7 @@ from iapo_mini.four_bit import (
     plain_weight,
     prepare_for_adapter,
 )
+from iapo_mini.hub import reaching
 from iapo_mini.model_files import check_loaded, model_source
 from iapo_mini.policies import EMBEDDED
 
@@ -271,8 +272,7 @@ def load_policy(
         ValueError: when ``model`` or ``adapter`` can't be loaded, naming it and what is allowed, or
             when ``four_bit`` is asked for where bitsandbytes does not work.
     """
-    if lora_rank < 0:
-        raise ValueError(f"lora_rank is {lora_rank}; allowed are 0 (full fine-tuning) and above.")
+    check_number("lora_rank", lora_rank, 0, MOST_RANK)
     if model is None:
         model = EMBEDDED if adapter is None else base_of(adapter) or EMBEDDED
     source = model_source(model)
@@ -311,29 +311,29 @@ def _load(
     four_bit: bool,
     checkpointing: bool,
 ) -> tuple[transformers.PreTrainedTokenizerBase, Any]:
-    """Tokenizer and causal LM; whatever is wrong with them is told in one sentence."""
-    try:
-        # False, not unset: transformers would ask on the terminal and wait.
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, padding_side="left", trust_remote_code=False
-        )
-        causal_lm: Any
-        if four_bit:
-            causal_lm, told = load_four_bit(source, device, dtype)
-            with _by_older_names():
-                causal_lm = prepare_for_adapter(causal_lm, dtype, checkpointing)
-        else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
-            causal_lm, told = loaded[0].to(device), loaded[1]
-    except _LOAD_ERRORS as error:
-        raise ValueError(
-            f"model is '{model}' and can't be loaded ({first_line(error)}); allowed are "
-            f"'{EMBEDDED}', a folder written by save_pretrained, or a hub id that this machine can "
-            "reach."
-        ) from error
+    with reaching(source) as unreached:
+        try:
+            # False, not unset: transformers would ask on the terminal and wait.
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, padding_side="left", trust_remote_code=False
+            )
+            causal_lm: Any
+            if four_bit:
+                causal_lm, told = load_four_bit(source, device, dtype)
+                with _by_older_names():
+                    causal_lm = prepare_for_adapter(causal_lm, dtype, checkpointing)
+            else:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    source, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                    output_loading_info=True, ignore_mismatched_sizes=True,
+                )  # fmt: skip
+                causal_lm, told = loaded[0].to(device), loaded[1]
+        except _LOAD_ERRORS as error:
+            raise ValueError(
+                f"model must be '{EMBEDDED}', a folder written by save_pretrained, or a hub id "
+                f"that this machine can reach, got '{model}', which can't be loaded "
+                f"({unreached or first_line(error)})"
+            ) from error
     check_loaded(model, tokenizer, causal_lm, told)
     return tokenizer, causal_lm
 
@@ -342,16 +342,16 @@ def _with_trained_adapter(causal_lm: Any, adapter: str | Path, model: str) -> Pe
     """The model with a trained adapter from a folder; ``model`` names it in messages."""
     if not os.path.isfile(Path(adapter) / "adapter_model.safetensors"):
         raise ValueError(
-            f"adapter is '{adapter}', which has no adapter_model.safetensors; allowed is a "
-            "folder in PEFT format, such as the one a training run writes."
+            "adapter must be a folder in PEFT format, such as the one a training run writes, got "
+            f"'{adapter}', which has no adapter_model.safetensors"
         )
     try:
         with _by_older_names():
             return PeftModel.from_pretrained(causal_lm, adapter, is_trainable=True)
     except _LOAD_ERRORS as error:
         raise ValueError(
-            f"adapter is '{adapter}' and can't be loaded onto '{model}' "
-            f"({first_line(error)}); allowed is an adapter trained on this model."
+            f"adapter must be one trained on '{model}', got '{adapter}', which can't be loaded "
+            f"onto it ({first_line(error)})"
         ) from error
 
 

@@ -159,7 +159,7 @@ class Run:
 
     Raises:
         ValueError: when the folder is in use, can't be written, is not empty, or holds a run with
-            other settings (or none, with ``resume``).
+            other settings or more steps (or none, with ``resume``).
     """
 
     def __init__(
@@ -217,6 +217,13 @@ class Run:
                     f"{before.get(name)!r}; resume with the same settings (only max_steps may "
                     "differ)."
                 )
+        made = [row["step"] for _, row in logged(run / "metrics.jsonl")]
+        done = max([*made, *map(_step_of, checkpoints(run))], default=0)
+        if done > self.config.max_steps:
+            raise ValueError(
+                f"max_steps must be at least {done}, the steps that the run in '{run}' has made, "
+                f"got {self.config.max_steps}; name a new folder for a shorter run"
+            )
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
         """Write the settings, load the newest whole checkpoint; steps done, 0 without one."""
@@ -227,11 +234,6 @@ class Run:
             told["data_fingerprint"] = fingerprint(self.config.data_file)
             replace_text(self.folder / "config.json", json.dumps(told, indent=2) + "\n")
         done = restore_checkpoint(self.folder, policy, optimizer)
-        if done > self.config.max_steps:
-            raise ValueError(
-                f"max_steps is {self.config.max_steps}, but the run in '{self.folder}' has made "
-                f"{done} steps; allowed are {done} and above, or a new folder."
-            )
         with writing(self.folder):
             trim_log(self.folder / "metrics.jsonl", done)
         self._interrupted = self._stack.enter_context(asked_to_end())  # until here it ends at once

@@ -29,6 +29,7 @@ from iapo_mini.metrics import Stopwatch, role_metrics, step_metrics
 from iapo_mini.objective import policy_loss
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.datasets import training_problems
+from iapo_mini.progress import tokens_shown
 from iapo_mini.rewards import check_completion, score
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.run_folder import Run
@@ -98,7 +99,8 @@ def train(
             watch = Stopwatch()
             # Sample G completions for each prompt from the current policy, now "old"; score them.
             batch = list(itertools.islice(stream, config.prompts_per_step))
-            rollouts = sample(policy, batch, **_sampling(config, recipe, step))
+            with tokens_shown(bar) as seen:
+                rollouts = sample(policy, batch, **_sampling(config, recipe, step), on_token=seen)
             rollouts = score(rollouts, policy.tokenizer, batch)
             watch.lap("sampling")
             # Estimate what each token tells about the answer, if the method asks for it.

@@ -48,6 +48,7 @@ def assess(
         ValueError: when no policy can be loaded from ``folder``.
     """
     folder, figures = Path(folder), Path(figures)
+    log = [json.loads(line) for line in (folder / "pretrain_log.jsonl").read_text().splitlines()]
     policy = load_policy(str(folder), lora_rank=0)
     problems = list(itertools.islice(stories("test", seed=0), n_stories))
     rng = random.Random("report")
@@ -68,7 +69,6 @@ def assess(
         confidence, correct = e["confidence"][:, at], e["correct"][:, at]
         return expected_calibration_error(confidence.flatten(), correct.flatten())
 
-    log = [json.loads(line) for line in (folder / "pretrain_log.jsonl").read_text().splitlines()]
     tenths = range(exits["entropy"].shape[1])
     result = {
         "ece": error(exits),

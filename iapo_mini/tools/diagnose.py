@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from iapo_mini.errors import MOST_STEPS, check_number
 from iapo_mini.run_folder import checkpoints, logged
 
 WEIGHTS = ("adapter_model.safetensors", "trainable.safetensors")
@@ -126,8 +127,7 @@ def diagnose(run: str | Path, last: int = 10) -> list[Finding]:
     Raises:
         ValueError: for ``last`` below 1, or a folder without a step.
     """
-    if last < 1:
-        raise ValueError(f"last is {last}; allowed are 1 and above.")
+    check_number("last", last, 1, MOST_STEPS)
     rows = read_metrics(run)
     ending = rows[-last:]
     found = []
