@@ -353,9 +353,11 @@ def check(results: dict) -> list[str]:
     for setting, limits in LIMITS.items():
         for name, limit in limits.items():
             if results[setting][name] > limit:
-                out.append(f"{setting} {name} is {results[setting][name]:.3f}; allowed is {limit}.")
+                value = results[setting][name]
+                out.append(f"{setting} {name} must be at most {limit}, got {value:.3f}")
     if results["max_abs_error_nats"] > 1e-4:
-        out.append(f"max_abs_error_nats is {results['max_abs_error_nats']:.1e}; allowed is 1e-4.")
+        error = results["max_abs_error_nats"]
+        out.append(f"max_abs_error_nats must be at most 1e-4, got {error:.1e}")
     return out
 
 
@@ -368,7 +370,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="judge the committed results only")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(parts):
-        parser.error(f"parts is {sorted(unknown)}; allowed are {', '.join(parts)}.")
+        parser.error(f"parts must be among {', '.join(parts)}, got {', '.join(sorted(unknown))}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if not options.check:
         torch.set_num_threads(options.threads)

@@ -149,7 +149,7 @@ def main() -> None:
         )
         raise SystemExit(2)
     if args.steps < 2:
-        parser.error(f"--steps is {args.steps}; allowed are 2 and above.")
+        parser.error(f"--steps must be at least 2, got {args.steps}")
     out = args.out or (Path("runs") / "memory_tiny.json" if args.tiny else RESULTS)
     before = json.loads(out.read_text())["rows"] if out.exists() else []
     for name in ["tiny"] if args.tiny else args.shapes:

@@ -183,7 +183,7 @@ def main() -> None:
         print(json.dumps(results, indent=1))
     beyond = [name for name, limit in LIMITS.items() if not results[name] <= limit]
     for name in beyond:
-        print(f"{name} is {results[name]:.3g}; allowed is {LIMITS[name]:g}.")
+        print(f"{name} must be at most {LIMITS[name]:g}, got {results[name]:.3g}")
     sys.exit(bool(beyond))
 
 

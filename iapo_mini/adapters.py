@@ -69,10 +69,10 @@ def base_of(adapter: str | Path) -> dict[str, str]:
     Empty where the adapter's folder does not say.
     """
     for file, key in ((BASE, "model"), ("adapter_config.json", "base_model_name_or_path")):
-        name = read_json(Path(adapter) / file, {}).get(key)
-        if name:
+        found = read_json(Path(adapter) / file, {})
+        if found.get(key):
             asked = {x: str(found[x]) for x in ("subfolder", "revision") if found.get(x)}
-            return {"model": str(name), **asked}
+            return {"model": str(found[key]), **asked}
     return {}
 
 
@@ -92,8 +92,8 @@ def check_base(adapter: str | Path, model: torch.nn.Module, name: str) -> None:
     same = before.shape == now.shape and torch.allclose(before, now, rtol=0.01, atol=1e-5)
     if not same:
         raise ValueError(
-            f"adapter is '{adapter}', which was trained on '{told.get('model')}'; '{name}' has "
-            "other weights, allowed is the model it was trained on."
+            f"model must be the one that adapter '{adapter}' was trained on, "
+            f"'{told.get('model')}', got '{name}', which has other weights"
         )
 
 

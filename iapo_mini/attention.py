@@ -32,8 +32,8 @@ def check_window(model: torch.nn.Module, length: int) -> None:
     window = sliding_window(config)
     if window is not None and window < length:
         raise ValueError(
-            f"the model's sliding window is {window} tokens, prompt and completion are up to "
-            f"{length}; allowed are sequences within the window."
+            f"prompt and completion must be at most {window} tokens, the model's sliding window, "
+            f"got up to {length}"
         )
 
 

@@ -22,6 +22,7 @@ from iapo_mini.chat import continuation_ids
 from iapo_mini.early_exit.prefixes import ask, branch_inputs
 from iapo_mini.early_exit.question import Question
 from iapo_mini.early_exit.reading import logits_entropy
+from iapo_mini.errors import check_choice, check_number
 from iapo_mini.information import encode_postfix
 from iapo_mini.intervals import expected_calibration_error
 from iapo_mini.logprobs import NEVER
@@ -137,8 +138,7 @@ def calibration(
     Raises:
         ValueError: for an unknown ``against``, or when no completion gives an answer.
     """
-    if against not in ("final", "truth"):
-        raise ValueError(f"against is {against!r}; allowed are 'final' and 'truth'.")
+    check_choice("against", against, ("final", "truth"))
     if rollouts is None:
         rollouts = sample(policy, list(problems), num_generations=1, seed=seed)
     group = rollouts.num_generations
@@ -281,8 +281,8 @@ def _batches(
         chains = [c for _, c in zip(batch, given)] if given else []
         if len(batch) < batch_size or (given and len(chains) < batch_size):
             raise ValueError(
-                f"problems ran out at step {step} of {steps}; allowed are steps * batch_size "
-                f"({steps * batch_size}) or more, each with its text if texts are given."
+                f"problems must be at least steps * batch_size = {steps * batch_size}, each with "
+                f"its text if texts are given; they ran out at step {step} of {steps}"
             )
         if not given:
             if not all(p.steps for p in batch):
@@ -370,8 +370,7 @@ def calibrate(
         ValueError: when problems run out, or are no stories and ``texts`` is None, or for a
             ``td_lambda`` out of range.
     """
-    if not 0 < td_lambda <= 1:
-        raise ValueError(f"td_lambda is {td_lambda}; allowed are numbers above 0, up to 1.")
+    check_number("td_lambda", td_lambda, above=0, most=1)
     model, rng = policy.model, random.Random(seed)
     ids = encode_postfix(policy, postfix)
     parameters = list(policy.trainable().values())

@@ -8,9 +8,12 @@ such a habit asks this module.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from iapo_mini.errors import first_line
@@ -31,6 +34,31 @@ _LIMIT = 100_000  # characters that it may make of it
 _SPACE = "\u2581"  # how SentencePiece writes the space before a word
 
 
+PATIENCE = 5.0
+"""Seconds that a chat template may take; those in use take milliseconds."""
+
+
+@contextlib.contextmanager
+def _within_seconds(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in Python code of this thread that is still at it after so many seconds.
+
+    A template is a program from a stranger, and its sandbox counts no loops. Watching each line is
+    the one way that works in every thread and on every system, and leaves no process behind.
+    """
+    end, before = time.monotonic() + seconds, sys.gettrace()
+
+    def watch(frame: Any, event: str, given: Any) -> Any:
+        if time.monotonic() > end:
+            raise TimeoutError
+        return watch
+
+    sys.settrace(watch)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
 def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], prompt: bool) -> str:
     """Turns as the chat template writes them, with or without the opening of an answer.
 
@@ -44,10 +72,16 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], prom
             "model, or set tokenizer.chat_template and save it beside the model."
         )
     try:
-        return str(
-            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
-        )
-    except Exception as error:  # a template is a program of somebody else's
+        with _within_seconds(PATIENCE):
+            return str(
+                tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
+            )
+    except TimeoutError as error:
+        raise ValueError(
+            f"model is '{name}', whose chat template takes more than {PATIENCE:g} seconds to write "
+            "a question; repair chat_template in its tokenizer, or take another model."
+        ) from error
+    except Exception as error:  # a template may raise anything, RecursionError and MemoryError, too
         if turns[0]["role"] == "system":  # older Mistral, Gemma: no such role
             first, second, *rest = turns
             told = {"role": "user", "content": f"{first['content']}\n\n{second['content']}"}

@@ -11,80 +11,35 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import sys
-import typing
 from pathlib import Path
 from typing import Any
 
 from iapo_mini import __version__
-from iapo_mini.config import CARDS, FROM_RECIPE, RECIPES, TrainConfig, use_methods
+from iapo_mini.config import CARDS, TrainConfig, use_methods
+from iapo_mini.errors import (
+    MOST_PROBLEMS,
+    MOST_ROWS,
+    MOST_SEED,
+    MOST_THREADS,
+    MOST_TOKENS,
+    check_choice,
+    check_number,
+    check_temperature,
+)
 from iapo_mini.lab.commands import add_lab
+from iapo_mini.options import (
+    Parser,
+    add_policy_options,
+    add_train_options,
+    in_one_sentence,
+    number,
+    whole,
+)
 
 # Read by the libraries when they are imported, hence before them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-
-def _field_help(cls: type) -> dict[str, str]:
-    """Field name -> sentence, from the ``Attributes:`` block of a dataclass docstring."""
-    text = (cls.__doc__ or "").split("Attributes:")[1]
-    found = re.findall(r"^ {8}([\w, ]+): (.*(?:\n {10,}.*)*)", text, re.MULTILINE)
-    return {
-        name.strip(): re.sub(r"\s+", " ", sentence).replace("`", "").replace("%", "%%")
-        for names, sentence in found
-        for name in names.split(",")
-    }
-
-
-def _number_or_word(text: str) -> int | str:
-    return int(text) if text.lstrip("-").isdigit() else text
-
-
-def _default(name: str, value: object) -> str:
-    """The default of a field of TrainConfig in words; that of a recipe by method."""
-    if name not in FROM_RECIPE:
-        return f"default: {value}"
-    by_value: dict[Any, list[str]] = {}
-    for method, recipe in RECIPES.items():
-        by_value.setdefault(getattr(recipe, name), []).append(method)
-    common = max(by_value, key=lambda v: len(by_value[v]))
-    others = [f"{v} for {', '.join(names)}" for v, names in by_value.items() if v != common]
-    return f"default: the method's own: {'; '.join([*others, f'{common} for the others'])}"
-
-
-def _add_train_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of TrainConfig; one that is not given leaves no trace."""
-    sentences, types = _field_help(TrainConfig), typing.get_type_hints(TrainConfig)
-    for field in dataclasses.fields(TrainConfig):
-        kinds = set(typing.get_args(types[field.name]) or (types[field.name],)) - {type(None)}
-        told = f"{sentences[field.name]} ({_default(field.name, field.default)})"
-        settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": told}
-        option = "--" + field.name.replace("_", "-")
-        if kinds == {bool}:
-            settings["action"] = argparse.BooleanOptionalAction
-        elif kinds == {int, str}:
-            settings |= {"type": _number_or_word, "metavar": "INT|WORD"}
-        else:
-            (kind,) = kinds
-            settings |= {"type": kind, "metavar": kind.__name__.upper()}
-        parser.add_argument(option, **settings)
-    parser.add_argument(
-        "--card", choices=tuple(CARDS),
-        help="settings for a real model on one card; options given beside it take precedence "
-        "(default: none, the settings below)",
-    )  # fmt: skip
-
-
-def _add_policy_options(parser: argparse.ArgumentParser) -> None:
-    """Which policy a command looks at."""
-    add = parser.add_argument
-    add("--model",
-        help="'embedded', a folder, or a hub id (default: the adapter's, or embedded)")  # fmt: skip
-    add("--adapter", help="folder of a trained adapter (PEFT format)")
-    add("--subfolder", default="", help="folder of the model in its repository (default: the top)")
-    add("--revision", help="branch, tag or commit of a hub id (default: the newest)")
-    add("--four-bit", action="store_true", help="load the weights in 4 bits (NF4; bitsandbytes)")
 
 
 def _policy(args: argparse.Namespace) -> Any:
@@ -103,7 +58,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--out", default="runs/compare", help="folder of the runs (%(default)s)")
     add("--figures", default="figures", help="folder of figures (%(default)s)")
-    add("--parallel", type=int, help="processes at a time (default: one per core)")
+    add("--parallel", type=whole, help="processes at a time (default: one per core)")
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -111,37 +66,37 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, help="folder of the run")
     add("--resume", action="store_true", help="go on from the newest checkpoint")
     add("--methods", help="Python module with methods of your own (docs/methods.md; default: none)")
-    _add_train_options(parser)
+    add_train_options(parser)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    _add_policy_options(parser)
+    add_policy_options(parser)
     add = parser.add_argument
     add("--data", default="stories",
         help="stories, gsm8k, math500, dapo_math or commonsense_qa (%(default)s)")  # fmt: skip
     add("--data-file", default="", help=".jsonl, .json or .parquet file (default: ask the hub)")
     add("--split", default="test", help="train, tune, test, or all of a local file (%(default)s)")
-    add("--problems", type=int, default=200,
+    add("--problems", type=whole, default=200,
         help="number of problems, from the start of the split (%(default)s)")  # fmt: skip
-    add("--k", type=int, nargs="+", default=[1, 2, 4, 8],
+    add("--k", type=whole, nargs="+", default=[1, 2, 4, 8],
         help="values of k; the largest is the number of completions per problem (1 2 4 8)",
     )  # fmt: skip
-    add("--max-completion-length", type=int, default=224, help="tokens (%(default)s)")
-    add("--batch-size", type=int, default=128, help="completions sampled at once (%(default)s)")
-    add("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy (%(default)s)")
-    add("--seed", type=int, default=0, help="sampling seed (%(default)s)")
+    add("--max-completion-length", type=whole, default=224, help="tokens (%(default)s)")
+    add("--batch-size", type=whole, default=128, help="completions sampled at once (%(default)s)")
+    add("--temperature", type=number, default=1.0, help="of sampling; 0 is greedy (%(default)s)")
+    add("--seed", type=whole, default=0, help="sampling seed (%(default)s)")
     add("--out",
         help="results JSON; completions go beside it as JSONL, and the same command goes on from "
         "them (default: a name in runs/evaluate that follows from the settings)")  # fmt: skip
-    add("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    add("--threads", type=whole, default=2, help="CPU threads (%(default)s)")
 
 
 def _add_explain(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("story", help="the question, in quotes; '-' draws a test story")
-    _add_policy_options(parser)
-    add("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy (%(default)s)")
-    add("--seed", type=int, default=0, help="sampling seed (%(default)s)")
+    add_policy_options(parser)
+    add("--temperature", type=number, default=1.0, help="of sampling; 0 is greedy (%(default)s)")
+    add("--seed", type=whole, default=0, help="sampling seed (%(default)s)")
     add("--out", default="runs/explain.png", help="heat map (%(default)s)")
     add("--color", choices=("auto", "always", "never"), default="auto",
         help="colour the terminal; 'never' prints nats beside the tokens (%(default)s)",
@@ -152,14 +107,14 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--gpu", help="t4, or a size such as 12gb (default: that of --card, else 12gb)")
     add("--shape", help="qwen2.5-0.5b, -1.5b, -3b or -7b, in place of --model")
-    add("--prompt", type=int, default=200, help="prompt tokens (%(default)s)")
-    add("--completion", type=int, help="the same as --max-completion-length")
-    _add_train_options(parser)
+    add("--prompt", type=whole, default=200, help="prompt tokens (%(default)s)")
+    add("--completion", type=whole, help="the same as --max-completion-length")
+    add_train_options(parser)
 
 
 def _add_diagnose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="folder of a training run, finished or not")
-    parser.add_argument("--last", type=int, default=10, help="steps to average (%(default)s)")
+    parser.add_argument("--last", type=whole, default=10, help="steps to average (%(default)s)")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -219,13 +174,25 @@ def _train(args: argparse.Namespace) -> None:
     print(f"Trained policy: {Path(args.out) / 'final'}")
 
 
+def _check_evaluate(args: argparse.Namespace) -> None:
+    for name, least, most in (
+        ("problems", 1, MOST_PROBLEMS),
+        ("max_completion_length", 1, MOST_TOKENS),
+        ("batch_size", 1, MOST_ROWS),
+        ("seed", 0, MOST_SEED),
+        ("threads", 1, MOST_THREADS),
+    ):
+        check_number(name, getattr(args, name), least, most)
+    for k in args.k:
+        check_number("k", k, 1, MOST_ROWS)
+    check_temperature(args.temperature)
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     from iapo_mini.problems.datasets import check_data, load_problems
     from iapo_mini.problems.stories import stories
 
-    for name in ("problems", "max_completion_length", "batch_size", "threads"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} is {getattr(args, name)}; allowed are 1 and above.")
+    _check_evaluate(args)
     check_data(args.data, args.split, args.data_file)
     if args.data == "stories":
         problems = list(itertools.islice(stories(args.split), args.problems))
@@ -273,16 +240,19 @@ def _explain(args: argparse.Namespace) -> None:
 
     if not args.story.strip():
         raise ValueError("story is empty; give the question as text, or '-' for a test story.")
-    problem = Problem(args.story, "")
-    if args.story == "-":
-        problem = next(itertools.islice(stories("test"), args.seed, None))
+    check_number("seed", args.seed, 0, MOST_SEED)
+    check_temperature(args.temperature)
+    problem = next(stories("test", args.seed)) if args.story == "-" else Problem(args.story, "")
 
     from iapo_mini.files import writable_folder
-    from iapo_mini.tools.explain import explain, terminal_text
+    from iapo_mini.tools.explain import check_figure, explain, terminal_text
 
+    check_figure(args.out)
     writable_folder(Path(args.out).parent, "out")
     policy = _policy(args)
-    explained = explain(policy, problem, temperature=args.temperature, seed=args.seed)
+    explained = explain(
+        policy, problem, temperature=args.temperature, seed=args.seed, progress=True
+    )
     color = args.color == "always" or (
         args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )
@@ -300,8 +270,8 @@ def _plan(args: argparse.Namespace) -> None:
     if args.completion is not None:
         args.max_completion_length = args.completion
     settings, gb = _train_config(args), card_gb(args.gpu or args.card or "12gb")
-    if args.shape not in (None, *SHAPES):
-        raise ValueError(f"shape is {args.shape!r}; allowed are {', '.join(SHAPES)}.")
+    if args.shape is not None:
+        check_choice("shape", args.shape, SHAPES)
     model = shape(args.shape or settings.model)
     planned = plan(model, settings, args.prompt)
     print(plan_table({args.shape or settings.model: planned}))
@@ -329,7 +299,7 @@ def _export(args: argparse.Namespace) -> None:
     out = Path(args.out)
     writable_folder(out, "out")
     if any(out.iterdir()):
-        raise ValueError(f"out is '{out}', which is not empty; allowed is a new folder.")
+        raise ValueError(f"out must be a new folder, got '{out}', which is not empty")
     trained = read_json(Path(args.adapter).parent / "config.json", {})
     four_bit = bool(trained.get("four_bit")) if args.four_bit is None else args.four_bit
     policy = load_policy(args.model, adapter=args.adapter, four_bit=four_bit)
@@ -366,17 +336,16 @@ COMMANDS = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="iapo-mini", allow_abbrev=False,
+    parser = Parser(
+        prog="iapo-mini",
         description="Information-aware policy optimization (IAPO) against GRPO, end to end.",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"iapo-mini {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (sentence, add_options, run) in COMMANDS.items():
         command = commands.add_parser(
-            name, help=sentence, description=sentence[0].upper() + sentence[1:] + ".",
-            allow_abbrev=False,
-        )  # fmt: skip
+            name, help=sentence, description=sentence[0].upper() + sentence[1:] + "."
+        )
         command.set_defaults(run_command=run)
         add_options(command)
     add_lab(commands)
@@ -387,9 +356,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command; bad input ends with one sentence on stderr and exit status 2."""
     args = _parser().parse_args(argv)
     try:
-        args.run_command(args)
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        print(f"iapo-mini: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        with in_one_sentence("iapo-mini"):
+            args.run_command(args)
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted; the same command goes on where it stopped.") from None

@@ -9,13 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from iapo_mini.early_exit.question import EarlyExit, check_stride
+from iapo_mini.errors import (
+    MOST_RANK,
+    MOST_REAL,
+    MOST_ROWS,
+    MOST_SEED,
+    MOST_STEPS,
+    MOST_THREADS,
+    MOST_TOKENS,
+    check_choice,
+    check_number,
+    check_temperature,
+    first_line,
+    shown,
+)
 from iapo_mini.policies import EMBEDDED
 from iapo_mini.problems.datasets import check_data
 
@@ -147,6 +160,23 @@ RECIPES: dict[str, Recipe] = {
 """Method -> what it is. Those of a module of yours are added by :func:`use_methods`."""
 
 
+_RANGES: dict[str, tuple[float, float]] = {
+    "alpha": (0, MOST_REAL), "beta": (0, MOST_REAL), "kl_coef": (0, MOST_REAL),
+    "warmup_steps": (0, MOST_STEPS), "max_steps": (1, MOST_STEPS), "save_steps": (1, MOST_STEPS),
+    "num_iterations": (1, MOST_STEPS), "prompts_per_step": (1, MOST_ROWS),
+    "num_generations": (2, MOST_ROWS), "micro_batch_size": (1, MOST_ROWS),
+    "max_completion_length": (1, MOST_TOKENS), "lora_rank": (0, MOST_RANK),
+    "threads": (1, MOST_THREADS), "seed": (0, MOST_SEED),
+}  # fmt: skip
+"""Least and most of the fields that may be 0 or are whole numbers."""
+
+_POSITIVE = (
+    "learning_rate", "temperature", "max_grad_norm", "epsilon", "epsilon_high",
+    "estimator_memory_mb",
+)  # fmt: skip
+"""Fields that are above 0."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of one run; names as in TRL where TRL has the same thing.
@@ -229,39 +259,31 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
-        choices: dict[str, tuple[str, ...]] = {
-            "method": tuple(RECIPES), "aggregation": AGGREGATIONS, "engine": ENGINES,
-            "reward": REWARDS,
-        }  # fmt: skip
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed and not (value is None and name in FROM_RECIPE):
-                raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
+        check_choice("method", self.method, RECIPES)
+        check_choice("engine", self.engine, ENGINES)
+        check_choice("reward", self.reward, REWARDS)
+        if self.aggregation is not None:
+            check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_data(self.data, self.split, self.data_file)
-        least = {
-            "alpha": 0, "beta": 0, "kl_coef": 0, "warmup_steps": 0, "lora_rank": 0,
-            "max_steps": 1, "prompts_per_step": 1, "num_generations": 2, "num_iterations": 1,
-            "max_completion_length": 1, "micro_batch_size": 1, "save_steps": 1, "threads": 1,
-        }  # fmt: skip
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= bound):
-                raise ValueError(f"{name} is {value}; allowed are {bound} and above.")
+        for name, (least, most) in _RANGES.items():
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), least, most)
         if self.temperature == 0:
             raise ValueError(
-                f"temperature is {self.temperature}; allowed are numbers above 0, for greedy "
-                "completions of a prompt are all equal and teach nothing."
+                f"temperature must be above 0, got {self.temperature}: greedy completions of a "
+                "prompt are all equal and teach nothing"
             )
-        positive = "learning_rate temperature max_grad_norm epsilon epsilon_high"
-        for name in (*positive.split(), "estimator_memory_mb"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} is {value}; allowed are numbers above 0.")
+        for name in _POSITIVE:
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), above=0, most=MOST_REAL)
+        rows = self.prompts_per_step * self.num_generations
+        check_number("prompts_per_step * num_generations", rows, most=MOST_ROWS)
+        check_temperature(self.temperature)
         check_stride(self.estimator_stride, "estimator_stride")
         if self.four_bit and self.lora_rank == 0:
             raise ValueError(
-                "lora_rank is 0 with four_bit; 4-bit weights can't be trained themselves, allowed "
-                "are 1 and above."
+                "lora_rank must be at least 1 with four_bit, got 0: 4-bit weights can't be trained "
+                "themselves"
             )
 
     def _check_types(self) -> None:
@@ -272,7 +294,7 @@ class TrainConfig:
             if not isinstance(value, kinds) or wrong_bool:
                 wanted = {int, float} & set(kinds) if float in kinds else set(kinds)
                 names = " or ".join(sorted(t.__name__ for t in wanted - {type(None)}))
-                raise ValueError(f"{field} is {value!r}; allowed are values of type {names}.")
+                raise ValueError(f"{field} must be of type {names}, got {shown(value)}")
 
     def recipe(self) -> Recipe:
         """The method's recipe with the fields that were given in place of its own."""
@@ -346,8 +368,8 @@ def use_methods(module: str) -> None:
         found = importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"methods is '{module}', which can't be imported ({error}); allowed is the name of a "
-            "Python module in this folder or on the path."
+            "methods must be the name of a Python module in this folder or on the path, got "
+            f"'{module}', which can't be imported ({first_line(error)})"
         ) from error
     theirs = getattr(found, "RECIPES", None)
     if not isinstance(theirs, dict) or not all(isinstance(x, Recipe) for x in theirs.values()):

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ from iapo_mini.adapters import fingerprint_of_weights
 from iapo_mini.files import read_json, replace_text, write_json
 from iapo_mini.intervals import format_interval
 from iapo_mini.policy import Policy
+from iapo_mini.progress import tokens_shown
 from iapo_mini.rewards import check_completion, score
 from iapo_mini.sampling import check_length, sample
 from iapo_mini.tasks import Problem, messages
+
+_OF_POLICY = "fingerprint of the policy"
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -36,7 +39,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
         ValueError: for a k that is not 1 to n.
     """
     if not 1 <= k <= n:
-        raise ValueError(f"k is {k}; allowed are 1 to n = {n}.")
+        raise ValueError(f"k must be 1 to n = {n}, got {k}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -54,7 +57,7 @@ def ratio_at_k(pass_at_k: float, length_at_k: float) -> float:
         ValueError: for a length that is not above 0.
     """
     if not length_at_k > 0:
-        raise ValueError(f"length_at_k is {length_at_k}; allowed are numbers above 0, in tokens.")
+        raise ValueError(f"length_at_k must be above 0, got {length_at_k}")
     return pass_at_k / length_at_k
 
 
@@ -102,7 +105,7 @@ def evaluate(
         raise ValueError("problems is empty; at least one problem is needed to evaluate.")
     for k in ks:
         if not 1 <= k <= num_generations:
-            raise ValueError(f"k is {k}; allowed are 1 to num_generations = {num_generations}.")
+            raise ValueError(f"k must be 1 to num_generations = {num_generations}, got {k}")
     check_completion(policy, problems[0])
     check_length(policy, problems, max_completion_length)
     how = _Sampling(num_generations, max_completion_length, temperature, batch_size, seed)
@@ -174,20 +177,43 @@ def check_out(out: Path, data_file: str = "") -> None:
         ValueError: naming it, and what is allowed.
     """
     if out.suffix != ".json" or out.is_dir():
-        raise ValueError(f"out is '{out}'; allowed is a .json file, the completions get .jsonl.")
+        raise ValueError(
+            f"out must be a .json file (the completions go to .jsonl beside it), got '{out}'"
+        )
     data = Path(data_file).expanduser().resolve() if data_file else None
     if data in (out.resolve(), out.with_suffix(".jsonl").resolve()):
         raise ValueError(f"out is '{out}', which would write over data_file; name another file.")
-    if out.is_file():
-        try:
-            before = json.loads(out.read_text())
-            ours = isinstance(before, dict) and "intervals" in before
-        except (ValueError, UnicodeDecodeError):
-            ours = False
-        if not ours:
+    completions, settings = out.with_suffix(".jsonl"), _settings_beside(out)
+    for path, what, names in (
+        (out, "results", {"intervals", "config"}),
+        (settings, "the settings of completions", {_OF_POLICY}),
+    ):
+        if path.exists() and not _holds(path, names):
             raise ValueError(
-                f"out is '{out}', which holds something else than results; name another file."
+                f"out is '{out}', but '{path}' holds something else than {what}; name another file"
             )
+    if completions.is_dir() or (_has_content(completions) and not settings.exists()):
+        raise ValueError(
+            f"out is '{out}', but '{completions}' holds something else than completions of an "
+            "evaluation; name another file"
+        )
+
+
+def _holds(path: Path, names: set[str]) -> bool:
+    """Whether this is a file with a JSON object that has these names."""
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, OSError):
+        return False
+    return isinstance(found, dict) and names <= found.keys()
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _settings_beside(path: Path) -> Path:
+    return path.with_suffix(".settings.json")
 
 
 def evaluation_table(result: dict[str, Any], ks: Sequence[int]) -> str:
@@ -218,7 +244,8 @@ def _sample_all(
     with bar, open(save_to, "a") if save_to is not None else contextlib.nullcontext() as log:
         for start in range(done, len(problems), size):
             part = list(problems[start : start + size])
-            batch = _sample_batch(policy, part, start, how)
+            with tokens_shown(bar) as on_token:
+                batch = _sample_batch(policy, part, start, how, on_token)
             completions += batch
             if log is not None:
                 log.write("".join(json.dumps(completion) + "\n" for completion in batch))
@@ -228,7 +255,11 @@ def _sample_all(
 
 
 def _sample_batch(
-    policy: Policy, part: list[Problem], start: int, how: _Sampling
+    policy: Policy,
+    part: list[Problem],
+    start: int,
+    how: _Sampling,
+    on_token: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
     """Completions of the problems that begin at ``start``, judged; each batch has its own seed."""
     rollouts = sample(
@@ -238,6 +269,7 @@ def _sample_batch(
         max_completion_length=how.max_completion_length,
         temperature=how.temperature,
         seed=how.seed * 1_000_003 + start,
+        on_token=on_token,
     )
     rollouts = score(rollouts, policy.tokenizer, part)
     texts, lengths = rollouts.texts(policy.tokenizer), rollouts.lengths.tolist()
@@ -260,7 +292,7 @@ def _saved(
         **asdict(how),
         "number of problems": len(problems),
         "fingerprint of the problems": _fingerprint_of_problems(problems),
-        "fingerprint of the policy": fingerprint_of_weights(policy.model.named_parameters()),
+        _OF_POLICY: fingerprint_of_weights(policy.model.named_parameters()),
     }
     size = how.problems_at_once
     whole = [min(start, len(problems)) for start in range(0, len(problems) + size, size)]
@@ -272,9 +304,9 @@ def _restore(path: Path, settings: dict[str, Any], sizes: Sequence[int]) -> list
 
     ``sizes``: how many completions there are after 0, 1, 2, ... batches.
     """
-    saved = path.with_suffix(".settings.json")
+    saved = _settings_beside(path)
     found: list[dict[str, Any]] = []
-    if path.is_file() and path.stat().st_size:
+    if _has_content(path):
         before = read_json(saved, {})
         for name, value in settings.items():
             if before.get(name) != value:

@@ -27,8 +27,7 @@ def writable_folder(folder: Path, name: str) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"{name} is '{folder}', where nothing can be written ({error.strerror}); "
-            "allowed is a folder you may write to."
+            f"{name} must be a folder you may write to, got '{folder}' ({error.strerror})"
         ) from error
 
 

@@ -129,8 +129,8 @@ def check_rows(name: str, model: PreTrainedModel) -> None:
         if not reads_back(length, model.dtype):
             raise ValueError(
                 f"four_bit is True, but '{name}' has a layer with rows of {length} weights, which "
-                "bitsandbytes reads back wrongly on this processor; allowed on it are multiples "
-                f"of {BLOCK}."
+                "bitsandbytes reads back wrongly on this processor unless they are a multiple of "
+                f"{BLOCK}"
             )
 
 

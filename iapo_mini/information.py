@@ -37,6 +37,7 @@ from iapo_mini.early_exit import prefixes
 from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit, Question
 from iapo_mini.early_exit.reading import head_entropy, logits_entropy
 from iapo_mini.early_exit.strides import prefixes_asked, spread
+from iapo_mini.errors import shown
 from iapo_mini.logprobs import NEVER
 from iapo_mini.policy import Policy
 from iapo_mini.rollouts import Rollouts
@@ -47,7 +48,7 @@ def encode_postfix(policy: Policy, postfix: str = POSTFIX) -> torch.Tensor:
     """Token ids of the postfix as it goes on behind a completion, shape (K,) long."""
     ids = continuation_ids(policy.tokenizer, postfix)
     if not ids:
-        raise ValueError(f"postfix is {postfix!r}; allowed is text of at least one token.")
+        raise ValueError(f"postfix must be text of at least one token, got {shown(postfix)}")
     return torch.tensor(ids, device=policy.device)
 
 
@@ -129,13 +130,12 @@ def answer_surprisals(
     answers = final_answers(policy, rollouts) if answers is None else list(answers)
     if len(answers) != len(rollouts.lengths):
         raise ValueError(
-            f"answers has {len(answers)} entries; allowed is one for each of the "
-            f"{len(rollouts.lengths)} rows."
+            f"answers must be one for each of the {len(rollouts.lengths)} rows, got {len(answers)}"
         )
     start = encode_postfix(policy, how.postfix)
     ids = [None if x is None else continuation_ids(policy.tokenizer, x) for x in answers]
     if [] in ids:
-        raise ValueError("answers holds a text without tokens; allowed are texts of at least one.")
+        raise ValueError("answers must be texts of at least one token, got one without tokens")
     width = max((len(x) for x in ids if x), default=1)
     padded = [(x or []) + [0] * (width - len(x or [])) for x in ids]
     targets = torch.tensor(padded, device=start.device)
@@ -174,8 +174,8 @@ def candidate_logprobs(
     ids = [tuple(continuation_ids(policy.tokenizer, c)) for c in candidates]
     if len(ids) < 2 or len(set(ids)) < len(ids) or () in ids:
         raise ValueError(
-            f"candidates is {list(candidates)!r}; allowed are two or more texts that differ "
-            "in their tokens."
+            "candidates must be two or more texts that differ in their tokens, got "
+            f"{shown(list(candidates))}"
         )
     how = replace(how, stride=1)
     if any(len(x) > 1 for x in ids):

@@ -40,8 +40,8 @@ def model_source(model: str, weights: bool = True) -> str:
         )
     if not (path / "config.json").is_file():
         raise ValueError(
-            f"model is '{model}', which is no model folder (it has no config.json); allowed are "
-            f"'{EMBEDDED}', a folder written by save_pretrained, or a hub id."
+            f"model must be '{EMBEDDED}', a folder written by save_pretrained, or a hub id, got "
+            f"'{model}', which is no model folder (it has no config.json)"
         )
     if weights and not list(path.glob("*.safetensors")):
         raise ValueError(
@@ -209,8 +209,8 @@ def check_loaded(model: str, tokenizer: Any, causal_lm: Any, told: Any) -> None:
     rows = causal_lm.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(
-            f"model is '{model}', whose tokenizer has {len(tokenizer)} tokens and whose embedding "
-            f"has {rows} rows; allowed are tokenizers that fit."
+            f"model must have a tokenizer that fits its embedding, got '{model}' with "
+            f"{len(tokenizer)} tokens and {rows} rows"
         )
 
 

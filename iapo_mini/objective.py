@@ -19,7 +19,7 @@ def aggregate(values: torch.Tensor, mask: torch.Tensor, how: str) -> torch.Tenso
         return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
     if how == "token":
         return (values * mask).sum() / mask.sum().clamp(min=1)
-    raise ValueError(f"aggregation is {how!r}; allowed are {', '.join(AGGREGATIONS)}.")
+    raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {how!r}")
 
 
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:

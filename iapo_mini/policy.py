@@ -31,7 +31,7 @@ from iapo_mini.adapters import (
     write_base,
 )
 from iapo_mini.chat import end_of_turn
-from iapo_mini.errors import first_line
+from iapo_mini.errors import MOST_RANK, check_number, first_line
 from iapo_mini.four_bit import (
     check_four_bit,
     check_rows,
@@ -40,6 +40,7 @@ from iapo_mini.four_bit import (
     plain_weight,
     prepare_for_adapter,
 )
+from iapo_mini.hub import reaching
 from iapo_mini.model_files import (
     check_forward,
     check_loaded,
@@ -280,8 +281,7 @@ def load_policy(
         ValueError: when ``model`` or ``adapter`` can't be loaded, naming it and what is allowed, or
             when ``four_bit`` is asked for where bitsandbytes does not work.
     """
-    if lora_rank < 0:
-        raise ValueError(f"lora_rank is {lora_rank}; allowed are 0 (full fine-tuning) and above.")
+    check_number("lora_rank", lora_rank, 0, MOST_RANK)
     if model is None:
         base = {} if adapter is None else base_of(adapter)
         model = base.get("model", EMBEDDED)
@@ -329,46 +329,46 @@ def _load(
     checkpointing: bool,
 ) -> tuple[transformers.PreTrainedTokenizerBase, Any]:
     """Tokenizer and causal LM; whatever is wrong with them is told in one sentence."""
-    within = "".join(f", {name} '{value}'," for name, value in asked.items())
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **asked)
-    except Exception as error:
-        raise _not_loaded(model, error, within) from error
-    check_quantised(model, config, four_bit)
-    try:
-        # False, not unset: transformers would ask on the terminal and wait.
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, padding_side="left", trust_remote_code=False, **asked
-        )
-        tokenizer("1 + 1 = 2", padding=True)  # some settings are first read here
-        causal_lm: Any
-        if four_bit:
-            causal_lm, told = load_four_bit(source, device, dtype, **asked)
-            with _by_older_names():
-                causal_lm = prepare_for_adapter(causal_lm, dtype, checkpointing)
-        else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                output_loading_info=True, ignore_mismatched_sizes=True, **asked,
-            )  # fmt: skip
-            causal_lm, told = loaded[0].to(device), loaded[1]
-    except Exception as error:
-        raise _not_loaded(model, error, within) from error
+    within = "".join(f", {name} '{value}'" for name, value in asked.items()) + ","
+    with reaching(source) as unreached:
+        try:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **asked)
+        except Exception as error:
+            raise _not_loaded(model, unreached or first_line(error), within) from error
+        check_quantised(model, config, four_bit)
+        try:
+            # False, not unset: transformers would ask on the terminal and wait.
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, padding_side="left", trust_remote_code=False, **asked
+            )
+            tokenizer("1 + 1 = 2", padding=True)  # some settings are first read here
+            causal_lm: Any
+            if four_bit:
+                causal_lm, told = load_four_bit(source, device, dtype, **asked)
+                with _by_older_names():
+                    causal_lm = prepare_for_adapter(causal_lm, dtype, checkpointing)
+            else:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    source, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                    output_loading_info=True, ignore_mismatched_sizes=True, **asked,
+                )  # fmt: skip
+                causal_lm, told = loaded[0].to(device), loaded[1]
+        except Exception as error:
+            raise _not_loaded(model, unreached or first_line(error), within) from error
     check_loaded(model, tokenizer, causal_lm, told)
     check_forward(model, causal_lm)
     return tokenizer, causal_lm
 
 
-def _not_loaded(model: str, error: Exception, within: str) -> ValueError:
+def _not_loaded(model: str, reason: str, within: str) -> ValueError:
     """Whatever transformers raises over a folder (it raises everything), the way on is the same.
 
     Args:
         within: which of several models in a repository it is, as words for the sentence.
     """
     return ValueError(
-        f"model is '{model}'{within} and can't be loaded ({first_line(error)}); allowed are "
-        f"'{EMBEDDED}', a folder written by save_pretrained, or a hub id that this machine can "
-        "reach."
+        f"model must be '{EMBEDDED}', a folder written by save_pretrained, or a hub id that this "
+        f"machine can reach, got '{model}'{within} which can't be loaded ({reason})"
     )
 
 
@@ -376,16 +376,16 @@ def _with_trained_adapter(causal_lm: Any, adapter: str | Path, model: str) -> Pe
     """The model with a trained adapter from a folder; ``model`` names it in messages."""
     if not os.path.isfile(Path(adapter) / "adapter_model.safetensors"):
         raise ValueError(
-            f"adapter is '{adapter}', which has no adapter_model.safetensors; allowed is a "
-            "folder in PEFT format, such as the one a training run writes."
+            "adapter must be a folder in PEFT format, such as the one a training run writes, got "
+            f"'{adapter}', which has no adapter_model.safetensors"
         )
     try:
         with _by_older_names():
             return PeftModel.from_pretrained(causal_lm, adapter, is_trainable=True)
     except Exception as error:
         raise ValueError(
-            f"adapter is '{adapter}' and can't be loaded onto '{model}' "
-            f"({first_line(error)}); allowed is an adapter trained on this model."
+            f"adapter must be one trained on '{model}', got '{adapter}', which can't be loaded "
+            f"onto it ({first_line(error)})"
         ) from error
 
 

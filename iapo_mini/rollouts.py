@@ -71,7 +71,7 @@ class Rollouts:
         """
         for name in values:
             if name not in FILLED_BY:
-                raise TypeError(f"rollouts know no {name}; allowed are {', '.join(FILLED_BY)}.")
+                raise TypeError(f"name must be one of {', '.join(FILLED_BY)}, got '{name}'")
         return replace(self, known={**self.known, **values})
 
     def _filled_in(self, name: str) -> torch.Tensor:

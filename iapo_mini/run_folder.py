@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from iapo_mini.adapters import base_weights, fingerprint_of_weights
 from iapo_mini.config import TrainConfig, with_defaults
 from iapo_mini.files import remove, replace_folder, replace_text, writable_folder
-from iapo_mini.metrics import LOG, sum_of_log, trim_log, whole_log
+from iapo_mini.metrics import LOG, logged, sum_of_log, trim_log, whole_log
 from iapo_mini.problems.datasets import fingerprint
 from iapo_mini.signals import asked_to_end
 
@@ -172,7 +172,7 @@ class Run:
 
     Raises:
         ValueError: when the folder is in use, can't be written, is not empty, or holds a run with
-            other settings (or none, with ``resume``).
+            other settings or more steps (or none, with ``resume``).
     """
 
     def __init__(
@@ -232,6 +232,13 @@ class Run:
                     f"{before.get(name)!r}; resume with the same settings (only max_steps may "
                     "differ)."
                 )
+        made = [row["step"] for _, row in logged(run / LOG)]
+        done = max([*made, *map(_step_of, checkpoints(run))], default=0)
+        if done > self.config.max_steps:
+            raise ValueError(
+                f"max_steps must be at least {done}, the steps that the run in '{run}' has made, "
+                f"got {self.config.max_steps}; name a new folder for a shorter run"
+            )
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
         """Write the settings, load the newest whole checkpoint; steps done, 0 without one."""
@@ -243,11 +250,6 @@ class Run:
             told["model_fingerprint"] = self._model_fingerprint(policy)
             replace_text(self.folder / "config.json", json.dumps(told, indent=2) + "\n")
         done = restore_checkpoint(self.folder, policy, optimizer)
-        if done > self.config.max_steps:
-            raise ValueError(
-                f"max_steps is {self.config.max_steps}, but the run in '{self.folder}' has made "
-                f"{done} steps; allowed are {done} and above, or a new folder."
-            )
         with writing(self.folder):
             trim_log(self.folder / LOG, done)
         self._interrupted = self._stack.enter_context(asked_to_end())  # until here it ends at once

@@ -5,8 +5,7 @@ Rows of one prompt stand next to each other, so every prompt is run once per gro
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from iapo_mini.attention import check_positions, check_reach, model_mask, positions_of
 from iapo_mini.chat import continuation_ids, prefill, render_prompt, without_prefill
+from iapo_mini.errors import MOST_ROWS, MOST_TOKENS, check_number, check_temperature
 from iapo_mini.logprobs import NEVER
 from iapo_mini.memory import CACHE_BLOCK
 from iapo_mini.policy import Policy
@@ -107,14 +107,9 @@ def check_sampling(
     """
     if not problems:
         raise ValueError("problems is empty; at least one problem is needed to sample completions.")
-    for name, value in (
-        ("num_generations", num_generations),
-        ("max_completion_length", max_completion_length),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; allowed are 1 and above.")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; allowed are 0 (greedy) and above.")
+    check_number("num_generations", num_generations, 1, MOST_ROWS)
+    check_number("max_completion_length", max_completion_length, 1, MOST_TOKENS)
+    check_temperature(temperature)
 
 
 class _Rows:
@@ -218,6 +213,7 @@ def sample(
     temperature: float = 1.0,
     seed: int = 0,
     keep_cache: bool = False,
+    on_token: Callable[[int, int], object] = lambda tokens, running: None,
 ) -> Rollouts:
     """Sample ``num_generations`` completions for each problem from the policy.
 
@@ -232,15 +228,15 @@ def sample(
         temperature: of the softmax and of ``old_logprobs``; 0 takes the likeliest token.
         seed: equal seeds give equal completions on the same machine.
         keep_cache: keep the keys and values of every row in ``Rollouts.cache``.
+        on_token: called with the tokens that a row has by now and the rows that are running.
 
-    Raises:
-        ValueError: when an argument is out of range or ``problems`` is empty.
+    Raises as :func:`check_sampling`.
     """
     check_sampling(problems, num_generations, max_completion_length, temperature)
     return sample_after(
         policy, *encode_prompts(policy, problems), num_generations=num_generations,
         max_completion_length=max_completion_length, temperature=temperature, seed=seed,
-        keep_cache=keep_cache,
+        keep_cache=keep_cache, on_token=on_token,
     )  # fmt: skip
 
 
@@ -255,6 +251,7 @@ def sample_after(
     temperature: float = 1.0,
     seed: int = 0,
     keep_cache: bool = False,
+    on_token: Callable[[int, int], object] = lambda tokens, running: None,
 ) -> Rollouts:
     """As :func:`sample`, after given tokens: prompts, or prompts and what was written so far.
 
@@ -282,6 +279,7 @@ def sample_after(
         lengths[rows.active[ended]] = t + 1
         rows.running = running & ~ended
         left = int(rows.running.sum())
+        on_token(t + 1, left)
         done = left == 0 or t + 1 == longest
         if done and not keep_cache:
             break
@@ -305,11 +303,9 @@ def sample_after(
         prompt_ids=prompt_ids.repeat_interleave(num_generations, dim=0),
         prompt_mask=prompt_mask.repeat_interleave(num_generations, dim=0),
         completion_ids=ids[:, :width].masked_fill(~mask, pad),
-        completion_mask=mask,
-        old_logprobs=logprobs[:, :width] * mask,
-        num_generations=num_generations,
+        completion_mask=mask, old_logprobs=logprobs[:, :width] * mask,
         finished=torch.isin(ids[torch.arange(total), lengths - 1], stops),
-        known={"token_entropies": entropies[:, :width] * mask},
+        num_generations=num_generations, known={"token_entropies": entropies[:, :width] * mask},
         prefill=prefill(policy.tokenizer), limit=longest, cache=rows.kept,
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ to the same numbers from weights, optimizer state and the step count alone.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from iapo_mini.metrics import Stopwatch, role_metrics, step_metrics
 from iapo_mini.objective import policy_loss
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.datasets import training_problems
+from iapo_mini.progress import tokens_shown
 from iapo_mini.rewards import check_completion, score
 from iapo_mini.rollouts import Rollouts, joined
 from iapo_mini.run_folder import Run
@@ -100,7 +102,9 @@ def train(
             watch = Stopwatch()
             # Sample G completions for each prompt from the current policy, now "old"; score them.
             batch = list(itertools.islice(stream, asked))
-            rollouts, batch, sampled = collect(policy, batch, sample, config, step)
+            with tokens_shown(bar) as seen:
+                drawn = functools.partial(sample, on_token=seen)
+                rollouts, batch, sampled = collect(policy, batch, drawn, config, step)
             watch.lap("sampling")
             # Estimate what each token tells about the answer, if the method asks for it.
             if recipe.information is not None:

@@ -7,6 +7,9 @@ import copy
 import itertools
 import json
 import random
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from helpers import run, tiny_policy
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from iapo_mini import chat
 from iapo_mini.chat import continuation_ids, end_of_turn, prefill, render_prompt, token_texts
 from iapo_mini.evaluation import evaluate
 from iapo_mini.information import answer_entropies, encode_postfix
@@ -169,12 +173,51 @@ def test_a_model_without_a_template_is_refused_with_the_remedy(tokenizer):
         render_prompt(tokenizer, PROBLEM)
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[9] }}{% if %}"])
+FAILING = [
+    "{{ raise_exception('no') }}",
+    "{{ messages[9] }}{% if %}",
+    "{{ 1 / 0 }}",
+    "{{ messages | int + 'a' }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+]
+
+
+@pytest.mark.parametrize("template", FAILING)
 def test_a_template_that_fails_is_one_sentence(tokenizer, template):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match="whose chat template can't write a question"):
         render_prompt(tokenizer, PROBLEM)
+
+
+_LOOP = "{% for a in range(99999) %}"
+ENDLESS = [
+    _LOOP * 3 + "{% endfor %}" * 3,
+    _LOOP + "{{ range(99999) | sum }}{% endfor %}",
+    _LOOP * 2 + "{{ a }}" + "{% endfor %}" * 2,
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+]
+
+
+@pytest.mark.parametrize("template", ENDLESS)
+@pytest.mark.parametrize("main", [True, False], ids=["main thread", "another thread"])
+def test_a_template_without_an_end_is_given_up(tokenizer, template, main, monkeypatch):
+    monkeypatch.setattr(chat, "PATIENCE", 0.3)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+
+    def write():
+        with pytest.raises(ValueError, match=r"chat template takes more than 0\.3 seconds"):
+            render_prompt(tokenizer, PROBLEM)
+
+    watcher, began = sys.gettrace(), time.monotonic()
+    if main:
+        write()
+    else:
+        with ThreadPoolExecutor() as pool:
+            pool.submit(write).result()
+    assert time.monotonic() - began < 5
+    assert sys.gettrace() is watcher  # a debugger, say, goes on watching
 
 
 def test_a_model_without_a_stop_token_is_refused(tokenizer):

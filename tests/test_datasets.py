@@ -183,13 +183,13 @@ def test_a_byte_order_mark_and_line_separators_within_strings_do_no_harm(tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("trivia", "train"), "data is 'trivia'; allowed are stories, gsm8k"),
-        (("gsm8k", "tune"), "split is 'tune'; allowed are train, test for gsm8k from the hub"),
-        (("math500", "train"), "split is 'train'; allowed are test for math500 from the hub"),
-        (("dapo_math", "dev"), "split is 'dev'; allowed are train, tune, test, all"),
-        (("stories", "all"), "split is 'all'; allowed are train, tune, test"),
+        (("trivia", "train"), "data must be one of stories, gsm8k"),
+        (("gsm8k", "tune"), "split must be one of train, test for gsm8k from the hub"),
+        (("math500", "train"), "split must be one of test for math500 from the hub"),
+        (("dapo_math", "dev"), "split must be one of train, tune, test, all, got 'dev'"),
+        (("stories", "all"), "split must be one of train, tune, test, got 'all'"),
         (("stories", "train", "a.jsonl"), "data is 'stories'"),
-        (("gsm8k", "train", "a.csv"), "data_file is 'a.csv'; allowed are files of type .jsonl"),
+        (("gsm8k", "train", "a.csv"), "data_file must be a file of type .jsonl, .json, .parquet"),
         (("gsm8k", "train", "none.jsonl"), "data_file is 'none.jsonl', which is no file"),
     ],
 )

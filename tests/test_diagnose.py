@@ -118,7 +118,7 @@ def test_command_on_a_run_that_was_trained(tmp_path, capsys):
     ("arguments", "sentence"),
     [
         (["nowhere"], "run is 'nowhere', which holds no step of a training run"),
-        (["nowhere", "--last", "0"], "last is 0; allowed are 1 and above."),
+        (["nowhere", "--last", "0"], "last must be at least 1, got 0"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):

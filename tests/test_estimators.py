@@ -78,7 +78,7 @@ def test_command_refuses_too_few_stories():
     run = [sys.executable, "-m", "iapo_mini", "lab", "figures", "estimator", "--stories", "1"]
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "iapo-mini: stories is 1; allowed are 2 and above.\n"
+    assert done.stderr == "iapo-mini: stories must be at least 2, got 1\n"
 
 
 def test_the_uncalibrated_twin_is_sure_where_the_embedded_policy_is_not(told):

@@ -1,15 +1,18 @@
 """Pass@k, Length@k, Ratio@k and their intervals."""
 
+import io
 import itertools
 import json
 import math
+import re
 import statistics
 
 import pytest
 import torch
 from helpers import TRIVIAL, perturb_lora
+from tqdm import tqdm
 
-from iapo_mini import evaluation
+from iapo_mini import evaluation, progress
 from iapo_mini.evaluation import check_out, evaluate, pass_at_k, ratio_at_k, summary
 from iapo_mini.policy import load_policy
 from iapo_mini.rewards import reward
@@ -37,7 +40,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_completion():
 
 @pytest.mark.parametrize("k", [0, -1, 5])
 def test_pass_at_k_beyond_the_sample_is_refused(k):
-    with pytest.raises(ValueError, match=f"k is {k}"):
+    with pytest.raises(ValueError, match=f"k must be 1 to n = .*, got {k}"):
         pass_at_k(4, 2, k)
 
 
@@ -50,7 +53,7 @@ def test_ratio_at_k_is_right_answers_per_token(passed, length, ratio):
 
 @pytest.mark.parametrize("length", [0, 0.0, -1.5, math.nan])
 def test_ratio_at_k_of_no_length_is_refused(length):
-    with pytest.raises(ValueError, match=f"length_at_k is {length}; allowed are numbers above 0"):
+    with pytest.raises(ValueError, match=f"length_at_k must be above 0, got {length}"):
         ratio_at_k(0.5, length)
 
 
@@ -126,7 +129,7 @@ def test_a_batch_smaller_than_a_group_still_holds_one_problem(policy):
 
 @pytest.mark.parametrize("k", [0, -1, 5])
 def test_bad_k_is_refused(policy, k):
-    with pytest.raises(ValueError, match=f"k is {k}; allowed are 1 to num_generations = 4"):
+    with pytest.raises(ValueError, match=f"k must be 1 to num_generations = 4, got {k}"):
         run(policy, ks=(1, k))
 
 
@@ -141,6 +144,27 @@ def test_a_policy_that_is_never_right_scores_zero(base_policy):
         max_completion_length=4, progress=False,
     )  # fmt: skip
     assert result["pass@2"] == result["ratio@2"] == 0.0
+
+
+def test_the_bar_tells_the_tokens_of_the_running_batch(policy, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    run(policy, progress=True, batch_size=4)
+    told = re.findall(r"token (\d+) of (\d+) running", capsys.readouterr().err)
+    assert told[0] == ("1", "4")
+    assert {int(tokens) for tokens, _ in told} >= {1, 2, 3}
+    assert all(int(rows) <= 4 for _, rows in told)
+
+
+def test_a_bar_is_as_it_was_after_a_batch(monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    with tqdm(total=1, file=io.StringIO()) as bar:
+        bar.set_postfix(reward=1)
+        with progress.tokens_shown(bar) as show:
+            show(7, 3)
+            assert bar.postfix == "reward=1, token 7 of 3 running completions"
+        assert bar.postfix == "reward=1"
+    with tqdm(total=1, disable=True) as silent, progress.tokens_shown(silent) as show:
+        show(1, 1)
 
 
 def lines(path):
@@ -240,21 +264,32 @@ def test_fewer_values_of_k_are_read_off_the_same_completions(policy, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("folder", "allowed is a .json file"), ("e.jsonl", "allowed is a .json file"),
-     ("data.json", "would write over data_file"), ("config.json", "holds something else"),
-     ("text.json", "holds something else")],
+    [("folder", "must be a .json file"), ("e.jsonl", "must be a .json file"),
+     ("data.json", "would write over data_file"), ("config.json", "else than results"),
+     ("text.json", "else than results"), ("result.json", "else than results"),
+     ("metrics.json", "metrics.jsonl' holds something else than completions"),
+     ("mine.json", "mine.settings.json' holds something else than the settings"),
+     ("chats.json", "chats.jsonl' holds something else than completions")],
 )  # fmt: skip
 def test_results_write_over_nothing_else(tmp_path, name, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "data.json").write_text("[]")
     (tmp_path / "config.json").write_text('{"method": "iapo"}')
     (tmp_path / "text.json").write_text("not JSON")
+    (tmp_path / "result.json").write_text('{"intervals": {}, "train_minutes": 3}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}')
+    (tmp_path / "mine.settings.json").write_text('{"editor": "vi"}')
+    (tmp_path / "chats.jsonl").mkdir()
+    before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(ValueError, match=message):
         check_out(tmp_path / name, str(tmp_path / "data.json"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_results_of_before_may_be_written_over(tmp_path):
-    (tmp_path / "e.json").write_text('{"intervals": {}}')
+def test_results_of_before_may_be_written_over(policy, tmp_path):
+    result = run(policy, save_to=tmp_path / "e.jsonl")
+    check_out(tmp_path / "e.json")  # as a kill before the results leaves it
+    (tmp_path / "e.json").write_text(json.dumps(result | {"config": {}}))
     check_out(tmp_path / "e.json")
     check_out(tmp_path / "new.json", str(tmp_path / "data.jsonl"))
 

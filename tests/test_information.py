@@ -81,7 +81,7 @@ def test_next_token_informativeness_telescopes_to_the_first_entropy(base_policy)
 
 
 def test_an_empty_postfix_is_refused(base_policy):
-    with pytest.raises(ValueError, match="postfix is ''; allowed is text of at least one token"):
+    with pytest.raises(ValueError, match="postfix must be text of at least one token, got ''"):
         answer_entropies(base_policy, make_rollouts([4], [3, 2], group=2), EarlyExit(postfix=""))
 
 
@@ -242,7 +242,7 @@ def test_a_batch_without_answers_has_no_surprisals(base_policy):
 
 @pytest.mark.parametrize(
     ("answers", "message"),
-    [([" 7"], "answers has 1 entries"), ([" 7", ""], "without tokens")],
+    [([" 7"], "answers must be one for each of"), ([" 7", ""], "without tokens")],
 )
 def test_bad_answers_are_refused(base_policy, answers, message):
     with pytest.raises(ValueError, match=message):
@@ -278,7 +278,7 @@ def test_candidates_are_asked_about_after_every_token(base_policy, candidates):
 
 @pytest.mark.parametrize("candidates", [[], [" 7"], [" 7", " 7"], [" 7", ""]])
 def test_bad_candidates_are_refused(base_policy, candidates):
-    with pytest.raises(ValueError, match="candidates is"):
+    with pytest.raises(ValueError, match="candidates must be"):
         candidate_logprobs(base_policy, make_rollouts([4], [3, 2], group=2), candidates)
 
 

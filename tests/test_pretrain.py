@@ -103,16 +103,16 @@ def test_a_pretrained_policy_is_assessed_on_its_own_and_the_worlds_chains(tmp_pa
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("steps", "0", "steps is 0; allowed are 1 and above."),
-        ("batch-size", "0", "batch_size is 0; allowed are 1 and above."),
-        ("exits", "-1", "exits is -1; allowed are 0 (none) and above."),
-        ("exit-weight", "-0.5", "exit_weight is -0.5; allowed are 0 and above."),
-        ("lr", "0", "lr is 0.0; allowed are numbers above 0."),
-        ("lr", "nan", "lr is nan; allowed are numbers above 0."),
-        ("hidden", "48", "hidden is 48; allowed are multiples of 32."),
-        ("hidden", "0", "hidden is 0; allowed are multiples of 32."),
-        ("layers", "-2", "layers is -2; allowed are 1 and above."),
-        ("threads", "0", "threads is 0; allowed are 1 and above."),
+        ("steps", "0", "steps must be at least 1, got 0"),
+        ("batch-size", "0", "batch_size must be at least 1, got 0"),
+        ("exits", "-1", "exits must be at least 0, got -1"),
+        ("exit-weight", "-0.5", "exit_weight must be at least 0, got -0.5"),
+        ("lr", "0", "lr must be above 0, got 0.0"),
+        ("lr", "nan", "lr must be above 0, got nan"),
+        ("hidden", "48", "hidden must be a multiple of 32, got 48"),
+        ("hidden", "0", "hidden must be at least 32, got 0"),
+        ("layers", "-2", "layers must be at least 1, got -2"),
+        ("threads", "0", "threads must be at least 1, got 0"),
     ],
 )
 @pytest.mark.parametrize("doing", [[], ["--report-only"], ["--calibrate"]])
@@ -130,4 +130,4 @@ def test_the_command_runs_as_a_module():
     command = [sys.executable, "-m", "iapo_mini.lab.pretrain", "--hidden", "100"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "pretrain: hidden is 100; allowed are multiples of 32.\n"
+    assert done.stderr == "pretrain: hidden must be a multiple of 32, got 100\n"

@@ -23,7 +23,7 @@ def test_strides_that_are_accepted(stride):
 
 @pytest.mark.parametrize("stride", [0, -1, 2.5, True, "word", None])
 def test_bad_strides_are_refused(stride):
-    message = f"stride is {stride!r}; allowed are 1 and above, or 'sentence'."
+    message = f"stride must be 1 to 1048576 or 'sentence', got {stride!r}"
     with pytest.raises(ValueError, match=message):
         EarlyExit(stride=stride)
     with pytest.raises(ValueError, match=f"my_{message}"):
@@ -33,19 +33,20 @@ def test_bad_strides_are_refused(stride):
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("way", "exact", "packed, cached, naive"),
-        ("way", "strided", "packed, cached, naive"),
-        ("memory_mb", 0, "numbers above 0"),
-        ("memory_mb", -1.0, "numbers above 0"),
-        ("memory_mb", float("nan"), "numbers above 0"),
-        ("chunk_size", 0, "1 and above"),
-        ("chunk_size", -3, "1 and above"),
+        ("way", "exact", "one of packed, cached, naive"),
+        ("way", "strided", "one of packed, cached, naive"),
+        ("memory_mb", 0, "above 0"),
+        ("memory_mb", -1.0, "above 0"),
+        ("memory_mb", float("nan"), "above 0"),
+        ("memory_mb", float("inf"), r"at most 1e\+09"),
+        ("chunk_size", 0, "at least 1"),
+        ("chunk_size", -3, "at least 1"),
     ],
 )
 def test_bad_values_are_refused(field, value, allowed):
-    with pytest.raises(ValueError, match=f"{field} is {value!r}; allowed are {allowed}."):
+    with pytest.raises(ValueError, match=f"{field} must be {allowed}, got {value!r}"):
         EarlyExit(**{field: value})
-    with pytest.raises(ValueError, match=f"{field} is {value!r}"):
+    with pytest.raises(ValueError, match=f"{field} must be {allowed}"):
         replace(EVERY_PREFIX, **{field: value})
 
 

@@ -54,7 +54,7 @@ def test_filling_in_makes_a_copy_that_knows_more():
 
 @pytest.mark.parametrize("name", ["reward", "old_logprobs", "cache", "advantages"])
 def test_another_name_is_refused(name):
-    message = f"rollouts know no {name}; allowed are {', '.join(FILLED_BY)}."
+    message = f"name must be one of {', '.join(FILLED_BY)}, got '{name}'"
     with pytest.raises(TypeError, match=message):
         make_rollouts([3], [2, 1], group=2).filled(**{name: torch.zeros(2)})
 

@@ -43,7 +43,7 @@ def test_other_problems_under_the_same_name_are_refused(config, questions, tmp_p
 
 
 def test_a_model_that_can_not_be_loaded_leaves_a_folder_for_the_corrected_command(config, tmp_path):
-    with pytest.raises(ValueError, match="model is"):
+    with pytest.raises(ValueError, match="model must be"):
         run(replace(config, model="./no-such-model"), tmp_path / "run")
     run(replace(config, max_steps=1), tmp_path / "run")
     assert (tmp_path / "run" / "final").is_dir()
@@ -58,9 +58,17 @@ def test_a_tokenizer_with_several_chat_templates_is_saved_with_the_run(config, t
 
 
 def test_fewer_steps_than_are_done_are_refused(config, tmp_path):
-    run(replace(config, max_steps=2, save_steps=1), tmp_path / "run")
-    with pytest.raises(ValueError, match=r"max_steps is 1, but the run in .* has made 2 steps"):
-        run(replace(config, max_steps=1, save_steps=1), tmp_path / "run", resume=True)
+    """Those between the last checkpoint and the end of the run count as well."""
+    run(replace(config, max_steps=3, save_steps=2), tmp_path / "run")
+    before, settings = content(tmp_path / "run"), (tmp_path / "run" / "config.json").read_text()
+    for fewer in (1, 2):
+        message = rf"max_steps must be at least 3, the steps that .* has made, got {fewer}"
+        with pytest.raises(ValueError, match=message):
+            run(replace(config, max_steps=fewer, save_steps=2), tmp_path / "run", resume=True)
+    assert content(tmp_path / "run") == before
+    assert (tmp_path / "run" / "config.json").read_text() == settings
+    run(replace(config, max_steps=3, save_steps=2), tmp_path / "run", resume=True)
+    assert content(tmp_path / "run") == before
 
 
 @pytest.mark.skipif(os.name != "posix", reason="rights of files are POSIX's")

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -150,11 +151,11 @@ def test_run_on_a_local_file_resumes_where_it_was_in_it(config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"data": "trivia"}, "data is 'trivia'"),
+        ({"data": "trivia"}, "data must be one of"),
         ({"data": "gsm8k", "data_file": "none.jsonl"}, "data_file is 'none.jsonl'"),
         ({"data_file": "none.jsonl"}, "data is 'stories'"),
-        ({"split": "all"}, "split is 'all'"),
-        ({"data_file": None}, "data_file is None"),
+        ({"split": "all"}, "split must be one of"),
+        ({"data_file": None}, "data_file must be of type str, got None"),
     ],
 )
 def test_data_that_cannot_be_is_refused_with_the_settings(changes, named):
@@ -382,7 +383,7 @@ def test_bad_settings_are_refused(field, value):
     with pytest.raises(ValueError) as caught:
         TrainConfig(**{field: value})
     message = str(caught.value)
-    assert message.startswith(f"{field} is {value!r}; allowed are") and "\n" not in message
+    assert re.fullmatch(f"{field} must be .*, got {re.escape(repr(value))}(: .*)?", message)
 
 
 def test_limits_themselves_are_allowed():

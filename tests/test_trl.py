@@ -309,7 +309,7 @@ def test_the_dataset_holds_chats_and_answers():
     ],
 )
 def test_bad_settings_are_refused(field, value, tmp_path):
-    with pytest.raises(ValueError, match=f"{field} is .*; allowed are"):
+    with pytest.raises(ValueError, match=f"{field} must be .*, got"):
         IAPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{field: value})
 
 

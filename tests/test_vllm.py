@@ -138,5 +138,5 @@ def test_training_samples_with_the_engine_from_each_steps_weights(
 
 
 def test_other_engines_are_refused():
-    with pytest.raises(ValueError, match="engine is 'sglang'; allowed are native, vllm"):
+    with pytest.raises(ValueError, match="engine must be one of native, vllm, got 'sglang'"):
         TrainConfig(engine="sglang")

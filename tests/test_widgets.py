@@ -52,7 +52,7 @@ def test_forced_answers_are_those_of_a_plain_forward_pass(stopping_policy, probl
 
 def test_forced_answers_refuse_more_than_the_vocabulary(base_policy, problems):
     rollouts = sample(base_policy, problems, num_generations=1, max_completion_length=2)
-    with pytest.raises(ValueError, match=r"k is 0; allowed are 1 to"):
+    with pytest.raises(ValueError, match=r"k must be 1 to"):
         forced_answers(base_policy, rollouts, k=0)
 
 
@@ -109,7 +109,7 @@ def test_explorer_takes_problems_without_roles(base_policy, short):
     "change, message",
     [
         ({"problems": []}, "problems is empty"),
-        ({"num_generations": 1}, "num_generations is 1; allowed are 2 and above"),
+        ({"num_generations": 1}, "num_generations must be at least 2, got 1"),
     ],
 )
 def test_explorer_refuses(base_policy, problems, change, message):

@@ -371,7 +371,7 @@ def ask(
     reached = t <= rollouts.lengths[:, None]
     asked = reached if asked is None else asked & reached
     if not asked.any():
-        raise ValueError("asked holds no prefix within the completions; allowed is at least one.")
+        raise ValueError("asked must hold at least one prefix within the completions, got none")
     suffix = question.suffix.expand(rows, -1)
     case = Case(plain_model(model), rollouts, asked, suffix, question.keep)
     tokens = rollouts.prompt_mask.sum(1) + rollouts.lengths

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from iapo_mini.errors import MOST_REAL, MOST_TOKENS, check_choice, check_number, shown
 from iapo_mini.tasks import POSTFIX
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ def check_stride(stride: object, name: str = "stride") -> None:
     Raises:
         ValueError: with the argument's ``name``, its value and what is allowed.
     """
-    whole = isinstance(stride, int) and not isinstance(stride, bool) and stride >= 1
+    whole = isinstance(stride, int) and not isinstance(stride, bool) and 1 <= stride <= MOST_TOKENS
     if not whole and stride != "sentence":
-        raise ValueError(f"{name} is {stride!r}; allowed are 1 and above, or 'sentence'.")
+        raise ValueError(f"{name} must be 1 to {MOST_TOKENS} or 'sentence', got {shown(stride)}")
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,10 @@ class EarlyExit:
 
     def __post_init__(self) -> None:
         check_stride(self.stride)
-        if self.way not in WAYS:
-            raise ValueError(f"way is {self.way!r}; allowed are {', '.join(WAYS)}.")
-        if not self.memory_mb > 0:
-            raise ValueError(f"memory_mb is {self.memory_mb!r}; allowed are numbers above 0.")
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"chunk_size is {self.chunk_size!r}; allowed are 1 and above.")
+        check_choice("way", self.way, WAYS)
+        check_number("memory_mb", self.memory_mb, above=0, most=MOST_REAL)
+        if self.chunk_size is not None:
+            check_number("chunk_size", self.chunk_size, 1, MOST_TOKENS)
 
 
 EVERY_PREFIX = EarlyExit()

@@ -21,6 +21,7 @@ from trl.models.utils import unwrap_model_for_generation
 from iapo_mini.advantages import exploration, normalize
 from iapo_mini.config import RECIPES
 from iapo_mini.early_exit.question import EarlyExit, check_stride
+from iapo_mini.errors import MOST_REAL, check_number
 from iapo_mini.information import answer_entropies, encode_postfix, informativeness
 from iapo_mini.policy import Policy
 from iapo_mini.rewards import reward
@@ -66,12 +67,8 @@ class IAPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("iapo_alpha", "iapo_beta"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed are 0 and above.")
-        if not self.iapo_memory_mb > 0:
-            raise ValueError(
-                f"iapo_memory_mb is {self.iapo_memory_mb}; allowed are numbers above 0."
-            )
+            check_number(name, getattr(self, name), 0, MOST_REAL)
+        check_number("iapo_memory_mb", self.iapo_memory_mb, above=0, most=MOST_REAL)
         check_stride(self.stride, "iapo_stride")
 
     @property
@@ -101,8 +98,8 @@ class IAPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args=args, **kwargs)
         if self.is_fsdp_enabled and args.iapo_alpha > 0:
             raise ValueError(
-                "iapo_alpha is above 0 under FSDP, which keeps the estimator from the weights; "
-                "allowed are DeepSpeed, plain data parallelism, or iapo_alpha 0."
+                f"iapo_alpha must be 0 under FSDP, which keeps the estimator from the weights, got "
+                f"{args.iapo_alpha}; DeepSpeed and plain data parallelism take any"
             )
         self._policy = Policy(self.model, self._tokenizer)
         encode_postfix(self._policy, args.iapo_postfix)
@@ -122,7 +119,7 @@ class IAPOTrainer(GRPOTrainer):
         if not self.model.training:
             return batch
         if "pixel_values" in batch:
-            raise ValueError("the prompts hold images; allowed is text.")
+            raise ValueError("the prompts hold images, but they must be text alone")
         args, rows = self.args, len(batch["advantages"])
         start = self.accelerator.process_index * rows
         local = self._rewards[start : start + rows]

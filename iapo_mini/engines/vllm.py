@@ -78,6 +78,7 @@ def sample_with(
     temperature: float = 1.0,
     seed: int = 0,
     keep_cache: bool = False,
+    on_token: Callable[[int, int], object] = lambda tokens, running: None,
 ) -> Rollouts:
     """Sample with an engine, as :func:`iapo_mini.sampling.sample` does without one.
 
@@ -88,6 +89,7 @@ def sample_with(
         problems, num_generations, max_completion_length, temperature, seed: as for ``sample``.
         keep_cache: of no effect, since vLLM's keys and values are its own; the estimator runs the
             trunk itself.
+        on_token: of no effect; a batch is the engine's until it is finished.
 
     Raises:
         ValueError: as ``sample``.

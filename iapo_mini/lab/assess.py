@@ -51,7 +51,7 @@ def assess(
     folder, figures = Path(folder), Path(figures)
     log = [row for _, row in logged(folder / "pretrain_log.jsonl") if "minutes" in row]
     if not log:
-        raise ValueError(f"folder is '{folder}', which holds no log of a pretraining.")
+        raise ValueError(f"folder must hold the log of a pretraining, got '{folder}'")
     policy = load_policy(str(folder), lora_rank=0)
     problems = list(itertools.islice(stories("test", seed=0), n_stories))
     rng = random.Random("report")

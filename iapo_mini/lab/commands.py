@@ -6,6 +6,9 @@ import argparse
 import importlib
 from pathlib import Path
 
+from iapo_mini.errors import MOST_PROBLEMS, MOST_THREADS, check_number
+from iapo_mini.options import whole
+
 EXPERIMENTS = {
     "tune": "three trials of every method on the tune stream; the choice is what table1 trains",
     "table1": "Table 1: all methods, five seeds; Pass@k, Length@k, Ratio@k, wall clock, Fig. 7",
@@ -22,14 +25,10 @@ EXPERIMENTS = {
 
 def add_lab(commands: argparse._SubParsersAction) -> None:
     """Add ``lab`` and its commands to those of the command line."""
-    lab = commands.add_parser(
-        "lab", help="remake the paper's tables, figures and claims", allow_abbrev=False
-    )
+    lab = commands.add_parser("lab", help="remake the paper's tables, figures and claims")
     parts = lab.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
     for name, sentence in EXPERIMENTS.items():
-        part = parts.add_parser(
-            name, help=sentence.split(";")[0], description=sentence, allow_abbrev=False
-        )
+        part = parts.add_parser(name, help=sentence.split(";")[0], description=sentence)
         part.set_defaults(run_command=_experiment)
         part.add_argument(
             "--preset", default="full", help="size: full, or quick: a smoke test (%(default)s)"
@@ -37,28 +36,24 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
         part.add_argument("--out", default="runs/science", help="folder of runs (%(default)s)")
         part.add_argument("--figures", default="figures", help="of figures (%(default)s)")
         part.add_argument(
-            "--parallel", type=int, help="processes at a time (default: one per core)"
+            "--parallel", type=whole, help="processes at a time (default: one per core)"
         )
-    theory = parts.add_parser(
-        "theory", help="the paper's theory held against measurement", allow_abbrev=False
-    )
+    theory = parts.add_parser("theory", help="the paper's theory held against measurement")
     theory.set_defaults(run_command=_theory)
     theory.add_argument(
         "--preset", default="full", help="size: quick (seconds) or full (five seeds; %(default)s)"
     )
-    figures = parts.add_parser(
-        "figures", help="remake the figures and results of a study", allow_abbrev=False
-    )
+    figures = parts.add_parser("figures", help="remake the figures and results of a study")
     figures.set_defaults(run_command=_figures)
     figures.add_argument(
         "study", choices=("estimator",),
         help="estimator: every estimator against the known roles and the exact posterior; the "
         "speed figures are drawn from what benchmarks/estimator.py has measured",
     )  # fmt: skip
-    figures.add_argument("--stories", type=int, default=300, help="test stories (%(default)s)")
+    figures.add_argument("--stories", type=whole, default=300, help="test stories (%(default)s)")
     for part in (theory, figures):
         part.add_argument("--figures", default="figures", help="folder of figures (%(default)s)")
-        part.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+        part.add_argument("--threads", type=whole, default=2, help="CPU threads (%(default)s)")
 
 
 def _experiment(args: argparse.Namespace) -> None:
@@ -87,8 +82,7 @@ def _theory(args: argparse.Namespace) -> None:
     from iapo_mini.lab.results import results_path
     from iapo_mini.lab.theory import summary, theory
 
-    if args.threads < 1:
-        raise ValueError(f"threads is {args.threads}; allowed are 1 and above.")
+    check_number("threads", args.threads, 1, MOST_THREADS)
     torch.set_num_threads(args.threads)
     print(summary(theory(args.preset, args.figures)))
     where = Path(args.figures)
@@ -102,8 +96,8 @@ def _figures(args: argparse.Namespace) -> None:
     from iapo_mini.files import writable_folder
     from iapo_mini.lab.estimators import estimator_study, study_table
 
-    if args.stories < 2:
-        raise ValueError(f"stories is {args.stories}; allowed are 2 and above.")
+    check_number("stories", args.stories, 2, MOST_PROBLEMS)
+    check_number("threads", args.threads, 1, MOST_THREADS)
     writable_folder(Path(args.figures) / "results", "figures")
     torch.set_num_threads(args.threads)
     results = estimator_study(args.figures, args.stories)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from iapo_mini.errors import check_choice
 from iapo_mini.files import write_json
 from iapo_mini.lab.results import check_options, draw_comparison
 from iapo_mini.lab.runs import START, collect, make_jobs, run_all
@@ -36,8 +37,7 @@ def compare(
         ValueError: for an unknown preset, or runs in ``out`` made with other settings.
         RuntimeError: when a run fails; the message holds its last line.
     """
-    if preset not in COMPARE:
-        raise ValueError(f"preset is {preset!r}; allowed are {', '.join(COMPARE)}.")
+    check_choice("preset", preset, COMPARE)
     size, out, figures = COMPARE[preset], Path(out), Path(figures)
     check_options(out, figures, parallel)
     alpha = COMPARE_ALPHA.get(preset, 0.4)

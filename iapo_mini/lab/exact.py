@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
+from iapo_mini.errors import shown
 from iapo_mini.problems.stories import MAX_VALUE, Segment, apply, operands
 from iapo_mini.tasks import Problem
 
@@ -40,8 +41,8 @@ class World:
         total = float(self.joint.sum())
         if self.joint.ndim < 2 or self.joint.min() < 0 or abs(total - 1) > 1e-9:
             raise ValueError(
-                f"joint has {self.joint.ndim} axes, least entry {float(self.joint.min()):g} and "
-                f"sum {total:g}; allowed are at least 2 axes, entries from 0, sum 1."
+                "joint must have at least 2 axes, entries from 0 and sum 1, got "
+                f"{self.joint.ndim} axes, least entry {float(self.joint.min()):g}, sum {total:g}"
             )
 
     @property
@@ -169,10 +170,14 @@ def strings_of(completions: Sequence[tuple[int, ...]], symbols: int) -> Strings:
     """
     used = {symbol for completion in completions for symbol in completion}
     if not completions or len(set(completions)) < len(completions):
-        raise ValueError(f"completions has {len(completions)} entries; allowed are one or more, "
-                         "all different.")  # fmt: skip
+        raise ValueError(
+            f"completions must be one or more, all different, got {len(completions)} of which "
+            f"{len(set(completions))} differ"
+        )
     if not used <= set(range(symbols)):
-        raise ValueError(f"completions use {sorted(used)}; allowed are 0 to {symbols - 1}.")
+        raise ValueError(
+            f"completions must use symbols 0 to {symbols - 1}, got {shown(sorted(used))}"
+        )
     begins = [[c[:t] for t in range(len(c) + 1)] for c in completions]
     known = sorted({p for row in begins for p in row}, key=lambda p: (len(p), p))
     index = {prefix: n for n, prefix in enumerate(known)}

@@ -17,6 +17,7 @@ answer entropy is near zero everywhere, and the estimator of the paper measures 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -34,9 +35,21 @@ from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from iapo_mini.calibration import Trunk, calibrate, exit_loss
 from iapo_mini.chat import render_prompt
+from iapo_mini.errors import (
+    MOST_RANK,
+    MOST_REAL,
+    MOST_ROWS,
+    MOST_SEED,
+    MOST_STEPS,
+    MOST_THREADS,
+    check_number,
+)
+from iapo_mini.files import writable_folder
 from iapo_mini.lab.assess import assess
 from iapo_mini.lab.story_model import HEAD_WIDTH, build_model, build_tokenizer
 from iapo_mini.metrics import trim_log
+from iapo_mini.model_files import model_source
+from iapo_mini.options import Parser, in_one_sentence, number, whole
 from iapo_mini.policies import EMBEDDED
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import MAX_VALUE, chain_of_thought, stories
@@ -44,6 +57,13 @@ from iapo_mini.tasks import POSTFIX
 
 _Row = tuple[list[int], list[int], int]
 """Tokens of a prompt, tokens of its completion, token of its answer."""
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "steps": (1, MOST_STEPS), "checkpoint_every": (1, MOST_STEPS), "batch_size": (1, MOST_ROWS),
+    "exits": (0, MOST_ROWS), "layers": (1, 1000), "hidden": (HEAD_WIDTH, MOST_RANK),
+    "exit_weight": (0, MOST_REAL), "threads": (1, MOST_THREADS), "seed": (0, MOST_SEED),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,17 +98,11 @@ class Settings:
     threads: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "layers", "checkpoint_every", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed are 1 and above.")
-        if self.exits < 0:
-            raise ValueError(f"exits is {self.exits}; allowed are 0 (none) and above.")
-        if not 0 <= self.exit_weight < math.inf:
-            raise ValueError(f"exit_weight is {self.exit_weight}; allowed are 0 and above.")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr is {self.lr}; allowed are numbers above 0.")
-        if self.hidden < 1 or self.hidden % HEAD_WIDTH:
-            raise ValueError(f"hidden is {self.hidden}; allowed are multiples of {HEAD_WIDTH}.")
+        for name, (least, most) in _RANGES.items():
+            check_number(name, getattr(self, name), least, most)
+        check_number("lr", self.lr, above=0, most=MOST_REAL)
+        if self.hidden % HEAD_WIDTH:
+            raise ValueError(f"hidden must be a multiple of {HEAD_WIDTH}, got {self.hidden}")
 
 
 AS_SHIPPED = Settings()
@@ -314,28 +328,29 @@ def calibrated(out: str | Path, steps: int = 700, threads: int = 2) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of ``python -m iapo_mini.lab.pretrain``; status 2 for a value out of range."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(
+        prog="pretrain", description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
     default = AS_SHIPPED
     parser.add_argument("--out", default="runs/pretrain", help="folder for the policy and its log")
-    parser.add_argument("--steps", type=int, default=default.steps, help="optimiser steps")
+    parser.add_argument("--steps", type=whole, default=default.steps, help="optimiser steps")
     parser.add_argument(
-        "--batch-size", type=int, default=default.batch_size, help="stories per step"
+        "--batch-size", type=whole, default=default.batch_size, help="stories per step"
     )
     parser.add_argument(
-        "--exits", type=int, default=default.exits, help="early exits per story; 0: none"
+        "--exits", type=whole, default=default.exits, help="early exits per story; 0: none"
     )
     parser.add_argument(
-        "--exit-weight", type=float, default=default.exit_weight, help="weight of the exit loss"
+        "--exit-weight", type=number, default=default.exit_weight, help="weight of the exit loss"
     )
-    parser.add_argument("--lr", type=float, default=default.lr, help="peak learning rate")
+    parser.add_argument("--lr", type=number, default=default.lr, help="peak learning rate")
     parser.add_argument(
-        "--hidden", type=int, default=default.hidden, help="hidden size (multiple of 32)"
+        "--hidden", type=whole, default=default.hidden, help="hidden size (multiple of 32)"
     )
-    parser.add_argument("--layers", type=int, default=default.layers, help="decoder layers")
-    parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--threads", type=int, default=default.threads, help="CPU threads")
+    parser.add_argument("--layers", type=whole, default=default.layers, help="decoder layers")
+    parser.add_argument("--seed", type=whole, default=default.seed)
+    parser.add_argument("--threads", type=whole, default=default.threads, help="CPU threads")
     parser.add_argument(
         "--report-only", action="store_true", help="judge the policy in --out, train nothing"
     )
@@ -345,20 +360,25 @@ def main(argv: list[str] | None = None) -> None:
         help="train nothing new; calibrate the embedded policy and save that, 700 steps",
     )
     parser.add_argument("--figures", default="figures", help="where the report goes")
-    options = vars(parser.parse_args(argv))
-    out, figures = options.pop("out"), options.pop("figures")
-    report_only, calibrate_only = options.pop("report_only"), options.pop("calibrate")
-    try:
-        settings = Settings(**options)
-    except ValueError as error:
-        parser.exit(2, f"pretrain: {error}\n")
-    if calibrate_only:
-        calibrated(out, threads=settings.threads)
+    with in_one_sentence("pretrain"):
+        _run(parser.parse_args(argv))
+
+
+def _run(args: argparse.Namespace) -> None:
+    names = [field.name for field in dataclasses.fields(Settings) if hasattr(args, field.name)]
+    settings = Settings(**{name: getattr(args, name) for name in names})
+    writable_folder(Path(args.figures), "figures")
+    if args.report_only:
+        model_source(args.out)
+    else:
+        writable_folder(Path(args.out), "out")
+    if args.calibrate:
+        calibrated(args.out, threads=settings.threads)
         return
-    if not report_only:
-        pretrain(out, settings)
+    if not args.report_only:
+        pretrain(args.out, settings)
     torch.set_num_threads(settings.threads)
-    print(json.dumps(assess(out, figures), indent=1))
+    print(json.dumps(assess(args.out, args.figures), indent=1))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from iapo_mini import plots
+from iapo_mini.errors import MOST_THREADS, check_number
 from iapo_mini.files import writable_folder
 from iapo_mini.intervals import format_interval
 
@@ -60,10 +61,10 @@ def check_options(out: Path, figures: Path, parallel: int | None) -> None:
     """Refuse what an experiment can't run with, before any long work.
 
     Raises:
-        ValueError: for ``parallel`` below 1, or folders where nothing can be written.
+        ValueError: for ``parallel`` out of range, or folders where nothing can be written.
     """
-    if parallel is not None and parallel < 1:
-        raise ValueError(f"parallel is {parallel}; allowed are 1 and above.")
+    if parallel is not None:
+        check_number("parallel", parallel, 1, MOST_THREADS)
     writable_folder(figures / "results", "figures")
     writable_folder(out, "out")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from iapo_mini.errors import check_choice
+
 WAY_PROBLEMS = 200
 """Stories on which a policy is judged on the way, eight completions each."""
 
@@ -90,6 +92,5 @@ def preset_of(name: str) -> Preset:
     Raises:
         ValueError: when there is none.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset is {name!r}; allowed are {', '.join(PRESETS)}.")
+    check_choice("preset", name, PRESETS)
     return PRESETS[name]

@@ -40,6 +40,7 @@ from pathlib import Path
 import torch
 
 from iapo_mini.advantages import normalize
+from iapo_mini.errors import check_choice
 from iapo_mini.files import versions, writable_folder, write_json
 from iapo_mini.intervals import format_interval, mean_interval
 from iapo_mini.lab.exact import (
@@ -334,8 +335,7 @@ def theory(preset: str = "full", figures: str | Path = "figures", progress: bool
     Raises:
         ValueError: for an unknown preset, or a folder where nothing can be written.
     """
-    if preset not in SIZES:
-        raise ValueError(f"preset is {preset!r}; allowed are {', '.join(SIZES)}.")
+    check_choice("preset", preset, SIZES)
     figures, sizes = Path(figures), SIZES[preset]
     writable_folder(figures / "results", "figures")
     results: dict = {"preset": {"name": preset} | asdict(sizes), "versions": versions()}

@@ -19,7 +19,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from iapo_mini.errors import first_line
+from iapo_mini.errors import check_choice, first_line, shown
 from iapo_mini.problems.stories import SPLITS, stories
 from iapo_mini.problems.verify import as_number
 from iapo_mini.tasks import SYSTEM_PROMPT, SYSTEM_PROMPT_INTEGER, Problem
@@ -190,8 +190,7 @@ def check_data(data: str, split: str, data_file: str = "") -> None:
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
-    if data not in DATA:
-        raise ValueError(f"data is '{data}'; allowed are {', '.join(DATA)}.")
+    check_choice("data", data, DATA)
     if data_file:
         if data == "stories":
             raise ValueError(
@@ -201,7 +200,7 @@ def check_data(data: str, split: str, data_file: str = "") -> None:
         path = Path(data_file).expanduser()
         if path.suffix.lower() not in FILE_TYPES:
             raise ValueError(
-                f"data_file is '{data_file}'; allowed are files of type {', '.join(FILE_TYPES)}."
+                f"data_file must be a file of type {', '.join(FILE_TYPES)}, got '{data_file}'"
             )
         if not path.is_file():
             raise ValueError(f"data_file is '{data_file}', which is no file.")
@@ -209,8 +208,8 @@ def check_data(data: str, split: str, data_file: str = "") -> None:
     if split not in allowed:
         hint = ""
         if len(allowed) < len(SPLITS):
-            hint = f" for {data} from the hub; a file of your own (data_file) has every split"
-        raise ValueError(f"split is '{split}'; allowed are {', '.join(allowed)}{hint}.")
+            hint = f" for {data} from the hub (a file of your own, data_file, has every split)"
+        raise ValueError(f"split must be one of {', '.join(allowed)}{hint}, got {shown(split)}")
 
 
 def _splits(data: str, data_file: str) -> tuple[str, ...]:
@@ -285,8 +284,8 @@ def cut(problems: list[Problem], split: str) -> list[Problem]:
     )
     if len(questions) < 3:
         raise ValueError(
-            f"{len(questions)} different problems can't be cut into train, tune and test; "
-            f"allowed are three and more, or the split '{ALL}'."
+            f"problems must be at least three different ones to be cut into train, tune and test, "
+            f"got {len(questions)}; the split '{ALL}' takes any number"
         )
     tenth = max(1, len(questions) // 10)
     chosen = {
@@ -367,7 +366,7 @@ def _from_file(path: Path) -> Iterator[tuple[str, object]]:
             f"data_file is '{path}', which can't be read as JSON ({error})."
         ) from error
     if not isinstance(rows, list):
-        raise ValueError(f"data_file is '{path}', which holds no list; allowed is a list of rows.")
+        raise ValueError(f"data_file must hold a list of rows, got '{path}', which holds no list")
     for number, row in enumerate(rows, start=1):
         yield f"row {number}", row
 
@@ -377,14 +376,18 @@ def _from_hub(data: str, source: Source, split: str) -> Iterator[tuple[str, obje
     import datasets
     import huggingface_hub
 
+    from iapo_mini.hub import reaching
+
     huggingface_hub.utils.logging.set_verbosity_error()  # it reports each of its retries
     repository, config = source.hub
-    try:
-        found = datasets.load_dataset(repository, config, split=source.splits.get(split, "train"))
-    except Exception as error:  # whatever the hub's client may raise, the way on is the same
-        reason = first_line(error)
-        raise ValueError(
-            f"data is '{data}', and '{repository}' can't be loaded from the hub ({reason}); "
-            "connect to the network, or name a local copy with --data-file (data_file)."
-        ) from error
+    part = source.splits.get(split, "train")
+    with reaching(repository) as unreached:
+        try:
+            found = datasets.load_dataset(repository, config, split=part)
+        except Exception as error:  # whatever the hub's client may raise, the way on is the same
+            reason = unreached or first_line(error)
+            raise ValueError(
+                f"data is '{data}', and '{repository}' can't be loaded from the hub ({reason}); "
+                "connect to the network, or name a local copy with --data-file (data_file)."
+            ) from error
     return ((f"row {number}", row) for number, row in enumerate(found, start=1))

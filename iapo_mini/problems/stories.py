@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from iapo_mini.chat import token_texts
+from iapo_mini.errors import check_choice
 from iapo_mini.tasks import Problem, Step
 
 if TYPE_CHECKING:
@@ -206,12 +207,10 @@ def stories(split: str, seed: int = 0, min_steps: int = 2, max_steps: int = 6) -
     Raises:
         ValueError: for an unknown split or an empty range of steps.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; allowed are {', '.join(SPLITS)}.")
+    check_choice("split", split, SPLITS)
     if not 1 <= min_steps <= max_steps:
         raise ValueError(
-            f"min_steps is {min_steps} and max_steps is {max_steps}; "
-            "allowed is 1 <= min_steps <= max_steps."
+            f"min_steps must be 1 to max_steps, got {min_steps} with a max_steps of {max_steps}"
         )
 
     def generate() -> Iterator[Problem]:

@@ -76,6 +76,6 @@ def committed_result(name: str) -> dict:
             return json.load(answer)
     except (OSError, urllib.error.URLError) as error:
         raise ValueError(
-            f"name is '{name}', which is neither in {_RESULTS} nor to be had from GitHub "
-            f"({error}); allowed are the files of figures/results."
+            f"name must be a file of figures/results, got '{name}', which is neither in "
+            f"{_RESULTS} nor to be had from GitHub ({error})"
         ) from error

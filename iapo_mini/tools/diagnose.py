@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from iapo_mini.errors import first_line
+from iapo_mini.errors import MOST_STEPS, check_number, first_line
 from iapo_mini.metrics import LOG, row_of
 from iapo_mini.run_folder import checkpoints
 
@@ -194,8 +194,7 @@ def diagnose(run: str | Path, last: int = 10) -> list[Finding]:
     Raises:
         ValueError: for ``last`` below 1, or a folder without a step.
     """
-    if last < 1:
-        raise ValueError(f"last is {last}; allowed are 1 and above.")
+    check_number("last", last, 1, MOST_STEPS)
     log = read_log(run, last)
     ending = _rows(log.ending)
     found = []

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from tqdm.auto import tqdm
 
 from iapo_mini.chat import token_texts
 from iapo_mini.information import answer_entropies, informativeness
@@ -42,10 +44,30 @@ class Explained:
 
 
 def explain(
-    policy: Policy, problem: Problem, *, temperature: float = 1.0, seed: int = 0
+    policy: Policy,
+    problem: Problem,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    progress: bool = False,
 ) -> Explained:
-    """Sample one completion and estimate the informativeness of each of its tokens."""
-    rollouts = sample(policy, [problem], num_generations=1, temperature=temperature, seed=seed)
+    """Sample one completion and estimate the informativeness of each of its tokens.
+
+    Args:
+        policy: the policy to look at.
+        problem: what it is asked.
+        temperature: of sampling; 0 is greedy.
+        seed: of sampling.
+        progress: show the tokens as they come.
+
+    Raises:
+        ValueError: for a temperature out of range.
+    """
+    with tqdm(desc="explain", unit="token", leave=False, disable=not progress) as bar:
+        rollouts = sample(
+            policy, [problem], num_generations=1, temperature=temperature, seed=seed,
+            on_token=lambda *_: bar.update(),
+        )  # fmt: skip
     entropies = answer_entropies(policy, rollouts)
     s = informativeness(entropies, rollouts.completion_mask)[0]
     n = int(rollouts.lengths[0]) - int(rollouts.finished[0])
@@ -57,6 +79,20 @@ def explain(
         entropies[0, : n + 1].tolist(),
         token_roles(policy.tokenizer, ids) if problem.steps else None,
     )
+
+
+def check_figure(out: str | Path) -> None:
+    """Refuse a figure's file that can't be drawn to or would write over something else.
+
+    Raises:
+        ValueError: for another ending than .png, .pdf or .svg, or a file that is no such figure.
+    """
+    path = Path(out)
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"out must be a .png, .pdf or .svg file, got '{out}'")
+    # matplotlib writes its name into all three.
+    if path.is_dir() or (path.is_file() and b"atplotlib" not in path.read_bytes()):
+        raise ValueError(f"out is '{out}', which is no figure of before; name another file")
 
 
 def terminal_text(explained: Explained, color: bool = True) -> str:

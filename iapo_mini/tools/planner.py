@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from iapo_mini.config import TrainConfig
+from iapo_mini.errors import MOST_REAL, MOST_TOKENS, check_number, shown
 from iapo_mini.memory import CACHE_BLOCK, CARD_BLOCK, LOGIT_BYTES, LOGITS_MB
 
 if TYPE_CHECKING:
@@ -145,19 +146,21 @@ def shape(model: str) -> Shape:
             return found
     from transformers import AutoConfig
 
+    from iapo_mini.hub import reaching
     from iapo_mini.model_files import model_source
     from iapo_mini.policy import quiet_libraries
 
     quiet_libraries()
-    try:
-        return shape_of(
-            AutoConfig.from_pretrained(model_source(model, weights=False), trust_remote_code=False)
-        )
-    except (OSError, KeyError) as error:
-        raise ValueError(
-            f"model is '{model}', whose config.json can't be had; allowed are a model folder, a "
-            f"hub id that this machine can reach, or one of {', '.join(SHAPES)}."
-        ) from error
+    source = model_source(model, weights=False)
+    with reaching(source) as unreached:
+        try:
+            return shape_of(AutoConfig.from_pretrained(source, trust_remote_code=False))
+        except (OSError, KeyError) as error:
+            raise ValueError(
+                "model must be a model folder, a hub id that this machine can reach, or one of "
+                f"{', '.join(SHAPES)}, got '{model}', whose config.json can't be had"
+                + (f" ({unreached})" if unreached else "")
+            ) from error
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:
@@ -193,9 +196,9 @@ def card_gb(gpu: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*gb", gpu.lower())
     if gpu.lower() in CARD_GB:
         return CARD_GB[gpu.lower()]
-    if not found or float(found[1]) <= 0:
+    if not found or not 0 < float(found[1]) <= MOST_REAL:
         raise ValueError(
-            f"gpu is '{gpu}'; allowed are {', '.join(CARD_GB)} or a size, such as 12gb."
+            f"gpu must be one of {', '.join(CARD_GB)} or a size, such as 12gb, got {shown(gpu)}"
         )
     return float(found[1])
 
@@ -263,10 +266,11 @@ def plan(model: Shape, settings: TrainConfig, prompt: int, width: int | None = N
     Raises:
         ValueError: for a prompt without tokens, or full fine-tuning.
     """
-    if prompt < 1:
-        raise ValueError(f"prompt is {prompt}; allowed are 1 token and above.")
+    check_number("prompt", prompt, 1, MOST_TOKENS)
     if settings.lora_rank < 1:
-        raise ValueError("lora_rank is 0; the planner knows adapters, allowed are 1 and above.")
+        raise ValueError(
+            "lora_rank must be at least 1 for the planner, which knows adapters, got 0"
+        )
     width = width or (2 if settings.four_bit else 4)
     group, hidden, inner = settings.num_generations, model.hidden, model.inner
     rows, completion = settings.prompts_per_step * group, settings.max_completion_length

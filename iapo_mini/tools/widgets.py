@@ -23,6 +23,7 @@ from iapo_mini.chat import token_texts
 from iapo_mini.early_exit.prefixes import ask
 from iapo_mini.early_exit.question import Question
 from iapo_mini.early_exit.reading import logits_entropy
+from iapo_mini.errors import MOST_ROWS, check_number
 from iapo_mini.information import encode_postfix, informativeness
 from iapo_mini.plots import COLORS
 from iapo_mini.policy import Policy
@@ -61,7 +62,7 @@ def forced_answers(policy: Policy, rollouts: Rollouts, k: int = 6) -> ForcedAnsw
     """
     vocabulary = policy.model.config.get_text_config().vocab_size
     if not 1 <= k <= vocabulary:
-        raise ValueError(f"k is {k}; allowed are 1 to {vocabulary}, the size of the vocabulary.")
+        raise ValueError(f"k must be 1 to {vocabulary}, the size of the vocabulary, got {k}")
 
     def read(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         p, ids = torch.softmax(logits[:, 0].float(), dim=-1).topk(k)
@@ -278,8 +279,7 @@ def explorer(
     """
     if not problems:
         raise ValueError("problems is empty; at least one problem is needed to explore.")
-    if num_generations < 2:
-        raise ValueError(f"num_generations is {num_generations}; allowed are 2 and above.")
+    check_number("num_generations", num_generations, 2, MOST_ROWS)
     import ipywidgets as w
 
     problems = list(problems)
