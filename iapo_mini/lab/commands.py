@@ -16,6 +16,7 @@ EXPERIMENTS = {
     "sweeps": "Fig. 6: IAPO at other weights alpha and beta; three seeds",
     "departures": "the authors' departures from the paper, one at a time; three seeds",
     "controls": "IAPO with its informativeness replaced, under both means; when to pay; five seeds",
+    "choices": "what each term pays computing over talk where a sentence is opened; no training",
     "oracle": "s and value by real continuations: how early exits agree, training with both",
     "starts": "GRPO, IAPO-NE and IAPO from policies that are more and less calibrated; five seeds",
     "claims": "every claim of the paper against our results; runs what is missing, theory included",

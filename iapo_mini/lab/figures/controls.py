@@ -25,6 +25,11 @@ NAMES = {
 """Label of a row that :data:`iapo_mini.plots.LABELS` does not have."""
 
 
+def label(name: str) -> str:
+    """A row's name as figures and tables show it."""
+    return NAMES.get(name, LABELS.get(name, name))
+
+
 def dots(ax: Axes, rows: Mapping[str, Sequence[float]], highlight: str = "") -> None:
     """One line of dots for each row, the mean and its 95% interval as a bar above them.
 
@@ -38,8 +43,7 @@ def dots(ax: Axes, rows: Mapping[str, Sequence[float]], highlight: str = "") -> 
         ax.plot(values, [y] * len(values), "o", color=color, alpha=0.45, ms=5, mew=0)
         ax.plot([low, high], [y - 0.28] * 2, "-", color=color, lw=1.5)
         ax.plot([mean], [y - 0.28], "|", color=color, ms=9, mew=2)
-    labels = [NAMES.get(name, LABELS.get(name, name)) for name in rows]
-    ax.set_yticks(range(len(rows)), labels)
+    ax.set_yticks(range(len(rows)), [label(name) for name in rows])
     ax.set_ylim(len(rows) - 0.5, -0.7)
     ax.grid(axis="x", alpha=0.3)
     ax.set_axisbelow(True)
@@ -67,4 +71,32 @@ def controls(results: Mapping) -> Figure:
             ax.set_xlabel(label)
         column[0].set_title(title, fontsize=11)
     fig.suptitle("Dots are seeds, bars above them means with 95% intervals", fontsize=9)
+    return fig
+
+
+def choices(results: Mapping) -> Figure:
+    """What each term pays computing over talk at choices, under both means of the loss.
+
+    Args:
+        results: as written by ``choices.choices``.
+    """
+    fig = Figure(figsize=(9, 4.2), layout="constrained")
+    ax = fig.subplots()
+    names = list(results["terms"])
+    for how, offset, color, marker in (
+        ("token", -0.15, COLORS["iapo"], "o"), ("sequence", 0.15, COLORS["grpo"], "s"),
+    ):  # fmt: skip
+        shown = [(y, results["terms"][name][how]) for y, name in enumerate(names)]
+        y = [place + offset for place, _ in shown]
+        mean, low, high = zip(*(interval for _, interval in shown))
+        ax.errorbar(
+            mean, y, xerr=[[m - a for m, a in zip(mean, low)], [b - m for m, b in zip(mean, high)]],
+            fmt=marker, color=color, capsize=2, label=f"{how} mean",
+        )  # fmt: skip
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set_yticks(range(len(names)), [label(name) for name in names])
+    ax.invert_yaxis()
+    ax.set_xlabel("paid to computing minus paid to talk, where a sentence is opened (std)")
+    ax.grid(axis="x", alpha=0.3)
+    ax.legend(frameon=False)
     return fig

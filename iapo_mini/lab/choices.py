@@ -1,0 +1,191 @@
+"""Who is paid at a choice? What a term pays computing over talk where the policy decides.
+
+Most tokens of a completion are hardly chosen: once a sentence has begun, its rest follows. The
+length is decided where a sentence is opened. So this study looks at the tokens that open a sentence
+where the policy is unsure (next-token entropy above ``UNSURE``), compares completions that have the
+*same* prefix there, and asks by how much a term pays the openers of computing sentences more than
+those of talk. The unit is the standard deviation of what the term pays over all tokens.
+
+Under the sequence mean a token's pay is divided by the length of its completion, which counts here:
+a constant is nothing under the token mean, and pays the shorter completion under the other one.
+
+    figures/results/choices.json
+      terms      term -> aggregation -> [mean, low, high], 95% bootstrap interval over stories
+      places     number of prefixes at which completions with both kinds of openers were found
+      stories, num_generations, versions
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from iapo_mini.advantages import exploration, normalize
+from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit
+from iapo_mini.early_exit.strides import sentence_ends
+from iapo_mini.files import versions, write_json
+from iapo_mini.information import INFORMATION, Information
+from iapo_mini.intervals import bootstrap_interval, format_interval
+from iapo_mini.lab import controls
+from iapo_mini.lab.figures import controls as drawn
+from iapo_mini.lab.results import check_options, results_path
+from iapo_mini.lab.sizes import preset_of
+from iapo_mini.policy import Policy, load_policy
+from iapo_mini.problems.stories import stories, token_roles
+from iapo_mini.rewards import score
+from iapo_mini.rollouts import Rollouts
+from iapo_mini.sampling import sample
+from iapo_mini.tasks import Problem
+
+UNSURE = 0.5
+"""Nats of next-token entropy above which opening a sentence counts as a choice."""
+AGGREGATIONS = ("token", "sequence")
+SIZES = {"quick": (3, 8), "full": (120, 32)}
+"""Stories, completions of each."""
+
+
+def _normed(source: Information) -> Information:
+    return lambda policy, rollouts, how: normalize(
+        source(policy, rollouts, how), rollouts.completion_mask
+    )
+
+
+def _constant(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
+    return rollouts.completion_mask.float()
+
+
+def _by_sentence(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
+    return INFORMATION["answer_entropy"](policy, rollouts, EarlyExit(stride="sentence"))
+
+
+def _confidence(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
+    return exploration(rollouts)
+
+
+TERMS: dict[str, Information] = {
+    "iapo": _normed(controls.estimated),
+    "iapo_sentence": _normed(_by_sentence),
+    "iapo_ne": _normed(INFORMATION["next_token_entropy"]),
+    "iapo_pmi": _normed(INFORMATION["answer_surprisal"]),
+    "iapo_ni": _normed(_confidence),
+    "constant": _constant,
+    "shuffled": _normed(controls.shuffled),
+    "roles": _normed(controls.roles),
+    "first": _normed(lambda p, r, how: controls.first(p, r, controls.estimated(p, r, how))),
+    "to_go": _normed(lambda p, r, how: controls.to_go(p, r, controls.estimated(p, r, how))),
+}
+"""What a term pays each token, (B, L), before its weight; ``iapo_ni`` is the exploration term."""
+
+
+def openers(policy: Policy, rollouts: Rollouts) -> dict[tuple, list[tuple[int, int, bool]]]:
+    """Places where the policy chooses how to go on, and what was chosen there.
+
+    Returns:
+        (group, prefix tokens) -> (row, token, does the sentence compute), for the first tokens of
+        sentences whose entropy is above ``UNSURE``.
+    """
+    begins = sentence_ends(policy, rollouts)[:, :-1] & rollouts.completion_mask
+    unsure = rollouts.token_entropies > UNSURE
+    places: dict[tuple, list[tuple[int, int, bool]]] = defaultdict(list)
+    for i, n in enumerate(rollouts.lengths.tolist()):
+        ids = rollouts.completion_ids[i, :n].tolist()
+        roles = token_roles(policy.tokenizer, ids)
+        for t in (begins[i] & unsure[i]).nonzero()[:, 0].tolist():
+            if roles[t] != "format":  # a tag ends the thought; it opens no sentence
+                key = (i // rollouts.num_generations, tuple(ids[:t]))
+                places[key].append((i, t, roles[t] == "compute"))
+    return places
+
+
+def paid_at_choices(
+    policy: Policy,
+    problems: Sequence[Problem],
+    terms: Mapping[str, Callable[..., torch.Tensor]],
+    num_generations: int,
+    seed: int = 0,
+) -> tuple[dict[str, dict[str, list[float]]], int]:
+    """By how much each term pays computing over talk at choices.
+
+    Args:
+        policy: samples, and is asked where a term needs it.
+        problems: stories; terms: as ``TERMS``; num_generations: completions of each story.
+        seed: of the sampling.
+
+    Returns:
+        Term -> aggregation -> ``[mean, low, high]`` in standard deviations of what the term pays
+        (bootstrap over stories), and the number of places that were found.
+    """
+    found: dict[tuple[str, str], list[tuple[np.ndarray, ...]]] = defaultdict(list)
+    spread: dict[tuple[str, str], list[torch.Tensor]] = defaultdict(list)
+    count = 0
+    for start in tqdm(range(0, len(problems), 4), desc="choices", unit="batch"):
+        batch = list(problems[start : start + 4])
+        drawn_now = sample(policy, batch, num_generations=num_generations, seed=seed + start)
+        rollouts = score(drawn_now, policy.tokenizer, batch)
+        places = openers(policy, rollouts)
+        mask, lengths = rollouts.completion_mask, rollouts.lengths[:, None].float()
+        for name, term in terms.items():
+            pay = term(policy, rollouts, EVERY_PREFIX)
+            for how, values in zip(AGGREGATIONS, (pay, pay / lengths)):
+                spread[name, how].append(values[mask])
+                for story in range(len(batch)):
+                    gaps = []
+                    for (group, _), chosen in places.items():
+                        both = [
+                            [float(values[i, t]) for i, t, computes in chosen if computes == kind]
+                            for kind in (True, False)
+                        ]
+                        if group == story and all(both):
+                            gaps.append(np.mean(both[0]) - np.mean(both[1]))
+                    if gaps:
+                        found[name, how].append((np.array(gaps),))
+        count += sum(len({computes for *_, computes in chosen}) == 2 for chosen in places.values())
+    out: dict[str, dict[str, list[float]]] = {name: {} for name in terms}
+    for (name, how), groups in found.items():
+        deviation = float(torch.cat(spread[name, how]).std())
+        unit = deviation if deviation > 1e-6 else 1.0  # a constant pays alike everywhere
+        interval = bootstrap_interval(lambda gaps: float(gaps.mean()), groups)
+        out[name][how] = [value / unit for value in interval]
+    return out, count
+
+
+def choices(
+    preset: str = "full",
+    *,
+    out: str | Path = "runs/science",
+    figures: str | Path = "figures",
+    parallel: int | None = None,
+) -> dict:
+    """What every term of :data:`TERMS` pays at choices of the start policy; file and figure.
+
+    Nothing is trained. Arguments and errors as for :func:`iapo_mini.lab.table1.table1`.
+    """
+    preset_of(preset)  # refuses an unknown one
+    figures = Path(figures)
+    check_options(Path(out), figures, parallel)
+    n_stories, num_generations = SIZES[preset]
+    problems = list(itertools.islice(stories("tune", seed=3), n_stories))
+    terms, places = paid_at_choices(load_policy(lora_rank=0), problems, TERMS, num_generations)
+    results = {
+        "terms": terms, "places": places, "stories": n_stories,
+        "num_generations": num_generations, "versions": versions(),
+    }  # fmt: skip
+    path = results_path(figures, "choices", preset)
+    write_json(path, results)
+    drawn.choices(results).savefig(figures / f"{path.stem}.png", dpi=150)
+    return results
+
+
+def choices_table(results: Mapping) -> str:
+    """The terms of :func:`choices` as a Markdown table."""
+    lines = ["| term | token mean | sequence mean |", "|---" * 3 + "|"]
+    for name, row in results["terms"].items():
+        cells = [format_interval(row[how], 2) if how in row else "" for how in AGGREGATIONS]
+        lines.append(f"| {drawn.label(name)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
