@@ -57,7 +57,7 @@ def test_differences_are_taken_within_a_seed(results):
 def test_the_table_has_a_line_for_each(results):
     lines = starts_table(results).splitlines()
     assert len(lines) == 2 + 1 + len(TRAINED)
-    assert all(line.count("|") == 6 for line in lines)
+    assert all(line.count("|") == 7 for line in lines)
     assert f"{results['starts']['calibrated']['start']['length']:.1f}" in lines[2]
 
 

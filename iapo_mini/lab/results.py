@@ -10,7 +10,9 @@ Every experiment trains its rows from the same start policy on the same prompts
                           "intervals": [one per seed: metric -> [low, high] over problems],
                           "roles": role -> tokens per completion [one per seed],
                           "by_steps": operations of the story -> {"accuracy", "length": [per seed]},
-                          "train_minutes": [one per seed]}
+                          "train_minutes": [one per seed],
+                          "aggregation": mean of the loss, not of the start policy,
+                          "on_the_way": step -> {"length", "pass@1": [one per seed]}, where judged}
       curves     name -> [one per seed: {"length", "accuracy", "entropy": [one per step]}]
       config     name -> training settings;  evaluation -> evaluation settings
       versions   package -> version
@@ -96,9 +98,9 @@ def comparison_table(results: dict, metric: str = "") -> str:
         columns = [f"{metric}@{k}" for k in of]
     units = {"length": " (tokens)", "ratio": " (1/1000 tokens)"}
     titles = [c.capitalize() + units.get(c.split("@")[0], "") for c in columns]
-    lines = ["| method | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = ["| method | loss | " + " | ".join(titles) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, result in results["methods"].items():
-        cells = []
+        cells = [f"{result['aggregation']} mean" if "aggregation" in result else ""]
         for column in columns:
             mean, low, high = plots.interval_of(result, column)
             if column.startswith("ratio"):

@@ -117,12 +117,13 @@ def _differences(ours: Mapping, theirs: Mapping) -> dict[str, tuple[float, float
 
 def starts_table(results: Mapping) -> str:
     """The rows of :func:`starts` as a Markdown table; mean and 95% interval over seeds."""
-    lines = ["| start policy | method | length (tokens) | Pass@1 | Ratio@1 (1/1000 tokens) |",
-             "|---" * 5 + "|"]  # fmt: skip
+    titles = ("start policy", "method", "loss", "length (tokens)", "Pass@1",
+              "Ratio@1 (1/1000 tokens)")  # fmt: skip
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for name, row in results["starts"].items():
         before = row[START]
         lines.append(
-            f"| {name} | before training | {before['length']:.1f} | {before['pass@1']:.3f} "
+            f"| {name} | before training | | {before['length']:.1f} | {before['pass@1']:.3f} "
             f"| {1000 * before['ratio@1']:.1f} |"
         )
         for method in TRAINED:
@@ -132,5 +133,8 @@ def starts_table(results: Mapping) -> str:
                 format_interval(mean_interval(row[method]["pass@1"])),
                 format_interval(mean_interval(per_thousand), 1),
             )
-            lines.append(f"| {name} | {plots.LABELS[method]} | " + " | ".join(cells) + " |")
+            loss = f"{results['config'][f'{name}-{method}']['aggregation']} mean"
+            lines.append(
+                f"| {name} | {plots.LABELS[method]} | {loss} | " + " | ".join(cells) + " |"
+            )
     return "\n".join(lines)

@@ -45,7 +45,7 @@ ROWS: dict[str, dict] = {
 
 _IAPO_WEIGHTS = ({"alpha": 0.1}, {"alpha": 0.4})
 OTHER_WEIGHTS: dict[str, tuple[dict, dict]] = {
-    "gfpo": ({"alpha": 0.5}, {"alpha": 0.25}),
+    "gfpo": ({"alpha": 0.5}, {"alpha": 0.875}),
     "gfpo_24": ({"alpha": 0.5}, {"alpha": 1 / 6}),
     "gtpo": ({"alpha": 0.05}, {"alpha": 0.4}),
     "gtpo_iapo": ({"alpha": 0.05}, {"alpha": 0.4}),
