@@ -361,11 +361,7 @@ def _load(
 
 
 def _not_loaded(model: str, reason: str, within: str) -> ValueError:
-    """Whatever transformers raises over a folder (it raises everything), the way on is the same.
-
-    Args:
-        within: which of several models in a repository it is, as words for the sentence.
-    """
+    """What is said of anything that transformers raises; ``within`` names one of several models."""
     return ValueError(
         f"model must be '{EMBEDDED}', a folder written by save_pretrained, or a hub id that this "
         f"machine can reach, got '{model}'{within} which can't be loaded ({reason})"

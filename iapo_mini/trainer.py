@@ -70,8 +70,8 @@ def train(
         The trained policy, also saved to ``output_dir/final``.
 
     Raises:
-        ValueError: an empty problem list, a folder that is in use, or a resume with another config.
-            Also when ``output_dir`` can't be written, or the data can't be read.
+        ValueError: an empty problem list, a folder in use or not to be written, data that can't be
+            read, or a resume with another config.
         OSError: the disk is full or has become read-only; the last checkpoint is left as it was.
         FloatingPointError: log-probabilities, informativeness, loss or gradient of a step are not
             finite. Its batch is in ``output_dir/failed-step-<n>``; that update was not made.
@@ -83,15 +83,13 @@ def train(
     recipe, how = config.recipe(), config.early_exit()
     with Run(output_dir, config, resume=resume, wait=wait) as run:
         policy = start_policy(config) if policy is None else policy
-        first = list(itertools.islice(stream, config.prompts_per_step))
-        _check_policy(policy, first, config, recipe)
-        stream = itertools.chain(first, stream)
+        stream = _checked(policy, stream, config)
         optimizer = torch.optim.AdamW(
             policy.trainable().values(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
         )
         done = run.restore(policy, optimizer)
-        asked = config.prompts_per_step * recipe.sampling_rounds
-        stream = itertools.islice(stream, done * asked, None)
+        size = config.prompts_per_step * recipe.sampling_rounds
+        stream = itertools.islice(stream, done * size, None)
         weigh = ADVANTAGES[recipe.rule] if isinstance(recipe.rule, str) else recipe.rule
         sample = sampler_of(config.engine, config.model)
         bar = tqdm(
@@ -101,10 +99,10 @@ def train(
         for step in bar:
             watch = Stopwatch()
             # Sample G completions for each prompt from the current policy, now "old"; score them.
-            batch = list(itertools.islice(stream, asked))
             with tokens_shown(bar) as seen:
                 drawn = functools.partial(sample, on_token=seen)
-                rollouts, batch, sampled = collect(policy, batch, drawn, config, step)
+                asked = list(itertools.islice(stream, size))
+                rollouts, batch, sampled = collect(policy, asked, drawn, config, step)
             watch.lap("sampling")
             # Estimate what each token tells about the answer, if the method asks for it.
             if recipe.information is not None:
@@ -115,8 +113,8 @@ def train(
             with run.keeping(step + 1, rollouts, advantages, policy):
                 stats = update(policy, optimizer, rollouts, advantages, config, step)
             watch.lap("update")
-            metrics = {"step": step + 1, **step_metrics(rollouts, advantages, stats, watch)}
-            metrics["sampled"] = sampled
+            metrics = {"step": step + 1, "sampled": sampled}
+            metrics |= step_metrics(rollouts, advantages, stats, watch)
             metrics |= role_metrics(rollouts, advantages, policy.tokenizer, batch)
             run.log(metrics)
             bar.set_postfix(reward=f"{metrics['reward']:.2f}", length=f"{metrics['length']:.1f}")
@@ -148,15 +146,15 @@ def start_policy(config: TrainConfig) -> Policy:
     )
 
 
-def _check_policy(
-    policy: Policy, first: list[Problem], config: TrainConfig, recipe: Recipe
-) -> None:
-    """Refuse a policy that can't earn the full reward, or has too few positions, before step 1."""
+def _checked(policy: Policy, stream: Iterator[Problem], config: TrainConfig) -> Iterator[Problem]:
+    """The stream, once it is seen that the policy can earn the full reward and has room for it."""
+    first = list(itertools.islice(stream, config.prompts_per_step))
     check_completion(policy, first[0])
     asked = 0
-    if recipe.information is not None:
+    if config.recipe().information is not None:
         asked = len(encode_postfix(policy, config.early_exit().postfix))
     check_length(policy, first, config.max_completion_length + asked)
+    return itertools.chain(first, stream)
 
 
 def collect(
