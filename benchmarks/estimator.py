@@ -363,7 +363,7 @@ def check(results: dict) -> list[str]:
 
 def main() -> None:
     """Measure, write, judge."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parts = ("exact", "tiny", "qwen05b", "growth")
     parser.add_argument("parts", nargs="*", help=f"any of {', '.join(parts)}; default: all")
     parser.add_argument("--threads", type=int, default=TrainConfig().threads)

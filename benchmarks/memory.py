@@ -134,7 +134,7 @@ def measure(name: str, config: PreTrainedConfig, settings: TrainConfig, prompt: 
 
 def main() -> None:
     """Measure the shapes asked for; rows of other shapes in the file stay."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("shapes", nargs="*", default=list(CARD_OF), help=", ".join(CARD_OF))
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape instead, short texts")

@@ -166,7 +166,7 @@ def verdict_table(results: dict) -> str:
 
 def main() -> None:
     """Command line, see the head of this file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data-file", required=True, help="MATH-500 as .json, .jsonl or .parquet")
     problems = load_problems("math500", "all", parser.parse_args().data_file)
     packages = {name: version(name) for name in ("math-verify", "latex2sympy2_extended", "sympy")}

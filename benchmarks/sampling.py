@@ -92,7 +92,7 @@ def measure(policy: Policy, problems, length: int, way: str, cuda: bool) -> dict
 
 def main() -> None:
     """Measure one shape; rows of other shapes in the file stay."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("shape", nargs="?", default="qwen2.5-0.5b", help=", ".join(SHAPES))
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape instead, short texts")

@@ -155,7 +155,7 @@ def loss_difference(prompts: int, group: int, limit: int) -> float:
 
 def main() -> None:
     """Measure, write, judge."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each (%(default)s)")
     parser.add_argument("--prompts", type=int, default=8, help="prompts a step (%(default)s)")
     parser.add_argument("--group", type=int, default=8, help="completions a prompt (%(default)s)")

@@ -169,7 +169,7 @@ def test_what_is_wrong_with_a_row_is_said(data, row, reason, tmp_path):
 )
 def test_files_that_cannot_be_read_are_refused(name, content, reason, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"data_file is .*{name}.*{reason}"):
+    with pytest.raises(ValueError, match=f"data_file .*{name}.*{reason}"):
         load_problems("gsm8k", "all", str(tmp_path / name))
 
 
@@ -241,7 +241,7 @@ def test_a_cut_is_disjoint_complete_and_does_not_depend_on_the_order(numbers, rn
     problems = [Problem(f"{n}?", str(n)) for n in numbers]
     different = len(set(numbers))
     if different < 3:
-        with pytest.raises(ValueError, match=f"{different} different problems can't be cut"):
+        with pytest.raises(ValueError, match=f"at least three different ones .*, got {different};"):
             cut(problems, "train")
         return
     parts = {split: cut(problems, split) for split in ("train", "tune", "test")}

@@ -4,10 +4,12 @@ import argparse
 import dataclasses
 
 import pytest
+from matplotlib.figure import Figure
 
 from iapo_mini import cli, options
 from iapo_mini.errors import MOST_SEED, check_choice, check_number, check_temperature, shown
 from iapo_mini.lab import pretrain
+from iapo_mini.tools.explain import check_figure
 
 ABSURD = ["", "abc", "nan", "inf", "-inf", "-1", "-1e400", "1e400", "9" * 23, "9" * 5000]
 
@@ -127,6 +129,21 @@ def test_absurd_numbers_of_pretrain_are_refused_in_one_sentence(field, idle, cap
 )  # fmt: skip
 def test_what_is_told(arguments, sentence, idle, capsys):
     assert sentence in told(capsys, cli.main, arguments.split())
+
+
+@pytest.mark.parametrize("name", ["h.png", "h.pdf", "h.svg"])
+def test_a_heat_map_writes_over_heat_maps_alone(name, tmp_path):
+    figure = tmp_path / name
+    check_figure(figure)
+    Figure().savefig(figure)
+    check_figure(figure)
+    figure.write_bytes(b"a photograph")
+    with pytest.raises(ValueError, match="which is no figure of before"):
+        check_figure(figure)
+    figure.unlink()
+    figure.mkdir()
+    with pytest.raises(ValueError, match="which is no figure of before"):
+        check_figure(figure)
 
 
 def test_a_seed_takes_no_time_to_count_to(monkeypatch, tmp_path, capsys):
