@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from iapo_mini.errors import first_line
-from iapo_mini.signals import processor_time
 from iapo_mini.tasks import Problem, messages
 
 if TYPE_CHECKING:
@@ -28,9 +27,7 @@ _KNOWN: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictiona
 
 _PREFILL = re.compile(r"<think>\s*\Z")
 _QUESTION, _ANSWER = "1 + 1?", "An answer."
-PATIENCE = 20.0
-"""Seconds of processor time that a template may take over a short question."""
-_LIMIT = 100_000  # characters that it may make of it
+_LIMIT = 100_000  # characters that a template may make of a short question
 _SPACE = "\u2581"  # how SentencePiece writes the space before a word
 
 
@@ -141,8 +138,7 @@ def _found(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def _tried(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the template makes of a short question, refused where it would spoil every prompt."""
-    with processor_time(PATIENCE):
-        prompt = render_prompt(tokenizer, Problem(_QUESTION, "2"))
+    prompt = render_prompt(tokenizer, Problem(_QUESTION, "2"))
     if _QUESTION not in prompt or len(prompt) > _LIMIT:
         told = "leaves out the question"
         if _QUESTION in prompt:

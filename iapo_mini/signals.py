@@ -1,4 +1,4 @@
-"""What asks a run to end: Ctrl-C, a cluster's time limit, a closed terminal; a limit of ours."""
+"""What asks a run to end: Ctrl-C, a cluster's time limit, a closed terminal."""
 
 from __future__ import annotations
 
@@ -44,27 +44,3 @@ def asked_to_end() -> Iterator[threading.Event]:
         yield asked
     finally:
         restore()
-
-
-@contextlib.contextmanager
-def processor_time(seconds: float) -> Iterator[None]:
-    """End what runs in it after so many seconds of processor time: on POSIX, in the main thread.
-
-    Raises:
-        TimeoutError: when they are over.
-    """
-
-    def end(number: int, frame: object) -> None:
-        raise TimeoutError(f"it takes more than {seconds:g} seconds")
-
-    main = threading.current_thread() is threading.main_thread()
-    if not main or not hasattr(signal, "setitimer"):
-        yield
-        return
-    before = signal.signal(signal.SIGVTALRM, end)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)  # again, for one who caught it
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)

@@ -64,7 +64,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(folder):
             {**told["added_tokens"][-1], "id": last + n, "content": f"<more {n}>"}
         )
     (folder / "tokenizer.json").write_text(json.dumps(told))
-    with pytest.raises(ValueError, match=r"whose tokenizer has .* whose embedding has"):
+    with pytest.raises(ValueError, match=r"a tokenizer that fits its embedding, got .* tokens"):
         load_policy(str(folder))
 
 
@@ -82,7 +82,7 @@ def test_an_adapter_given_as_a_model_says_what_to_say_instead(tiny_folder, tmp_p
 
 def refusal(folder, **settings):
     """The one sentence that a folder is refused with."""
-    with pytest.raises(ValueError, match=r"\Amodel is '.*\.\Z") as refused:
+    with pytest.raises(ValueError, match=r"\Amodel (is|must be) '") as refused:
         load_policy(str(folder), **settings)
     assert "\n" not in str(refused.value)
     return str(refused.value)
@@ -281,12 +281,3 @@ def test_a_template_that_writes_no_question_is_one_sentence(folder, template, to
     with pytest.raises(ValueError, match=r"whose chat template") as refused:
         end_of_turn(policy.tokenizer)
     assert told in str(refused.value) and "\n" not in str(refused.value)
-
-
-def test_a_template_without_end_is_given_up(folder, monkeypatch):
-    monkeypatch.setattr("iapo_mini.chat.PATIENCE", 0.2)
-    policy = load_policy(str(folder), lora_rank=0)
-    loop = "{% for i in range(99999) %}"
-    policy.tokenizer.chat_template = f"{loop}{loop}{{% endfor %}}{{% endfor %}}"
-    with pytest.raises(ValueError, match=r"can't write a question \(it takes more than 0.2 sec"):
-        end_of_turn(policy.tokenizer)
