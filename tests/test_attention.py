@@ -37,7 +37,7 @@ def test_the_window_is_found_and_sequences_within_it_pass(tokenizer, name):
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_short_sliding_window_is_neither_sampled_nor_trained(tokenizer, name):
     policy = windowed_policy(name, tokenizer, 6)
-    with pytest.raises(ValueError, match=r"must be at most 6 tokens, the model.s sliding window"):
+    with pytest.raises(ValueError, match="must be at most 6 tokens, the model's sliding window"):
         sample(policy, TRIVIAL, num_generations=1, max_completion_length=4)
-    with pytest.raises(ValueError, match=r"must be at most 6 tokens, the model.s sliding window"):
+    with pytest.raises(ValueError, match="must be at most 6 tokens, the model's sliding window"):
         token_logprobs(policy.model, make_rollouts([4, 9], [8, 1, 3, 6], group=2))

@@ -135,7 +135,7 @@ def test_calibration_draws_a_figure(base_policy):
 
 def test_bad_calibration_arguments_are_refused(base_policy):
     rollouts = from_texts(base_policy, TRIVIAL, ["hm", "well"])
-    with pytest.raises(ValueError, match="against is 'both'"):
+    with pytest.raises(ValueError, match="against must be one of final, truth, got 'both'"):
         calibration(base_policy, TRIVIAL, rollouts=rollouts, against="both")
     with pytest.raises(ValueError, match="no completion gives an answer"):
         calibration(base_policy, TRIVIAL, rollouts=rollouts)

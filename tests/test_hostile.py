@@ -146,7 +146,7 @@ def test_pickled_weights_are_refused(folder):
     for name in ("pytorch_model.bin", "training_args.bin", "adapter_model.bin", "optimizer.pt"):
         (folder / name).write_bytes(data)
     load_policy(str(folder))  # safetensors are there: the pickles beside them are never opened
-    with pytest.raises(ValueError, match=r"adapter is .* no adapter_model.safetensors"):
+    with pytest.raises(ValueError, match=r"adapter must be .* no adapter_model.safetensors"):
         load_policy(str(folder), adapter=folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"pickled weights are never loaded"):

@@ -208,17 +208,17 @@ def test_nothing_left_to_lower_ends():
 def test_cards():
     assert card_gb("12gb") == 12 and card_gb("16 GB") == 16 and card_gb("T4") == CARD_GB["t4"]
     for wrong in ("12", "rtx", "0gb", "-8gb", ""):
-        with pytest.raises(ValueError, match="gpu is"):
+        with pytest.raises(ValueError, match="gpu must be"):
             card_gb(wrong)
 
 
 def test_bad_arguments_are_refused():
     config = shape("qwen2.5-0.5b")
-    with pytest.raises(ValueError, match="prompt is 0"):
+    with pytest.raises(ValueError, match="prompt must be at least 1, got 0"):
         plan(config, TrainConfig(), 0)
-    with pytest.raises(ValueError, match="lora_rank is 0"):
+    with pytest.raises(ValueError, match="lora_rank must be at least 1"):
         plan(config, TrainConfig(lora_rank=0), 200)
-    with pytest.raises(ValueError, match="model is 'nobody/no-such-model'"):
+    with pytest.raises(ValueError, match=r"model must be .*, got 'nobody/no-such-model'"):
         shape("nobody/no-such-model")
 
 

@@ -421,7 +421,7 @@ def test_a_folder_in_use_is_refused(config, tmp_path):
 def test_a_file_as_folder_is_refused(config, tmp_path):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(ValueError, match=r"output_dir is .* nothing can be written"):
+        with pytest.raises(ValueError, match="output_dir must be a folder you may write to"):
             run(config, folder)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -433,7 +433,7 @@ def test_a_read_only_place_is_refused(config, tmp_path):
     tmp_path.chmod(0o500)
     try:
         for folder in (tmp_path, tmp_path / "a"):
-            with pytest.raises(ValueError, match=r"output_dir is .* nothing can be written"):
+            with pytest.raises(ValueError, match="output_dir must be a folder you may write to"):
                 run(config, folder)
     finally:
         tmp_path.chmod(0o700)

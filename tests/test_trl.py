@@ -323,7 +323,7 @@ def test_defaults_are_those_of_the_recipe(tmp_path):
 
 
 def test_an_empty_postfix_is_refused(trainer):
-    with pytest.raises(ValueError, match="postfix is ''"):
+    with pytest.raises(ValueError, match=r"postfix must be .*, got ''"):
         trainer(iapo_postfix="")
 
 
