@@ -21,7 +21,9 @@ from iapo_mini.intervals import expected_calibration_error, mean_interval
 # Okabe and Ito's palette, and a second cue (line style, hatch) wherever colour tells things apart.
 COLORS = {
     "start": "#7f7f7f", "grpo": "#0072B2", "iapo": "#D55E00",
-    "dapo": "#56B4E9", "gfpo": "#009E73", "gtpo": "#CC79A7", "sgrpo": "#8C6D1F",
+    "dapo": "#56B4E9", "gfpo": "#009E73", "gtpo_iapo": "#CC79A7", "sgrpo": "#8C6D1F",
+    "gtpo": "#882255", "gfpo_24": "#44AA99", "grpo_kimi": "#332288", "grpo_efficient": "#6699CC",
+    "iapo_sequence": "#EE8866",
     "iapo_ni": "#F0A860", "iapo_ne": "#B07040", "iapo_pmi": "#8B0000",
     "iapo_sentence": "#E69F00",
     "compute": "#009E73", "restate": "#56B4E9", "plan": "#E69F00", "check": "#CC79A7",
@@ -30,7 +32,8 @@ COLORS = {
 STYLES = {"start": ":", "grpo": "--", "iapo": "-"}
 MARKERS = {
     "start": "X", "grpo": "o", "dapo": "s", "gfpo": "^", "gtpo": "v", "sgrpo": "P", "iapo": "*",
-    "iapo_ni": "<", "iapo_ne": ">", "iapo_pmi": "D",
+    "iapo_ni": "<", "iapo_ne": ">", "iapo_pmi": "D", "gtpo_iapo": "d", "gfpo_24": "2",
+    "grpo_kimi": "p", "grpo_efficient": "h", "iapo_sequence": "x",
 }  # fmt: skip
 LABELS = {
     "start": "start policy", "grpo": "GRPO", "dapo": "DAPO", "gfpo": "GFPO", "gtpo": "GTPO",
