@@ -261,15 +261,18 @@ def departures(results: Mapping) -> Figure:
     rows |= {name: textwrap.fill(row["what"], 34) for name, row in results["rows"].items()}
     panels = {
         "correlation": "correlation with the\npaper's advantages",
+        "terms": "correlation of the\ntoken terms",
         "sign_flips": "tokens whose advantage\nchanges sign (share)",
         "length": "mean length (tokens)",
         "pass@1": "Pass@1",
     }
+    values = {"iapo": results["iapo"], **results["rows"]}
+    panels = {m: label for m, label in panels.items() if any(m in v for v in values.values())}
     fig = Figure(figsize=(12, 0.6 * len(rows) + 1.2), layout="constrained")
-    axes = fig.subplots(1, 4, sharey=True)
+    axes = fig.subplots(1, len(panels), sharey=True)
     for ax, (metric, label) in zip(axes, panels.items()):
         for y, name in enumerate(rows):
-            found = results["iapo"] if name == "iapo" else results["rows"][name]
+            found = values[name]
             if metric not in found:
                 continue
             mean, low, high = _drawn(found[metric])
