@@ -1,4 +1,4 @@
-"""Numbers with intervals: means over seeds, bootstrap, ROC AUC, rank correlation, calibration."""
+"""Numbers with intervals: means over seeds, tests, bootstrap, ROC AUC, ranks, calibration."""
 
 from __future__ import annotations
 
@@ -29,6 +29,61 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     t = _T95[df - 1] if df <= len(_T95) else 1.960 + 2.5 / df
     half = t * statistics.stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
+
+
+def p_above(values: Sequence[float], border: float) -> float:
+    """One-sided p-value of Student's t-test that the mean over seeds lies above ``border``.
+
+    Values without any spread give 0 above the border, and 1 on it or below. A mean that lies below
+    is tested with both signs turned: ``p_above([-x for x in values], -border)``.
+
+    Args:
+        values: one for each seed; border: in their unit, or infinite.
+
+    Returns:
+        The chance of a mean this far above, were it at the border; NaN for fewer than two values.
+    """
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return math.nan
+    above = statistics.fmean(values) - border
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    if error == 0 or math.isinf(above):
+        return 0.0 if above > 0 else 1.0
+    return _t_tail(above / error, len(values) - 1)
+
+
+def _t_tail(t: float, df: int) -> float:
+    """Chance that Student's t with ``df`` degrees of freedom exceeds ``t``.
+
+    The finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4, for the chance within -t and t.
+    """
+    angle = math.atan(t / math.sqrt(df))
+    cosine = math.cos(angle)
+    term = cosine if df % 2 else 1.0
+    total = 0.0
+    for i in range(df % 2, df - 1, 2):
+        total += term
+        term *= cosine**2 * (i + 1) / (i + 2)
+    within = math.sin(angle) * total
+    if df % 2:
+        within = (angle + within) * 2 / math.pi
+    return min(max((1 - within) / 2, 0.0), 1.0)
+
+
+def holm(p_values: Sequence[float], level: float) -> list[bool]:
+    """Which of several tests stand when all of them together may err with chance ``level`` only.
+
+    Holm's correction: the least of m p-values is held against level / m, the next one against
+    level / (m - 1), and so on to the first that fails. It fails with all that are larger. NaN, of a
+    test that was not made, is not counted and does not stand.
+    """
+    order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    stands = [False] * len(p_values)
+    for rank, (p, i) in enumerate(order):
+        if p > level / (len(order) - rank):
+            break
+        stands[i] = True
+    return stands
 
 
 def format_interval(interval: Sequence[float], digits: int = 3) -> str:

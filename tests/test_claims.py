@@ -2,16 +2,23 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import PATIENCE
 
 from iapo_mini.config import TrainConfig
+from iapo_mini.files import read_json
 from iapo_mini.lab import claims
+from iapo_mini.lab.results import results_path
 from iapo_mini.lab.sizes import PRESETS
 from iapo_mini.lab.tuning import OTHER_WEIGHTS, ROWS, choose, first_trials, last_trials
+from iapo_mini.lab.verdicts import Claim, judge
+
+FIGURES = Path(__file__).parent.parent / "figures"
 
 
 @pytest.mark.parametrize(
@@ -35,7 +42,85 @@ def test_verdict_within_a_range():
 
 def test_slope_is_per_decade():
     points = [{"value": 10.0**e, "length": [5.0 - 2 * e, 1.0 - 2 * e]} for e in (-6, -4, -2, 0)]
-    assert claims._slope(points, "length") == pytest.approx((-2.0, -2.0, -2.0))
+    assert claims._slope(points, "length") == pytest.approx([-2.0, -2.0])
+    assert claims._slope(points[:1], "length") == []
+
+
+def claim(values, low=-math.inf, high=math.inf, testable=True):
+    return Claim("text", "paper", "ours", values, low, high, testable)
+
+
+def words(*section):
+    return [row[3] for row in judge(section)]
+
+
+@pytest.mark.parametrize(
+    ("of", "expected"),
+    [
+        (claim([0.2, 0.3, 0.4], low=0.0), "holds"),
+        (claim([-0.2, -0.3, -0.4], low=0.0), "does not hold"),
+        (claim([-0.2, -0.3, -0.4], high=0.0), "holds"),
+        (claim([-0.1, 0.2, 0.3], low=0.0), "cannot tell"),
+        (claim([0.99, 1.0, 1.01], 0.95, 1.05), "holds"),
+        (claim([1.19, 1.2, 1.21], 0.95, 1.05), "does not hold"),
+        (claim([0.79, 0.8, 0.81], 0.95, 1.05), "does not hold"),
+        (claim([0.9, 1.0, 1.1], 0.95, 1.05), "cannot tell"),
+        (claim([0.3], low=0.0), "cannot tell"),
+        (claim([], low=0.0), "cannot tell"),
+        (claim([0.0, 0.0, 0.0], low=-0.02, testable=False), "cannot be tested"),
+    ],
+)
+def test_verdict_over_seeds(of, expected):
+    assert words(of) == [expected]
+
+
+def test_a_claim_beside_others_needs_more_than_a_claim_alone():
+    """2, 3, 4 above 0: t = 5.20, p = 0.0176, between 0.025 / 2 and 0.025."""
+    one, weak, strong = claim([2, 3, 4], 0.0), claim([-1, 1, 1], 0.0), claim([2, 2.01, 2.02], 0.0)
+    assert words(one) == ["holds"]
+    assert words(one, weak) == ["cannot tell", "cannot tell"]
+    assert words(one, strong) == ["holds", "holds"]  # the strong one has taken the stricter level
+    assert words(one, claim([0, 0, 0], -1.0, testable=False)) == ["holds", "cannot be tested"]
+
+
+def point(value, length, passed):
+    return {"value": value, "length": [length] * 2, "pass@1": [passed] * 2}
+
+
+def test_a_weight_is_followed_until_training_collapses():
+    points = [point(0.1, 40, 0.8), point(0.2, 30, 0.41), point(0.4, 90, 0.39), point(1, 30, 0.8)]
+    kept, told = claims._trained(points, "alpha")
+    assert kept == points[:2]
+    assert told == (
+        "; alpha up to 0.2, since training collapses at 0.4 (90 tokens, Pass@1 0.390), "
+        "1 (30 tokens, Pass@1 0.800)"
+    )
+    assert claims._trained(points[:2], "alpha") == (points[:2], "; alpha up to 0.2")
+
+
+def test_equal_accuracy_can_be_tested_only_where_the_start_policy_leaves_room():
+    def table(start):
+        rows = {"start": start, "iapo": [0.97, 0.98], "grpo": [0.98, 0.99]}
+        return {"methods": {name: {"pass@8": values} for name, values in rows.items()}}
+
+    assert not claims._as_accurate(table([1.0, 0.98]), "pass@8", "grpo", "-").testable
+    assert claims._as_accurate(table([1.0, 0.97]), "pass@8", "grpo", "-").testable
+
+
+def test_a_departure_that_was_not_trained_tells_its_correlations_only():
+    rows = {
+        "a": {"what": "A", "correlation": [0.98, 0.98], "terms": [0.9, 0.9]},
+        "b": {"what": "B", "correlation": [0.5, 0.5], "length": [30.0, 31.0], "pass@1": [0.5, 0.5]},
+    }
+    rule = {"length": [30.0, 31.0], "pass@1": [0.6, 0.6]}
+    one, other = judge(claims._of_departures({"rows": rows, "iapo": rule}))
+    assert one[2:] == (
+        "not trained yet; correlation of the advantages 0.98 [0.98, 0.98]; "
+        "correlation of the token terms 0.90 [0.90, 0.90]", "cannot tell",
+    )  # fmt: skip
+    assert "1.000 [1.000, 1.000]; -0.100 [-0.100, -0.100]" in other[2] and other[3] == "holds"
+    (row, _) = judge(claims._of_departures({"rows": rows, "iapo": {}}))
+    assert row[3] == "cannot tell"
 
 
 def test_talk_is_summed_within_each_seed():
@@ -82,6 +167,34 @@ def test_trials_and_reported_runs_share_no_seed():
         assert not set(preset.tuning.seeds) & set(preset.sweeps.seeds)
 
 
+def cut(results):
+    """Results of the first seed alone, in which nothing was right."""
+    if isinstance(results, dict):
+        return {k: [0.0] if k.startswith("pass@") else cut(v) for k, v in results.items()}
+    if isinstance(results, list):
+        return [cut(x) for x in (results if isinstance(results[0], dict) else results[:1])]
+    return results
+
+
+def test_one_seed_without_a_right_answer_tells_nothing():
+    table, ablated, swept, theory, departed = (
+        read_json(results_path(FIGURES, name, "full"))
+        for name in ("table1", "ablation", "sweeps", "theory", "departures")
+    )
+    config = {"config": table["config"]}
+    text = claims.report(
+        cut(table) | config, cut(ablated), cut(swept), theory, cut(departed), "quick"
+    )
+    for section in text.split("\n## ")[1:]:
+        found = re.findall(r"\*\*(.+?)\*\* \|\n", section)
+        assert len(found) >= 3
+        if section.startswith("Theory"):
+            assert "holds" in found
+        else:
+            assert set(found) == {"cannot tell"}, section
+    assert "(one seed)" in text
+
+
 def run(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "iapo_mini", *map(str, arguments)],
@@ -106,7 +219,8 @@ def test_claims_runs_every_experiment_and_judges_every_claim(tmp_path):
     assert len(rows) > 30
     for row in rows:
         assert row.count("|") == 5
-        assert any(f"**{v}**" in row for v in ("holds", "does not hold", "cannot tell")), row
+        verdicts = ("holds", "does not hold", "cannot tell", "cannot be tested")
+        assert any(f"**{v}**" in row for v in verdicts), row
     for name in ("tuning", "table1", "ablation", "sweeps", "departures", "theory"):
         assert (tmp_path / f"figures/results/{name}_quick.json").is_file()
     for name in ("table1", "table1_quick_tradeoff", "ablation", "sweeps", "departures"):

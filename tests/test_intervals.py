@@ -15,7 +15,9 @@ from iapo_mini.intervals import (
     bootstrap_interval,
     expected_calibration_error,
     format_interval,
+    holm,
     mean_interval,
+    p_above,
     spearman,
 )
 
@@ -77,6 +79,59 @@ def test_interval_of_one_value_is_unknown():
 
 def test_interval_of_equal_values_is_a_point():
     assert mean_interval([0.25] * 3) == (0.25, 0.25, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("values", "border", "p"),
+    [
+        # t = 1 with one degree of freedom: 1/2 - atan(1) / pi.
+        ([0, 2], 0, 0.25),
+        ([0, 2], 2, 0.75),
+        ([0, 2], 1, 0.5),
+        # t = sqrt(3), two degrees of freedom: 1/2 - t / (2 sqrt(2 + t^2)).
+        ([0, 1, 2], 0, 0.5 - 3**0.5 / (2 * 5**0.5)),
+        # t = 3 sqrt(2), four degrees of freedom, from a table of the distribution.
+        ([1, 2, 3, 4, 5], 0, 0.00662),
+        ([0.25] * 3, 0.2, 0.0),
+        ([0.25] * 3, 0.25, 1.0),
+        ([0.25] * 3, 0.3, 1.0),
+        ([0, 2], -math.inf, 0.0),
+        ([0, 2], math.inf, 1.0),
+    ],
+)
+def test_p_value_that_the_mean_lies_above_a_border(values, border, p):
+    assert p_above(values, border) == pytest.approx(p, abs=1e-5)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 31])
+def test_the_border_of_the_interval_has_a_p_value_of_0_025(n):
+    values = [0.1 * i * i for i in range(n)]
+    _, low, high = mean_interval(values)
+    assert p_above(values, low) == pytest.approx(0.025, abs=1e-4)
+    assert p_above([-x for x in values], -high) == pytest.approx(0.025, abs=1e-4)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, math.nan]])
+def test_no_p_value_without_two_numbers(values):
+    assert math.isnan(p_above(values, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("p", "stands"),
+    [
+        # Holm's borders at 0.06 for three tests: 0.02, 0.03, 0.06.
+        ([0.05, 0.01, 0.025], [True, True, True]),
+        ([0.021, 0.025, 0.05], [False, False, False]),  # the least one fails, and all with it
+        ([0.01, 0.05, 0.031], [True, False, False]),
+        ([0.02, 0.03, 0.06], [True, True, True]),
+        # Two tests were made: 0.03, 0.06.
+        ([math.nan, 0.03, 0.06], [False, True, True]),
+        ([math.nan], [False]),
+        ([], []),
+    ],
+)
+def test_holm_by_hand(p, stands):
+    assert holm(p, 0.06) == stands
 
 
 def test_interval_as_text():

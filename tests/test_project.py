@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from iapo_mini.intervals import format_interval, mean_interval
-from iapo_mini.lab.claims import _talk
+from iapo_mini.lab import verdicts
+from iapo_mini.lab.claims import _of_table1, _talk, report_of_files
 from iapo_mini.lab.departures import departures_table
 from iapo_mini.lab.estimators import ESTIMATORS, POLICIES, speed_table, study_table
 from iapo_mini.lab.results import comparison_table
@@ -107,6 +108,25 @@ def test_numbers_of_table1_in_the_prose_follow_from_it(table1_results):
         assert f"{mean_interval(method['pass@1'])[0]:.3f}" in readme
     gap = [a - b for a, b in zip(iapo["pass@1"], grpo["pass@1"])]
     assert f"a Pass@1 that is {format_interval(mean_interval(gap))} higher" in page
+
+
+def test_claims_are_what_the_committed_results_give():
+    assert report_of_files(figures=ROOT / "figures") == (ROOT / "figures/claims.md").read_text()
+
+
+def test_what_stands_on_table1_is_told_as_judged(table1_results):
+    rows = verdicts.judge(_of_table1(table1_results))
+    readme, page = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
+    testable = sum(row[3] != "cannot be tested" for row in rows)
+    assert testable == len(rows) - 5  # Pass@32, at 1 before training
+    shorter = {row[0].split(" (Length")[0].removeprefix("IAPO writes fewer tokens than ")
+               for row in rows[:5] if row[3] == "holds"}  # fmt: skip
+    ratio = [row[3] == "holds" for row in rows[10:15]]
+    assert shorter == {"GRPO", "S-GRPO"} and ratio == [True, False, False, False, False]
+    for told in (f"Corrected for the {testable} claims on the table that can be tested (Holm)",
+                 '"shorter than GRPO", "shorter than S-GRPO" and "a higher Ratio@32 than GRPO" '
+                 'stand; "shorter than GFPO"'):  # fmt: skip
+        assert told in readme and told in page
 
 
 def test_table1_has_every_method_and_five_seeds(table1_results):

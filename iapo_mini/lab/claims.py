@@ -1,14 +1,13 @@
 """Every claim of the paper beside our number: ``figures/claims.md``, made from the results files.
 
-A claim is a quantity with an interval over seeds and the region in which it holds. The verdict is
-*holds* when the whole 95% interval lies in the region, *does not hold* when it lies outside, and
-*cannot tell* otherwise, or when a single seed gives no interval.
+How a claim gets its verdict stands in :mod:`iapo_mini.lab.verdicts`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,93 +19,107 @@ from iapo_mini.lab.results import results_path
 from iapo_mini.lab.sizes import preset_of
 from iapo_mini.lab.sweeps import sweeps
 from iapo_mini.lab.theory import theory
+from iapo_mini.lab.verdicts import LEVEL, Claim, Row, judge, verdict
 from iapo_mini.plots import LABELS
 
-Row = tuple[str, str, str, str]
-"""Claim, the paper's number, ours, verdict."""
-
-
-def verdict(interval: Sequence[float], low: float = -math.inf, high: float = math.inf) -> str:
-    """Whether a quantity lies between ``low`` and ``high``, by its ``(mean, low, high)``."""
-    _, left, right = interval
-    if math.isnan(left):
-        return "cannot tell"
-    if left >= low and right <= high:
-        return "holds"
-    return "does not hold" if left > high or right < low else "cannot tell"
+BASELINES = ("grpo", "dapo", "gfpo", "gtpo_iapo", "sgrpo")
+ACCURACY_MARGIN = 0.02
+"""Pass@k that may be lost where the paper says "equal accuracy"; its table loses up to 0.044."""
+COLLAPSED = 0.5
+"""Training has collapsed where Pass@1 is below this share of that at the least weight."""
 
 
 def _paired(
     one: Sequence[float], other: Sequence[float], how: Callable[[float, float], float]
-) -> tuple[float, float, float]:
-    """Mean and interval of ``how(a, b)`` over runs of the same seed."""
-    return mean_interval([how(a, b) for a, b in zip(one, other)])
+) -> list[float]:
+    """``how(a, b)`` of the runs of each seed."""
+    return [how(a, b) for a, b in zip(one, other)]
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else math.nan
 
 
 def _less(a: float, b: float) -> float:
     """Share by which a is below b."""
-    return 1 - a / b
+    return 1 - _ratio(a, b)
 
 
-BASELINES = ("grpo", "dapo", "gfpo", "gtpo", "sgrpo")
-ACCURACY_MARGIN = 0.02
-"""Pass@k that may be lost where the paper says "equal accuracy"; its table loses up to 0.044."""
+def _more(a: float, b: float) -> float:
+    return a - b
 
 
-def _of_table1(results: Mapping) -> list[Row]:
-    methods, k = results["methods"], max(results["config"]["evaluation"]["ks"])
-    iapo, grpo, start = methods["iapo"], methods["grpo"], methods["start"]
-    length, passed, ratio = f"length@{k}", f"pass@{k}", f"ratio@{k}"
-    rows = []
+def _told(values: Sequence[float], digits: int = 3, scale: float = 1.0) -> str:
+    """Mean and interval over seeds as text; a dash where nothing was measured."""
+    if not values or any(map(math.isnan, values)):
+        return "-"
+    return format_interval(mean_interval([scale * x for x in values]), digits)
+
+
+def _at_ceiling(table: Mapping, metric: str) -> bool:
+    """Whether the start policy would already do beside a method that is always right."""
+    return min(table["methods"]["start"][metric]) >= 1 - ACCURACY_MARGIN
+
+
+def _of_table1(table: Mapping) -> list[Claim]:
+    methods, k = table["methods"], max(table["config"]["evaluation"]["ks"])
+    iapo, start = methods["iapo"], methods["start"]
+    claims = []
     for name in BASELINES:
-        saved = _paired(iapo[length], methods[name][length], _less)
-        rows.append((
+        saved = _paired(iapo[f"length@{k}"], methods[name][f"length@{k}"], _less)
+        paper = {
+            "gfpo": "0.37 (7B, GSM8K)",
+            "dapo": "0.18 (1.5B, MATH-500), 0.55 (7B, DAPO-Math)",
+            "gtpo_iapo": "0.32 (7B, GSM8K, k = 16)",
+            "sgrpo": "0.37 (7B, GSM8K)",
+        }
+        claims.append(Claim(
             f"IAPO writes fewer tokens than {LABELS[name]} (Length@{k}, share saved)",
-            {"gfpo": "0.37 (7B, GSM8K)", "dapo": "0.18 (1.5B, MATH-500), 0.55 (7B, DAPO-Math)",
-             "gtpo": "0.32 (7B, GSM8K, k = 16)", "sgrpo": "0.37 (7B, GSM8K)"}.get(name, "-"),
-            format_interval(saved), verdict(saved, low=0.0),
+            paper.get(name, "-"), _told(saved), saved, low=0.0,
         ))  # fmt: skip
     for name in BASELINES:
-        lost = _paired(iapo[passed], methods[name][passed], lambda a, b: a - b)
-        rows.append((
-            f"at equal accuracy (Pass@{k} minus that of {LABELS[name]}, at least "
-            f"-{ACCURACY_MARGIN})",
-            {"gfpo": "+0.022", "gtpo": "0.000", "dapo": "0.000 (1.5B), -0.044 (7B)"}.get(name, "-"),
-            format_interval(lost), verdict(lost, low=-ACCURACY_MARGIN),
-        ))  # fmt: skip
+        paper = {"gfpo": "+0.022", "gtpo_iapo": "0.000", "dapo": "0.000 (1.5B), -0.044 (7B)"}
+        claims.append(_as_accurate(table, f"pass@{k}", name, paper.get(name, "-")))
     for name in BASELINES:
-        gained = _paired(iapo[ratio], methods[name][ratio], lambda a, b: a / b)
-        rows.append((
+        gained = _paired(iapo[f"ratio@{k}"], methods[name][f"ratio@{k}"], _ratio)
+        paper = {"gfpo": "1.47 (7B, GSM8K)", "dapo": "1.22 (1.5B), 2.08 (7B)"}
+        claims.append(Claim(
             f"and so has the higher Ratio@{k} (factor over {LABELS[name]})",
-            {"gfpo": "1.47 (7B, GSM8K)", "dapo": "1.22 (1.5B), 2.08 (7B)"}.get(name, "-"),
-            format_interval(gained), verdict(gained, low=1.0),
+            paper.get(name, "-"), _told(gained), gained, low=1.0,
         ))  # fmt: skip
-    first = _paired(iapo["pass@1"], grpo["pass@1"], lambda a, b: a - b)
-    rows.append((
-        f"a single answer is as often right (Pass@1 minus that of GRPO, at least "
-        f"-{ACCURACY_MARGIN})", "-", format_interval(first), verdict(first, low=-ACCURACY_MARGIN),
-    ))  # fmt: skip
-    clock = results["wall_clock"]
-    for name in ("start", "grpo"):
+    claims.append(_as_accurate(table, "pass@1", "grpo", "-"))
+    clock = table["wall_clock"]
+    for name, whose in (("start", "start policy"), ("grpo", "GRPO policy")):
         faster = _paired(clock["iapo"], clock[name], _less)
-        rows.append((
-            f"inference takes less wall-clock time than with the {LABELS[name]}"
-            f"{'' if name == 'start' else ' policy'} (share saved)",
-            "0.11 to 0.177", format_interval(faster), verdict(faster, low=0.0),
+        claims.append(Claim(
+            f"inference takes less wall-clock time than with the {whose} (share saved)",
+            "0.11 to 0.177", _told(faster), faster, low=0.0,
         ))  # fmt: skip
     dropped = _paired(_talk(iapo), _talk(start), _less)
-    rows.append((
+    claims.append(Claim(
         "filler goes (share of talking tokens dropped since the start policy)", "-",
-        format_interval(dropped), verdict(dropped, low=0.0),
+        _told(dropped), dropped, low=0.0,
     ))  # fmt: skip
     computing = iapo["roles"]["compute"], start["roles"]["compute"]
-    share = [a / (a + t) - b / (b + u) for a, b, t, u in zip(*computing, _talk(iapo), _talk(start))]
-    rows.append((
+    share = [
+        _ratio(a, a + t) - _ratio(b, b + u)
+        for a, b, t, u in zip(*computing, _talk(iapo), _talk(start))
+    ]
+    claims.append(Claim(
         "and computing stays (share of computing tokens dropped; verdict: they are a larger part "
-        "of what is written than before)", "-", format_interval(_paired(*computing, _less)),
-        verdict(mean_interval(share), low=0.0),
+        "of what is written than before)", "-", _told(_paired(*computing, _less)), share, low=0.0,
     ))  # fmt: skip
-    return rows
+    return claims
+
+
+def _as_accurate(table: Mapping, metric: str, name: str, paper: str) -> Claim:
+    lost = _paired(table["methods"]["iapo"][metric], table["methods"][name][metric], _more)
+    says = "a single answer is as often right" if metric == "pass@1" else "at equal accuracy"
+    return Claim(
+        f"{says} ({metric.capitalize()} minus that of {LABELS[name]}, at least "
+        f"-{ACCURACY_MARGIN})",
+        paper, _told(lost), lost, low=-ACCURACY_MARGIN, testable=not _at_ceiling(table, metric),
+    )  # fmt: skip
 
 
 def _talk(method: Mapping) -> list[float]:
@@ -115,53 +128,73 @@ def _talk(method: Mapping) -> list[float]:
     return [sum(counts) for counts in zip(*(method["roles"][role] for role in roles))]
 
 
-def _of_ablation(results: Mapping) -> list[Row]:
-    return [
-        (
-            f"Ratio@{results['k']} of {LABELS[a]} is above that of {LABELS[b]} (per 1,000 tokens)",
-            "yes (Fig. 5)" if a != "iapo_pmi" else "- (ours)",
-            format_interval([1000 * x for x in results["gap"][f"{a} - {b}"]], 2),
-            verdict(results["gap"][f"{a} - {b}"], low=0.0),
-        )
-        for a, b in (("iapo", "iapo_ne"), ("iapo_ne", "iapo_ni"), ("iapo_pmi", "iapo"))
-    ]
+def _of_ablation(results: Mapping) -> list[Claim]:
+    k, claims = results["k"], []
+    for a, b in (("iapo", "iapo_ne"), ("iapo_ne", "iapo_ni"), ("iapo_pmi", "iapo")):
+        gap = _paired(results["ratio"][a], results["ratio"][b], _more)
+        claims.append(Claim(
+            f"Ratio@{k} of {LABELS[a]} is above that of {LABELS[b]} (per 1,000 tokens)",
+            "yes (Fig. 5)" if a != "iapo_pmi" else "- (ours)", _told(gap, 2, 1000), gap, low=0.0,
+        ))  # fmt: skip
+    return claims
 
 
-def _slope(points: Sequence[Mapping], metric: str) -> tuple[float, float, float]:
-    """Interval over seeds of the change per decade of the weight, by least squares."""
+def _slope(points: Sequence[Mapping], metric: str) -> list[float]:
+    """Change per decade of the weight by least squares, for each seed; none of a single point."""
+    if len(points) < 2:
+        return []
     x = [math.log10(point["value"]) for point in points]
     centre = sum(x) / len(x)
     spread = sum((u - centre) ** 2 for u in x)
     seeds = zip(*(point[metric] for point in points))
-    return mean_interval([
-        sum((u - centre) * y for u, y in zip(x, values)) / spread for values in seeds
-    ])  # fmt: skip
+    return [sum((u - centre) * y for u, y in zip(x, values)) / spread for values in seeds]
 
 
-def _of_sweeps(results: Mapping) -> list[Row]:
-    k, alpha, beta = results["k"], results["alpha"], results["beta"]
-    means = [sum(point["length"]) / len(point["length"]) for point in alpha]
-    falls = all(b <= a for a, b in itertools.pairwise(means))
+def _mean(point: Mapping, metric: str) -> float:
+    return sum(point[metric]) / len(point[metric])
+
+
+def _trained(points: Sequence[Mapping], weight: str) -> tuple[list[Mapping], str]:
+    """Points below the first weight at which training collapses, and what is said of the others."""
+    floor = COLLAPSED * _mean(points[0], "pass@1")
+    kept = list(itertools.takewhile(lambda point: _mean(point, "pass@1") >= floor, points))
+    told = [
+        f"{point['value']:g} ({_mean(point, 'length'):.0f} tokens, "
+        f"Pass@1 {_mean(point, 'pass@1'):.3f})"
+        for point in points[len(kept) :]
+    ]
+    why = f", since training collapses at {', '.join(told)}" if told else ""
+    return kept, f"; {weight} up to {kept[-1]['value']:g}{why}"
+
+
+def _of_sweeps(results: Mapping, table: Mapping) -> list[Claim]:
+    k = results["k"]
+    alpha, range_ = _trained(results["alpha"], "alpha")
     length = _slope(alpha, "length")
-    share = _paired(alpha[-1]["length"], alpha[0]["length"], _less)
-    lost = _paired(alpha[-1][f"pass@{k}"], alpha[0][f"pass@{k}"], _less)
-    slower = _paired(
-        [b / a for a, b in zip(alpha[0][f"pass@{k}"], alpha[-1][f"pass@{k}"])],
-        [b / a for a, b in zip(alpha[0]["length"], alpha[-1]["length"])], lambda p, n: p - n,
-    )  # fmt: skip
-    rows = [
-        ("length falls with alpha (tokens per decade of alpha)", "falls monotonically (Fig. 6)",
-         format_interval(length, 1) + ("" if falls else "; the means do not fall at every step"),
-         verdict(length, high=0.0)),
-        (f"Pass@{k} falls much more slowly (share lost from the least to the largest alpha; that "
-         "of the length)", "yes (Fig. 6)", f"{format_interval(lost)}; {format_interval(share)}",
-         verdict(slower, low=0.0)),
-    ]  # fmt: skip
-    for metric, label, unit in ((f"pass@{k}", f"Pass@{k}", 3), ("length", "length", 1)):
+    means = [_mean(point, "length") for point in alpha]
+    falls = all(b <= a for a, b in itertools.pairwise(means))
+    steps = "" if falls else "; the means do not fall at every step"
+    claims = [Claim(
+        "length falls with alpha (tokens per decade of alpha)", "falls monotonically (Fig. 6)",
+        _told(length, 1) + steps + range_, length, high=0.0,
+    )]  # fmt: skip
+    saved = _paired(alpha[-1]["length"], alpha[0]["length"], _less)
+    for metric in ("pass@1", f"pass@{k}"):
+        lost = _paired(alpha[-1][metric], alpha[0][metric], _less)
+        claims.append(Claim(
+            f"{metric.capitalize()} falls much more slowly (share lost from the least to the "
+            "largest alpha; that of the length)", "yes (Fig. 6)",
+            f"{_told(lost)}; {_told(saved)}{range_}", _paired(saved, lost, _more), low=0.0,
+            testable=not _at_ceiling(table, metric),
+        ))  # fmt: skip
+    beta, range_ = _trained(results["beta"], "beta")
+    for metric, digits in (("pass@1", 3), (f"pass@{k}", 3), ("length", 1)):
         slope = _slope(beta, metric)
-        rows.append((f"{label} rises with beta (per decade of beta)", "rises (Fig. 6)",
-                     format_interval(slope, unit), verdict(slope, low=0.0)))  # fmt: skip
-    return rows
+        claims.append(Claim(
+            f"{metric.capitalize() if digits == 3 else metric} rises with beta (per decade of "
+            "beta)", "rises (Fig. 6)", _told(slope, digits) + range_, slope, low=0.0,
+        ))  # fmt: skip
+    return claims
 
 
 def _of_theory(results: Mapping) -> list[Row]:
@@ -179,6 +212,10 @@ def _of_theory(results: Mapping) -> list[Row]:
         ("where it falls, the step shortens (share of worlds of talk and an answer)",
          "1 (Corollary 4.2)", format_interval(tables["filler"]["shorter"]),
          verdict(tables["filler"]["shorter"], low=0.95)),
+        ("where it falls, the step shortens (share of random worlds; with informativeness that is "
+         "not normalised)", "1 (Corollary 4.2)",
+         "; ".join(format_interval(tables["random"][key]) for key in ("shorter", "shorter_raw")),
+         verdict(tables["random"]["shorter"], low=0.95)),
         ("where it grows, the step lengthens (share of worlds of clues that it shortens)",
          "0 (Corollary 4.2)", format_interval(tables["clue"]["shorter"]),
          verdict(tables["clue"]["shorter"], high=0.05)),
@@ -195,19 +232,24 @@ def _of_theory(results: Mapping) -> list[Row]:
     return rows
 
 
-def _of_departures(results: Mapping) -> list[Row]:
-    rows = []
+def _of_departures(results: Mapping) -> list[Claim]:
+    rule, claims = results["iapo"], []
     for row in results["rows"].values():
-        change = _paired(row["length"], results["iapo"]["length"], lambda a, b: a / b)
-        right = _paired(row["pass@1"], results["iapo"]["pass@1"], lambda a, b: a - b)
-        same = verdict(change, 0.95, 1.05)
-        rows.append((
+        change, told = [], []
+        if "length" in row and "length" in rule:
+            change = _paired(row["length"], rule["length"], _ratio)
+            told = [_told(change), _told(_paired(row["pass@1"], rule["pass@1"], _more))]
+        told += [
+            f"correlation of the {what} {_told(row[key], 2)}"
+            for key, what in (("correlation", "advantages"), ("terms", "token terms"))
+            if key in row
+        ]
+        claims.append(Claim(
             f"the released code's departure \"{row['what']}\" makes no difference (length over "
             "that of the paper's rule within 5%; Pass@1 minus)", "not told",
-            f"{format_interval(change)}; {format_interval(right)}; correlation of the advantages "
-            f"{format_interval(mean_interval(row['correlation']), 2)}", same,
+            "; ".join(told if change else ["not trained yet", *told]), change, 0.95, 1.05,
         ))  # fmt: skip
-    return rows
+    return claims
 
 
 def _theory(preset: str, figures: Path) -> dict:
@@ -233,36 +275,86 @@ def claims(
         The text of the file.
     """
     preset_of(preset)
-    ablated = ablation(preset, out=out, figures=figures, parallel=parallel)  # Table 1 with it
-    table = read_json(results_path(Path(figures), "table1", preset))
-    swept = sweeps(preset, out=out, figures=figures, parallel=parallel)
-    sections = {
-        "Fewer tokens at equal accuracy (Table 1)": _of_table1(table),
-        "What each part is worth (Fig. 5)": _of_ablation(ablated),
-        "The weights (Fig. 6)": _of_sweeps(swept),
-        "Theory": _of_theory(_theory(preset, Path(figures))),
-        "The released code": _of_departures(
-            departures(preset, out=out, figures=figures, parallel=parallel)
-        ),
-    }
-    size = table["config"]["evaluation"]
-    command = "iapo-mini lab claims" + ("" if preset == "full" else f" --preset {preset}")
-    lines = [
-        "# The paper's claims, remade",
-        "",
-        f"Made by `{command}` from the "
-        f"results beside it. Ours: embedded policy, story world, {len(table['seeds'])} seeds, "
-        f"{size['problems']} test stories, {size['num_generations']} completions each (sweeps and "
-        f"departures: {len(swept['seeds'])} seeds, {swept['config']['evaluation']['problems']} "
-        "stories); mean and 95% interval over seeds, paired by seed where two rows are compared. "
-        "The paper's: Qwen2.5-Instruct models on mathematics. So ours can tell whether a claim "
-        "holds in this world, and not how large it is elsewhere. *Cannot tell*: the interval "
-        "reaches across the border.",
-    ]
-    for title, rows in sections.items():
-        lines += ["", f"## {title}", "", "| claim | paper | ours | verdict |", "|---|---|---|---|"]
-        lines += [f"| {row[0]} | {row[1]} | {row[2]} | **{row[3]}** |" for row in rows]
-    text = "\n".join(lines) + "\n"
+    ablation(preset, out=out, figures=figures, parallel=parallel)  # Table 1 with it
+    sweeps(preset, out=out, figures=figures, parallel=parallel)
+    _theory(preset, Path(figures))
+    departures(preset, out=out, figures=figures, parallel=parallel)
+    text = report_of_files(preset, figures)
     name = "claims.md" if preset == "full" else f"claims_{preset}.md"
     replace_text(Path(figures) / name, text)
     return text
+
+
+def report_of_files(preset: str = "full", figures: str | Path = "figures") -> str:
+    """The text of ``claims.md`` from the results files, without any run.
+
+    Raises:
+        ValueError: for a file that is missing or damaged.
+    """
+    table, ablated, swept, found, departed = (
+        read_json(results_path(Path(figures), name, preset))
+        for name in ("table1", "ablation", "sweeps", "theory", "departures")
+    )
+    return report(table, ablated, swept, found, departed, preset)
+
+
+def report(
+    table: Mapping,
+    ablated: Mapping,
+    swept: Mapping,
+    theory: Mapping,
+    departed: Mapping,
+    preset: str = "full",
+) -> str:
+    """The text of ``claims.md``, from what the results files of these names hold."""
+    sections = {
+        "Fewer tokens at equal accuracy (Table 1)": judge(_of_table1(table)),
+        "What each part is worth (Fig. 5)": judge(_of_ablation(ablated)),
+        "The weights (Fig. 6)": judge(_of_sweeps(swept, table)),
+        "Theory": _of_theory(theory),
+        "The released code": judge(_of_departures(departed)),
+    }
+    lines = ["# The paper's claims, remade", "", *_head(table, swept, preset)]
+    for title, rows in sections.items():
+        lines += ["", f"## {title}", "", "| claim | paper | ours | verdict |", "|---|---|---|---|"]
+        lines += [f"| {row[0]} | {row[1]} | {row[2]} | **{row[3]}** |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _head(table: Mapping, swept: Mapping, preset: str) -> list[str]:
+    size = table["config"]["evaluation"]
+    command = "iapo-mini lab claims" + ("" if preset == "full" else f" --preset {preset}")
+    return [
+        f"Made by `{command}` from the results beside it. Ours: embedded policy, story world, "
+        f"{len(table['seeds'])} seeds, {size['problems']} test stories, "
+        f"{size['num_generations']} completions each (sweeps and departures: "
+        f"{len(swept['seeds'])} seeds, {swept['config']['evaluation']['problems']} stories); mean "
+        "and 95% interval over seeds, paired by seed where two rows are compared. The paper's: "
+        "Qwen2.5-Instruct models on mathematics. So ours can tell whether a claim holds in this "
+        "world, and not how large it is elsewhere.",
+        "",
+        f"{_losses(table)} The results files name the mean of every row (`aggregation`). The "
+        "paper's authors train under the token mean.",
+        "",
+        "*Holds* and *does not hold*: a t-test over seeds finds the mean on that side of the "
+        f"border, at a one-sided level of {LEVEL} for all rows of the section together (Holm's "
+        "correction). The intervals are plain ones, so one of them may lie on one side and the "
+        "verdict still be *cannot tell*. *Cannot be tested*: the start policy has a Pass@k "
+        f"of at least {1 - ACCURACY_MARGIN} in every seed, so that a method passes without having "
+        "learned anything. A weight is followed up to the last value before training collapses, "
+        f"which is where Pass@1 falls below {COLLAPSED} of that at the least value.",
+        "",
+        "Of the theory the results file holds intervals only; there the whole 95% interval has to "
+        "lie on one side of the border, without a correction. The borders are 0.98 and 1.02 for a "
+        "slope, 0.9 and 1.1 for an order, 0 for a correlation, 0.95 (or 0.05) for a share.",
+    ]
+
+
+def _losses(table: Mapping) -> str:
+    """Which mean of the loss the rows of Table 1 were made under, the usual one first."""
+    means = {name: row["aggregation"] for name, row in table["methods"].items()
+             if "aggregation" in row}  # fmt: skip
+    usual = Counter(means.values()).most_common(1)[0][0]
+    others = [f"{LABELS[name]}: {mean} mean" for name, mean in means.items() if mean != usual]
+    but = f" ({', '.join(others)})" if others else ""
+    return f"These results were made under the *{usual} mean* of the loss{but}."
