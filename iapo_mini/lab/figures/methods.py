@@ -267,6 +267,7 @@ def departures(results: Mapping) -> Figure:
         "pass@1": "Pass@1",
     }
     values = {"iapo": results["iapo"], **results["rows"]}
+    rows = {name: label for name, label in rows.items() if panels.keys() & values[name].keys()}
     panels = {m: label for m, label in panels.items() if any(m in v for v in values.values())}
     fig = Figure(figsize=(12, 0.6 * len(rows) + 1.2), layout="constrained")
     axes = fig.subplots(1, len(panels), sharey=True)
