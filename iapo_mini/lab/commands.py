@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "controls": "IAPO with its informativeness replaced, under both means; when to pay; five seeds",
     "choices": "what each term pays computing over talk where a sentence is opened; no training",
     "oracle": "s and value by real continuations: how early exits agree, training with both",
+    "selection": "how far a number is too good if a checkpoint was chosen by it; six runs of IAPO",
     "starts": "GRPO, IAPO-NE and IAPO from policies that are more and less calibrated; five seeds",
     "claims": "every claim of the paper against our results; runs what is missing, theory included",
 }

@@ -59,7 +59,7 @@ def make_jobs(
 
     Returns:
         Jobs ``{"run": folder, "config": TrainConfig fields or None, "seed", "split", "methods",
-        "evaluation": {"problems", "num_generations", "ks", "primary", "on_the_way"}}``.
+        "evaluation": {"problems", "num_generations", "ks", "primary", "on_the_way", "pools"}}``.
     """
     if methods:
         use_methods(methods)
@@ -74,7 +74,7 @@ def make_jobs(
                 "threads": 1,
             }
             config = TrainConfig(**settings | recipe).settings()
-        measured = ("problems", "num_generations", "ks", "primary", "on_the_way")
+        measured = ("problems", "num_generations", "ks", "primary", "on_the_way", "pools")
         job = {
             "run": str(out / f"{name}-{seed}"),
             "config": config,
@@ -128,13 +128,35 @@ def _way(run: Path, step: int) -> Path:
 
 
 def _judge_on_the_way(policy: Policy, job: Mapping, step: int) -> None:
-    """Length and Pass@1 after a step, in ``step-<n>.json``, unless they are there already."""
-    path = _way(Path(job["run"]), step)
+    """Length and Pass@1 after a step, in ``step-<n>.json``, unless they are there already.
+
+    With pools also, for each stream, ``{"right", "tokens"}``: a list of G numbers for each story.
+    """
+    path, pools = _way(Path(job["run"]), step), job["evaluation"]["pools"]
     if path.is_file():
         return
-    problems = list(itertools.islice(stories(job["split"], seed=0), WAY_PROBLEMS))
-    found = evaluate(policy, problems, ks=(1,), seed=job["seed"], progress=False)
-    write_json(path, {metric: found[metric] for metric in ("length", "pass@1")})
+    group = job["evaluation"]["num_generations"] if pools else 8
+    found = {
+        split: evaluate(
+            policy, list(itertools.islice(stories(split, seed=0), n)),
+            ks=(1,), num_generations=group, seed=job["seed"], progress=False,
+        )
+        for split, n in pools or [(job["split"], WAY_PROBLEMS)]
+    }  # fmt: skip
+    result = {metric: found[job["split"]][metric] for metric in ("length", "pass@1")}
+    if pools:
+        result["pools"] = {split: _by_story(row["completions"]) for split, row in found.items()}
+    write_json(path, result)
+
+
+def _by_story(completions: Sequence[Mapping]) -> dict[str, list[list[int]]]:
+    rows: dict[str, dict[int, list[int]]] = {
+        "right": defaultdict(list), "tokens": defaultdict(list),
+    }  # fmt: skip
+    for completion in completions:
+        rows["right"][completion["problem"]].append(int(completion["correct"]))
+        rows["tokens"][completion["problem"]].append(completion["tokens"])
+    return {name: list(row.values()) for name, row in rows.items()}
 
 
 def _judge(policy: Policy, job: Mapping) -> None:
@@ -273,8 +295,18 @@ def _as_now(saved: dict, run: str) -> dict:
     Its folder may have been moved, or be named in another way.
     """
     config = saved["config"] and with_defaults(saved["config"])
-    evaluation = {"primary": 0, "on_the_way": []} | saved["evaluation"]
+    evaluation = {"primary": 0, "on_the_way": [], "pools": []} | saved["evaluation"]
     return saved | {"run": run, "config": config, "evaluation": evaluation}
+
+
+def finished(jobs: Sequence[dict], kept: Path | None = None) -> list[dict]:
+    """``{"result", "curve"}`` of every job, from its folder or else from ``kept``.
+
+    Args:
+        jobs: finished by :func:`run_all`; kept: as there.
+    """
+    entries = ledger.read(kept)
+    return [_found(job) or entries[Path(job["run"]).name] for job in jobs]
 
 
 def collect(jobs: Sequence[dict], size: Size, kept: Path | None = None) -> dict:
@@ -284,7 +316,6 @@ def collect(jobs: Sequence[dict], size: Size, kept: Path | None = None) -> dict:
         jobs: from :func:`make_jobs`, finished by :func:`run_all`; size: theirs.
         kept: file of finished runs, where those without a folder are looked up.
     """
-    entries = ledger.read(kept)
     methods: dict[str, dict] = {}
     curves: dict[str, list] = {}
     configs: dict[str, dict] = {}
@@ -294,7 +325,7 @@ def collect(jobs: Sequence[dict], size: Size, kept: Path | None = None) -> dict:
     for job in jobs:
         by_name[Path(job["run"]).name.rsplit("-", 1)[0]].append(job)
     for name, own in by_name.items():
-        pairs = [_found(job) or entries[Path(job["run"]).name] for job in own]
+        pairs = finished(own, kept)
         found = [pair["result"] for pair in pairs]
         methods[name] = {metric: [result[metric] for result in found] for metric in metrics}
         methods[name]["intervals"] = [result["intervals"] for result in found]

@@ -24,6 +24,9 @@ class Size:
         primary: the step whose policy is evaluated; 0 is the last one.
         on_the_way: steps at which the policy is also judged, on ``WAY_PROBLEMS`` stories with
             eight completions each.
+        pools: if given, they are judged on ``(stream, stories)`` instead, ``num_generations``
+            completions of each story, and of every completion is kept whether it is right and how
+            many tokens it has. The stream of the evaluation must be among them.
     """
 
     seeds: tuple[int, ...]
@@ -34,6 +37,7 @@ class Size:
     ks: tuple[int, ...] = (1, 2, 4, 8)
     primary: int = 0
     on_the_way: tuple[int, ...] = ()
+    pools: tuple[tuple[str, int], ...] = ()
 
 
 COMPARE: dict[str, Size] = {
