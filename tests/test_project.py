@@ -9,6 +9,7 @@ import pytest
 
 from iapo_mini.intervals import format_interval, mean_interval
 from iapo_mini.lab import verdicts
+from iapo_mini.lab.choices import choices_table
 from iapo_mini.lab.claims import _of_table1, _talk, report_of_files
 from iapo_mini.lab.departures import departures_table
 from iapo_mini.lab.estimators import ESTIMATORS, POLICIES, speed_table, study_table
@@ -59,6 +60,8 @@ def test_table1_in_the_texts_is_the_committed_result(table1_results):
         assert comparison_table(table1_results, metric) in page
     departed = json.loads((ROOT / "figures/results/departures.json").read_text())
     assert departures_table(departed) in page
+    chosen = json.loads((ROOT / "figures/results/choices.json").read_text())
+    assert choices_table(chosen) in page
 
 
 def test_what_a_better_start_brings_is_told_as_committed():
