@@ -10,15 +10,17 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from iapo_mini.files import replace_text
 from iapo_mini.problems.stories import ROLES, token_roles
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.tasks import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LOG = "metrics.jsonl"
 """Name of a run's log: a line of JSON for each step, from 1."""

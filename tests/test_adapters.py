@@ -162,7 +162,7 @@ def test_what_an_adapter_says_of_its_base_is_named_when_damaged(adapter, tiny_fo
     (adapter / name).write_text('{"model": ')
     with pytest.raises(ValueError, match=rf"{name}"):
         load_policy(adapter=adapter)
-    with pytest.raises(ValueError, match=r"base.json' can't be used|adapter is "):
+    with pytest.raises(ValueError, match=r"base.json' can't be used|adapter must be "):
         load_policy(tiny_folder, adapter=adapter)
 
 

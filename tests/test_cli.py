@@ -206,7 +206,7 @@ BAD = [
     (["evaluate", "--batch-size", "0"], "batch_size"),
     (["evaluate", "--max-completion-length", "0"], "max_completion_length"),
     (["evaluate", "--data", "gsm8k"], "--data-file"),
-    (["evaluate", "--data", "gsm8k", "--data-file", "file"], "data_file is 'file'"),
+    (["evaluate", "--data", "gsm8k", "--data-file", "file"], "data_file must be a file of type"),
     (["evaluate", "--data", "gsm8k", "--data-file", "bad.jsonl"], "line 1 (no valid JSON)"),
     (["train", "--out", "x", "--data", "gsm8k"], "--data-file"),
     (["train", "--out", "x", "--data", "trivia"], "data must be one of"),
@@ -290,7 +290,7 @@ def test_train_says_what_it_takes_from_the_recipe(tmp_path, schooled_folder):
     command = ["train", "--out", tmp_path / "run", "--model", schooled_folder, *SMALL]
     done = run(*command, "--max-completion-length", 12, "--method", "dapo", "--epsilon", "0.1")
     assert done.returncode == 0, done.stderr
-    taken = "alpha 0.0, beta 0.0, aggregation token, epsilon_high 0.28, kl_coef 0.001"
+    taken = "alpha 0.0, beta 0.0, aggregation token, epsilon_high 0.28, kl_coef 0.0"
     assert f"From the recipe of dapo: {taken}." in done.stdout
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (settings["epsilon"], settings["epsilon_high"]) == (0.1, 0.28)

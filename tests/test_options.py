@@ -110,8 +110,8 @@ def test_absurd_numbers_of_pretrain_are_refused_in_one_sentence(field, idle, cap
         ("train --out x --temperature 1e-300",
          "iapo-mini: temperature must be at least 1e-06, got 1e-300"),
         ("train --out x --method iapp",
-         "iapo-mini: method must be one of grpo, dapo, gfpo, gtpo, sgrpo, iapo, iapo_ni, iapo_ne, "
-         "iapo_pmi, got 'iapp'; did you mean 'iapo'?"),
+         "iapo-mini: method must be one of grpo, dapo, gfpo, gtpo, gtpo_iapo, sgrpo, iapo, "
+         "iapo_ni, iapo_ne, iapo_pmi, grpo_kimi, grpo_efficient, got 'iapp'; did you mean 'iapo'?"),
         ("train --out x --card 16gb",
          "iapo-mini: --card must be one of t4, 12gb, 24gb, got '16gb'; did you mean '12gb'?"),
         ("evaluate --k 8 nine", "iapo-mini: --k must be a whole number, got 'nine'"),

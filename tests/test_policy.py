@@ -202,7 +202,7 @@ def test_truncated_weights_are_refused(tiny_folder, tmp_path):
 def test_a_broken_config_is_refused(tiny_folder, tmp_path):
     folder = copied(tiny_folder, tmp_path / "m")
     (folder / "config.json").write_text('{"model_type": "qwen2",')
-    assert f"got '{folder}'" in refusal(folder)
+    assert f"'{folder}', whose config.json is damaged" in refusal(folder)
 
 
 def test_a_model_that_is_no_causal_lm_is_refused(tiny_folder, tmp_path):

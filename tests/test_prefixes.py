@@ -220,7 +220,7 @@ def test_asking_after_nothing_is_refused(base_policy):
     rollouts = make_rollouts(**BATCH)
     beyond = torch.arange(10) > rollouts.lengths[:, None]
     asked = Question(encode_postfix(base_policy), lambda rows, logits: logits_entropy(logits))
-    with pytest.raises(ValueError, match="asked holds no prefix within the completions"):
+    with pytest.raises(ValueError, match="asked must hold at least one prefix"):
         ask(base_policy.model, rollouts, asked, asked=beyond)
 
 

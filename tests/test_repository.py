@@ -146,7 +146,7 @@ def test_what_the_hub_does_not_have_is_one_sentence(hub_home, tmp_path, option, 
     done = evaluate("--model", "someone/iapo", f"--{option}", value, "--out", out, home=hub_home)
     assert done.returncode == 2 and not out.exists()
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith(f"iapo-mini: model is 'someone/iapo', {option} '{value}', and can't")
+    assert f"got 'someone/iapo', {option} '{value}', which can't be loaded" in line
 
 
 def test_a_hub_id_is_asked_for_what_is_given_alone():

@@ -67,7 +67,7 @@ def test_nothing_is_assigned(name):
 
 def test_tensors_are_those_of_the_batch_and_those_filled_in():
     rollouts = make_rollouts([3], [2, 1], group=2)
-    others = {"num_generations", "known", "cache", "prefill"}
+    others = {"num_generations", "known", "cache", "prefill", "limit", "references"}
     own = {field.name for field in fields(rollouts)} - others
     assert set(rollouts.tensors()) == own
     rewards = torch.tensor([1.5, -0.5])
