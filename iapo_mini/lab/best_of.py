@@ -155,7 +155,8 @@ def untuned(runs: Sequence[Reports], rule: str, trials: int) -> dict[str, list[f
     best score at its chosen checkpoint, the other is the other run at its last checkpoint.
 
     Args:
-        runs: of :func:`repeat`, all with the same draws; rule: by which the one side is chosen.
+        runs: of :func:`repeat`, all with the same draws; rule: by which the one side is chosen; for
+            ``last`` the run alone is, by the reported stories.
         trials: K, at most two less than there are runs.
 
     Returns:

@@ -214,5 +214,6 @@ def selection_table(results: Mapping) -> str:
     for trials, rows in results["ablation"].items():
         for rule, row in rows.items():
             cells = [percent(row[name]) for name in ("apparent", "true", "bias")]
-            lines.append(f"| {trials} | {drawn.NAMES[rule]} | " + " | ".join(cells) + " |")
+            name = drawn.NAMES[rule] if rule != "last" else "the reported stories, last checkpoints"
+            lines.append(f"| {trials} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
