@@ -63,9 +63,7 @@ def test_committed_result_is_the_file_or_names_what_is_missing(monkeypatch):
     here = json.loads((ROOT / "figures/results/estimator.json").read_text())
     assert committed_result("estimator.json") == here
     monkeypatch.setattr(course, "_RESULTS_URL", "file:///nowhere/")
-    with pytest.raises(
-        ValueError, match=r"name must be .*, got 'nothing\.json'"
-    ):
+    with pytest.raises(ValueError, match=r"name must be .*, got 'nothing\.json'"):
         committed_result("nothing.json")
 
 
