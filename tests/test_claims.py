@@ -172,7 +172,8 @@ def cut(results):
     if isinstance(results, dict):
         return {k: [0.0] if k.startswith("pass@") else cut(v) for k, v in results.items()}
     if isinstance(results, list):
-        return [cut(x) for x in (results if isinstance(results[0], dict) else results[:1])]
+        each = results if results and isinstance(results[0], dict) else results[:1]
+        return [cut(x) for x in each]
     return results
 
 
