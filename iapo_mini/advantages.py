@@ -212,11 +212,11 @@ def sgrpo_tokens(rollouts: Rollouts, alpha: float) -> torch.Tensor:
         rollouts: any.
         alpha: factor of both thresholds, which belong to completions of some hundred tokens.
 
-    The coins are seeded with the tokens of the batch: a resumed run flips the same ones.
+    The coins are seeded with :meth:`Rollouts.seed`: a resumed run flips the same ones.
     """
     mask = rollouts.completion_mask
     always, until = round(alpha * SGRPO_ALWAYS), round(alpha * SGRPO_UNTIL)
-    generator = torch.Generator().manual_seed(int(rollouts.completion_ids[mask].sum()))
+    generator = torch.Generator().manual_seed(rollouts.seed())
     heads = (torch.rand(mask.shape, generator=generator) < 0.5).to(mask.device)
     t = torch.arange(mask.shape[1], device=mask.device)
     some = heads & (t < until) & (rollouts.lengths < until)[:, None]

@@ -89,17 +89,16 @@ def answer_entropies(
     return _potential(policy, rollouts, question, how)
 
 
-def final_answers(policy: Policy, rollouts: Rollouts) -> list[str | None]:
-    """The text between the last ``<answer>`` and its ``</answer>`` of each row, spaces kept.
+def answer_in(text: str) -> str | None:
+    """The text between the last ``<answer>`` and its ``</answer>``, spaces kept; None if blank."""
+    _, opened, rest = text.rpartition("<answer>")
+    answer, closed, _ = rest.partition("</answer>")
+    return answer if opened and closed and answer.strip() else None
 
-    None for a completion that gives no answer.
-    """
-    out: list[str | None] = []
-    for text in rollouts.texts(policy.tokenizer):
-        _, opened, rest = text.rpartition("<answer>")
-        answer, closed, _ = rest.partition("</answer>")
-        out.append(answer if opened and closed and answer.strip() else None)
-    return out
+
+def final_answers(policy: Policy, rollouts: Rollouts) -> list[str | None]:
+    """The answer that each row ends with (:func:`answer_in`), None where it gives none."""
+    return [answer_in(text) for text in rollouts.texts(policy.tokenizer)]
 
 
 def answer_surprisals(

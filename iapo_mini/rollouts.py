@@ -104,6 +104,10 @@ class Rollouts:
         """(B,) long: completion tokens per row."""
         return self.completion_mask.sum(1)
 
+    def seed(self) -> int:
+        """A seed made of the tokens: what is drawn for a batch is drawn again after a resume."""
+        return int(self.completion_ids[self.completion_mask].sum())
+
     def rows(self, start: int, stop: int) -> Rollouts:
         """Rows ``start`` to ``stop`` (whole groups), completions cut to their longest."""
         rows = slice(start, stop)

@@ -77,8 +77,8 @@ TERMS: dict[str, Information] = {
     "constant": _constant,
     "shuffled": _normed(controls.shuffled),
     "roles": _normed(controls.roles),
-    "first": _normed(lambda p, r, how: controls.first(p, r, controls.estimated(p, r, how))),
-    "to_go": _normed(lambda p, r, how: controls.to_go(p, r, controls.estimated(p, r, how))),
+    "first": _normed(controls.paid(controls.estimated, controls.first)),
+    "to_go": _normed(controls.paid(controls.estimated, controls.to_go)),
 }
 """What a term pays each token, (B, L), before its weight; ``iapo_ni`` is the exploration term."""
 
@@ -134,17 +134,15 @@ def paid_at_choices(
             pay = term(policy, rollouts, EVERY_PREFIX)
             for how, values in zip(AGGREGATIONS, (pay, pay / lengths)):
                 spread[name, how].append(values[mask])
-                for story in range(len(batch)):
-                    gaps = []
-                    for (group, _), chosen in places.items():
-                        both = [
-                            [float(values[i, t]) for i, t, computes in chosen if computes == kind]
-                            for kind in (True, False)
-                        ]
-                        if group == story and all(both):
-                            gaps.append(np.mean(both[0]) - np.mean(both[1]))
-                    if gaps:
-                        found[name, how].append((np.array(gaps),))
+                gaps: dict[int, list[float]] = defaultdict(list)  # of each story
+                for (group, _), chosen in places.items():
+                    both = [
+                        [float(values[i, t]) for i, t, computes in chosen if computes == kind]
+                        for kind in (True, False)
+                    ]
+                    if all(both):
+                        gaps[group].append(float(np.mean(both[0]) - np.mean(both[1])))
+                found[name, how] += [(np.array(own),) for own in gaps.values()]
         count += sum(len({computes for *_, computes in chosen}) == 2 for chosen in places.values())
     out: dict[str, dict[str, list[float]]] = {name: {} for name in terms}
     for (name, how), groups in found.items():

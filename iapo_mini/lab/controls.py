@@ -65,9 +65,7 @@ def estimated(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tenso
 
 
 def _generator(rollouts: Rollouts) -> torch.Generator:
-    """Seeded with the tokens of the batch, so that a resumed run draws the same numbers."""
-    seed = int(rollouts.completion_ids[rollouts.completion_mask].sum())
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(rollouts.seed())
 
 
 def noise(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
@@ -147,7 +145,7 @@ def to_go(policy: Policy, rollouts: Rollouts, values: torch.Tensor) -> torch.Ten
     return out * rollouts.completion_mask
 
 
-def _paid(source: Information, payment: Callable[..., torch.Tensor]) -> Information:
+def paid(source: Information, payment: Callable[..., torch.Tensor]) -> Information:
     """The estimate that ``source`` makes, paid as ``payment`` says."""
     return lambda policy, rollouts, how: payment(policy, rollouts, source(policy, rollouts, how))
 
@@ -167,7 +165,7 @@ RECIPES = {
     "control_reference": replace(_IAPO, information=reference),
     "control_grpo": replace(_IAPO, rule="grpo", information=None),
 } | {
-    f"payment_{prefix}{name}": replace(_IAPO, information=_paid(source, payment))
+    f"payment_{prefix}{name}": replace(_IAPO, information=paid(source, payment))
     for prefix, source in (("", estimated), ("roles_", roles))
     for name, payment in _PAYMENTS.items()
 }

@@ -33,7 +33,12 @@ from iapo_mini.config import RECIPES as LIBRARY
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.early_exit.strides import sentence_ends, spread
 from iapo_mini.files import versions, write_json
-from iapo_mini.information import answer_entropies, final_answers, informativeness
+from iapo_mini.information import (
+    answer_entropies,
+    answer_in,
+    final_answers,
+    informativeness,
+)
 from iapo_mini.intervals import bootstrap_interval, format_interval, mean_interval, spearman
 from iapo_mini.lab.figures import oracle as drawn
 from iapo_mini.lab.ledger import ledger_path
@@ -112,10 +117,8 @@ def _asked(policy: Policy, rollouts: Rollouts) -> torch.Tensor:
 
 
 def _answer(text: str) -> str | None:
-    """What stands between the last ``<answer>`` and its end, None if nothing does."""
-    _, opened, rest = text.rpartition("<answer>")
-    answer, closed, _ = rest.partition("</answer>")
-    return answer.strip() if opened and closed and answer.strip() else None
+    answer = answer_in(text)
+    return None if answer is None else answer.strip()
 
 
 def entropy_of(answers: list[str | None]) -> float:
@@ -140,15 +143,10 @@ def _per_prefix(
     return (spread(out, asked.cpu() & within) * within).to(asked.device)
 
 
-def _seed(rollouts: Rollouts) -> int:
-    """From the tokens of the batch, so that a resumed run continues them the same way."""
-    return int(rollouts.completion_ids[rollouts.completion_mask].sum())
-
-
 def continuation_information(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
     """s by continuations, (B, L) nats: a sentence's drop of the entropy, spread over its tokens."""
     k = CONTINUATIONS["training"]
-    asked, answers = continuations(policy, rollouts, k, _seed(rollouts))
+    asked, answers = continuations(policy, rollouts, k, rollouts.seed())
     entropies = [[entropy_of(own) for own in row] for row in answers]
     potential = _per_prefix(asked, entropies, rollouts.lengths)
     return informativeness(potential, rollouts.completion_mask)
@@ -157,7 +155,7 @@ def continuation_information(policy: Policy, rollouts: Rollouts, how: EarlyExit)
 def value_gain(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
     """V(after its sentence) - V(before) at every token, (B, L); V is the share of right answers."""
     k = CONTINUATIONS["training"]
-    asked, answers = continuations(policy, rollouts, k, _seed(rollouts))
+    asked, answers = continuations(policy, rollouts, k, rollouts.seed())
     values = [
         [sum(a is not None and equal_answers(a, right) for a in own) / len(own) for own in row]
         for row, right in zip(answers, rollouts.references)

@@ -321,11 +321,11 @@ def collect(jobs: Sequence[dict], size: Size, kept: Path | None = None) -> dict:
     configs: dict[str, dict] = {}
     metrics = ["length"]
     metrics += [f"{name}@{k}" for k in size.ks for name in ("pass", "length", "ratio")]
-    by_name: dict[str, list[dict]] = defaultdict(list)
-    for job in jobs:
-        by_name[Path(job["run"]).name.rsplit("-", 1)[0]].append(job)
-    for name, own in by_name.items():
-        pairs = finished(own, kept)
+    by_name: dict[str, list[tuple[dict, dict]]] = defaultdict(list)
+    for job, pair in zip(jobs, finished(jobs, kept)):
+        by_name[Path(job["run"]).name.rsplit("-", 1)[0]].append((job, pair))
+    for name, rows in by_name.items():
+        own, pairs = zip(*rows)
         found = [pair["result"] for pair in pairs]
         methods[name] = {metric: [result[metric] for result in found] for metric in metrics}
         methods[name]["intervals"] = [result["intervals"] for result in found]
