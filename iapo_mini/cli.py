@@ -27,6 +27,7 @@ from iapo_mini.errors import (
     check_number,
     check_temperature,
 )
+from iapo_mini.hub import check_in_reach
 from iapo_mini.lab.commands import add_lab
 from iapo_mini.options import (
     Parser,
@@ -164,6 +165,7 @@ def _train(args: argparse.Namespace) -> None:
     taken = ", ".join(f"{name} {config.settings()[name]}" for name in config.from_recipe())
     if taken:
         print(f"From the recipe of {config.method}: {taken}.")
+    check_in_reach(config.model)
     from iapo_mini.trainer import train
 
     try:
@@ -193,6 +195,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from iapo_mini.problems.stories import stories
 
     _check_evaluate(args)
+    check_in_reach(args.model)
     check_data(args.data, args.split, args.data_file)
     if args.data == "stories":
         problems = list(itertools.islice(stories(args.split), args.problems))
@@ -243,6 +246,7 @@ def _explain(args: argparse.Namespace) -> None:
     check_number("seed", args.seed, 0, MOST_SEED)
     check_temperature(args.temperature)
     problem = next(stories("test", args.seed)) if args.story == "-" else Problem(args.story, "")
+    check_in_reach(args.model)
 
     from iapo_mini.files import writable_folder
     from iapo_mini.tools.explain import check_figure, explain, terminal_text
@@ -293,6 +297,7 @@ def _diagnose(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    check_in_reach(args.model)
     from iapo_mini.files import read_json, replace_folder, writable_folder
     from iapo_mini.policy import load_policy
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import constants
 
+from iapo_mini.policies import EMBEDDED, looks_local
+
 PATIENCE = 4.0
 """Seconds in which the hub must answer."""
 
@@ -53,3 +55,28 @@ def reaching(source: str) -> Iterator[str]:
         yield f"{constants.ENDPOINT} does not answer, and the cache does not hold it"
     finally:
         constants.HF_HUB_OFFLINE = False
+
+
+def check_in_reach(model: str | None) -> None:
+    """Ask for a model before anything heavy is imported, which alone takes seconds.
+
+    Args:
+        model: as for ``load_policy``; None and whatever is no hub id pass.
+
+    Raises:
+        ValueError: for a hub id of which the cache holds nothing, while the hub does not answer.
+    """
+    if model is None or looks_local(model):
+        return
+    kept = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}"
+    with reaching(model) as unreached:
+        if unreached and not kept.is_dir():
+            raise not_loaded(model, unreached)
+
+
+def not_loaded(model: str, reason: str, within: str = "") -> ValueError:
+    """What is said of a model, whatever a library says; ``within``: which one of a repository."""
+    return ValueError(
+        f"model must be '{EMBEDDED}', a folder written by save_pretrained, or a hub id that this "
+        f"machine can reach, got '{model}'{within}, which can't be loaded ({reason})"
+    )

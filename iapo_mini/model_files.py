@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from iapo_mini.attention import model_mask, positions_of
 from iapo_mini.errors import first_line
-from iapo_mini.policies import EMBEDDED, SHIPPED
+from iapo_mini.policies import EMBEDDED, SHIPPED, looks_local
 
 SETTINGS = ("config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json")
 """Files of a model folder that hold one JSON object each, where they are there."""
@@ -30,7 +30,7 @@ def model_source(model: str, weights: bool = True) -> str:
     """
     if model in SHIPPED:
         return str(SHIPPED[model])
-    if not _looks_local(model):
+    if not looks_local(model):
         return model  # a hub id
     path = Path(model).expanduser()
     if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
@@ -88,7 +88,7 @@ def of_repository(model: str, subfolder: str, revision: str | None) -> tuple[str
         raise ValueError(
             f"subfolder is '{subfolder}'; allowed is the path of a folder inside '{model}'."
         )
-    if not _looks_local(model):
+    if not looks_local(model):
         asked = {"subfolder": subfolder, "revision": revision or ""}
         return model, {name: value for name, value in asked.items() if value}
     if revision:
@@ -98,13 +98,6 @@ def of_repository(model: str, subfolder: str, revision: str | None) -> tuple[str
     if model in SHIPPED and subfolder:
         raise ValueError(f"subfolder is '{subfolder}', but model is '{model}', which has none.")
     return (str(Path(model) / inner) if subfolder else model), {}
-
-
-def _looks_local(model: str) -> bool:
-    """Whether a name is that of a shipped model or of a folder, not a hub id."""
-    path = Path(model)
-    local = path.exists() or path.is_absolute() or model.startswith((".", "~"))
-    return model in SHIPPED or local
 
 
 def _settings(model: str, folder: Path) -> dict[str, dict]:

@@ -40,7 +40,7 @@ from iapo_mini.four_bit import (
     plain_weight,
     prepare_for_adapter,
 )
-from iapo_mini.hub import reaching
+from iapo_mini.hub import not_loaded, reaching
 from iapo_mini.model_files import (
     check_forward,
     check_loaded,
@@ -329,12 +329,12 @@ def _load(
     checkpointing: bool,
 ) -> tuple[transformers.PreTrainedTokenizerBase, Any]:
     """Tokenizer and causal LM; whatever is wrong with them is told in one sentence."""
-    within = "".join(f", {name} '{value}'" for name, value in asked.items()) + ","
+    within = "".join(f", {name} '{value}'" for name, value in asked.items())
     with reaching(source) as unreached:
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **asked)
         except Exception as error:
-            raise _not_loaded(model, unreached or first_line(error), within) from error
+            raise not_loaded(model, unreached or first_line(error), within) from error
         check_quantised(model, config, four_bit)
         try:
             # False, not unset: transformers would ask on the terminal and wait.
@@ -354,18 +354,10 @@ def _load(
                 )  # fmt: skip
                 causal_lm, told = loaded[0].to(device), loaded[1]
         except Exception as error:
-            raise _not_loaded(model, unreached or first_line(error), within) from error
+            raise not_loaded(model, unreached or first_line(error), within) from error
     check_loaded(model, tokenizer, causal_lm, told)
     check_forward(model, causal_lm)
     return tokenizer, causal_lm
-
-
-def _not_loaded(model: str, reason: str, within: str) -> ValueError:
-    """What is said of anything that transformers raises; ``within`` names one of several models."""
-    return ValueError(
-        f"model must be '{EMBEDDED}', a folder written by save_pretrained, or a hub id that this "
-        f"machine can reach, got '{model}'{within} which can't be loaded ({reason})"
-    )
 
 
 def _with_trained_adapter(causal_lm: Any, adapter: str | Path, model: str) -> PeftModel:

@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -10,6 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from iapo_mini import hub
+from iapo_mini.cli import main
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.datasets import load_problems
 from iapo_mini.tools.planner import shape
@@ -119,3 +121,37 @@ def test_nobody_is_asked_for_a_folder_or_offline(endpoint, tiny_folder, monkeypa
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="got 'x/y', which can't be loaded"):
         load_policy("x/y")
+
+
+COMMANDS_WITH_MODELS = {
+    "evaluate": [],
+    "explain": ["-"],
+    "train": ["--out", "run"],
+    "export": ["--adapter", "adapter", "--out", "merged"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS_WITH_MODELS)
+def test_commands_ask_before_they_import_what_takes_seconds(
+    command, endpoint, monkeypatch, tmp_path, capsys
+):
+    endpoint(REFUSING)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "iapo_mini.policy")  # to be imported again, which fails
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit) as ended:
+        main([command, *COMMANDS_WITH_MODELS[command], "--model", "nobody/no-such-model"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert f"got 'nobody/no-such-model', which can't be loaded ({REFUSING} does not" in told
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_the_cache_holds_is_left_to_who_loads_it(endpoint, tmp_path):
+    endpoint(REFUSING)
+    (tmp_path / "cache" / "models--some--model").mkdir(parents=True)
+    hub.check_in_reach("some/model")
+    for local in ("embedded", str(tmp_path), "./nowhere", None):
+        hub.check_in_reach(local)
+    with pytest.raises(ValueError, match="got 'other/model'"):
+        hub.check_in_reach("other/model")

@@ -17,3 +17,10 @@ SHIPPED = {
     EMBEDDED_UNCALIBRATED: Path(__file__).parent / "embedded_uncalibrated",
 }
 """Name -> folder."""
+
+
+def looks_local(model: str) -> bool:
+    """Whether a name is that of a shipped model or of a folder, not a hub id."""
+    path = Path(model)
+    local = path.exists() or path.is_absolute() or model.startswith((".", "~"))
+    return model in SHIPPED or local
