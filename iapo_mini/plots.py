@@ -100,7 +100,8 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]
 
     Args:
         curves: method -> one mapping per seed, with ``"length"`` (tokens), ``"accuracy"`` (share)
-            and ``"entropy"`` (nats per token), a value per step.
+            and ``"entropy"`` (nats per token), a value per step. Of a method whose seeds have
+            more and fewer steps the longest runs are drawn.
     """
     many = len(curves) > 4
     fig = Figure(figsize=(12 if many else 10, 3.6 if many else 3.2), layout="constrained")
@@ -111,9 +112,10 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]
     )
     for ax, (name, label) in zip(fig.subplots(1, 3), panels):
         for i, (method, runs) in enumerate(curves.items()):
-            steps = min(len(run[name]) for run in runs)
+            steps = max(len(run[name]) for run in runs)
             beside = 0.02 * steps * (i + 1) if many else 0.0
-            _by_step(ax, [_smooth(run[name][:steps]) for run in runs], method, beside)
+            whole = [_smooth(run[name]) for run in runs if len(run[name]) == steps]
+            _by_step(ax, whole, method, beside)
         ax.set_xlabel("training step")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)

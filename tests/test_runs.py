@@ -1,6 +1,7 @@
 """Runs in processes: what a job holds, methods of a user's own, going on where it stopped."""
 
 import contextlib
+import itertools
 import json
 import subprocess
 import sys
@@ -15,9 +16,19 @@ from helpers import PATIENCE
 from iapo_mini.config import RECIPES, Recipe, use_methods
 from iapo_mini.lab import ledger, table1
 from iapo_mini.lab.figures import methods
-from iapo_mini.lab.runs import START, collect, make_jobs, run_all, run_job
+from iapo_mini.lab.runs import (
+    SHOWN_OPERATIONS,
+    START,
+    _answers,
+    collect,
+    make_jobs,
+    policy_of,
+    run_all,
+    run_job,
+)
 from iapo_mini.lab.sizes import Size
 from iapo_mini.policy import load_policy
+from iapo_mini.problems.stories import stories
 
 TINY = Size(seeds=(0, 1), max_steps=1, problems=2, prompts_per_step=1, num_generations=2, ks=(1, 2))
 
@@ -175,16 +186,31 @@ def test_a_policy_is_judged_on_the_way_without_a_trace(tmp_path, monkeypatch):
     recipes = {"grpo": {"method": "grpo", "learning_rate": 5e-3}}
     sizes = [replace(TINY, seeds=(0,), max_steps=n) for n in (1, 3)]
     sizes.append(replace(sizes[1], primary=1, on_the_way=(1, 3)))
-    results = []
+    results, policies = [], []
     for i, size in enumerate(sizes):
         (job,) = make_jobs(size, tmp_path / str(i), recipes)
         run_job(job)
         results.append(collect([job], size))
+        policies.append(dict(policy_of(job).merged_weights()))
     short, long, both = (found["methods"]["grpo"] for found in results)
     assert results[1]["curves"] == results[2]["curves"]
     assert both["length"] == short["length"] and both["pass@2"] == short["pass@2"]
     assert both["on_the_way"].keys() == {"1", "3"} and both["aggregation"] == "sequence"
     assert "on_the_way" not in long
+    # The policy that is reported is kept, too, beside the last one.
+    assert all(torch.equal(policies[0][name], policies[2][name]) for name in policies[0])
+    assert not all(torch.equal(policies[0][name], policies[1][name]) for name in policies[0])
+
+
+def completion(problem, correct, tokens):
+    return {"problem": problem, "correct": correct, "tokens": tokens, "text": f"{tokens} tokens"}
+
+
+def test_of_a_story_the_right_completion_of_median_length_is_kept():
+    rows = [completion(3, True, n) for n in (9, 2, 5)] + [completion(3, False, 4)]
+    rows += [completion(7, False, 1), completion(8, True, 6), completion(8, True, 3)]
+    assert _answers(rows, [3, 7, 8]) == {"3": "5 tokens", "8": "6 tokens"}
+    assert _answers(rows, []) == {}
 
 
 @pytest.mark.parametrize("content", ["{", "", "[]", '{"length": 3.0}'])
@@ -240,23 +266,33 @@ def test_wall_clock_times_every_row_and_seed(finished):
     assert torch.get_num_threads() >= 1
 
 
-def test_one_story_is_answered_right_by_every_policy_shown(finished):
-    question, texts = table1.answers_to_one_story(finished)
-    right = {}
-    for job in finished[:2]:
-        lines = (Path(job["run"]) / "completions.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        right[Path(job["run"]).name[:-2]] = [r for r in rows if r["correct"]]
-    common = set.intersection(*({r["problem"] for r in rows} for rows in right.values()))
-    assert texts.keys() == (right.keys() if common else set())
-    for name, text in texts.items():
-        assert text in [r["text"] for r in right[name] if r["problem"] in common]
-    figure = methods.case_study(question, texts, load_policy(lora_rank=0).tokenizer)
+def test_one_story_is_answered_right_by_every_policy_shown(finished, tmp_path):
+    """It is found where runs are only in the ledger, too."""
+    kept = tmp_path / "table1.jsonl"
+    first = finished[:2]
+    answers = [{"1": "of start", "0": "x"}, {"1": "of gtpo", "4": "y"}]
+    for job, answer in zip(first, answers):
+        pair = json.loads((Path(job["run"]) / "result.json").read_text())
+        ledger.append(kept, job, {"result": pair | {"answers": answer}, "curve": None})
+    elsewhere = [job | {"run": str(tmp_path / "no" / Path(job["run"]).name)} for job in first]
+    question, texts = table1.answers_to_one_story(elsewhere, kept)
+    assert question == list(itertools.islice(stories("test", seed=0), 2))[1].question
+    assert texts == {START: "of start", "gtpo": "of gtpo"}
+    kept.unlink()
+    ledger.append(kept, first[0], {"result": pair | {"answers": {"1": "x"}}, "curve": None})
+    ledger.append(kept, first[1], {"result": pair | {"answers": {"2": "x"}}, "curve": None})
+    assert table1.answers_to_one_story(elsewhere, kept)[1] == {}
+
+
+def test_answers_are_drawn_by_role_and_by_information(finished):
+    problem = next(p for p in stories("test", seed=0) if len(p.steps) >= SHOWN_OPERATIONS)
+    texts = dict.fromkeys((START, "gtpo"), "<think>1 + 1 = 2.</think><answer>2</answer>")
+    figure = methods.case_study(problem.question, texts, load_policy(lora_rank=0).tokenizer)
     shown = [t.get_text() for t in figure.axes[0].texts]
-    assert sum(": " in t and t.endswith("tokens") for t in shown) == len(texts)
-    informed = table1._informed(finished, question, texts)
-    figure = methods.heat_maps(question, informed)
-    assert sum("nats in all" in t.get_text() for t in figure.axes[0].texts) == len(texts)
+    assert sum(": " in t and t.endswith("tokens") for t in shown) == 2
+    informed = table1._informed(finished, problem.question, texts)
+    figure = methods.heat_maps(problem.question, informed)
+    assert sum("nats in all" in t.get_text() for t in figure.axes[0].texts) == 2
 
 
 PARENT = """

@@ -18,6 +18,9 @@ Every experiment trains its rows from the same start policy on the same prompts
       versions   package -> version
       wall_clock (table1) name -> [one per seed: seconds per 1,000 completions, one thread]
       story      (table1) {"question", "answers": name -> completion of the first seed's policy}
+      area       (table1) name -> [per seed: mean length in training, over all steps]
+      matched    (table1) tokens -> name -> [per seed: accuracy when completions first are so
+                          short, null if they never are]
 
     figures/results/tuning.json
       trials     method -> [{"settings": TrainConfig fields, "pass@1", "pass@8", "length",

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from iapo_mini.config import TrainConfig, use_methods, with_defaults
 from iapo_mini.evaluation import evaluate
-from iapo_mini.files import read_json, versions, write_json
+from iapo_mini.files import read_json, replace_folder, versions, write_json
 from iapo_mini.lab import ledger
 from iapo_mini.lab.sizes import WAY_PROBLEMS, Size
 from iapo_mini.metrics import LOG, whole_log
@@ -36,6 +36,14 @@ from iapo_mini.trainer import start_policy, train
 
 _CHILD = "IAPO_MINI_CHILD"
 """Environment variable of a process that is to end with the one that started it."""
+
+PRIMARY = "primary"
+"""Folder of a run with its adapter at the step that is reported, where training goes on after."""
+
+SHOWN = 12
+"""Of so many stories a run's result keeps one right completion each, to be shown."""
+SHOWN_OPERATIONS = 4
+"""The least number of operations of such a story."""
 
 START = "start"
 """Name of the row of the start policy, which no run trains."""
@@ -106,6 +114,7 @@ def run_job(job: dict) -> None:
             _judge_on_the_way(policy, job, metrics["step"])
         if metrics["step"] == primary < config.max_steps:
             _judge(policy, job)
+            replace_folder(run / PRIMARY, policy.save)
 
     resume = (folder / "config.json").is_file()
     # A run of a command that was killed ends with its step; this one goes on from there.
@@ -188,9 +197,31 @@ def _judge(policy: Policy, job: Mapping) -> None:
         }
         for steps, some in sorted(by_steps.items())
     }
+    long = [i for i, problem in enumerate(problems) if len(problem.steps) >= SHOWN_OPERATIONS]
+    result["answers"] = _answers(completions, long[:SHOWN])
     if job["config"] is None:
         result |= {"on_the_way": {}, "train_minutes": 0.0}
     write_json(path, result)
+
+
+def _answers(completions: Sequence[Mapping], problems: Sequence[int]) -> dict[str, str]:
+    """Problem -> its right completion of median length; without those that were never right."""
+    answers = {}
+    for asked in problems:
+        right = [c for c in completions if c["problem"] == asked and c["correct"]]
+        if right:
+            right.sort(key=lambda c: c["tokens"])
+            answers[str(asked)] = right[len(right) // 2]["text"]
+    return answers
+
+
+def policy_of(job: Mapping) -> Policy:
+    """The policy that a finished job reports on; its folder must be at hand."""
+    if job["config"] is None:
+        return load_policy()
+    run = Path(job["run"])
+    kept = run / PRIMARY
+    return load_policy(adapter=kept if kept.is_dir() else run / "train" / "final", lora_rank=0)
 
 
 def _found(job: Mapping) -> dict | None:
@@ -345,7 +376,11 @@ def collect(jobs: Sequence[dict], size: Size, kept: Path | None = None) -> dict:
         if size.on_the_way:
             methods[name]["on_the_way"] = {
                 str(step): {
-                    metric: [result["on_the_way"][str(step)][metric] for result in found]
+                    metric: [
+                        result["on_the_way"][str(step)][metric]
+                        for result in found
+                        if str(step) in result["on_the_way"]  # some runs end before it
+                    ]
                     for metric in ("length", "pass@1")
                 }
                 for step in size.on_the_way

@@ -60,6 +60,7 @@ class Preset:
         trials: how many of each row's seven trials are made: all, or only the first.
         tuning: of the trials, on the tune stream.
         table1: Table 1 and the ablation.
+        more_seeds: of the rows that decide; those runs end at the primary step.
         sweeps: one run for each weight; departures are of this size too.
         timed: stories of the wall-clock measurement, eight completions each.
     """
@@ -67,6 +68,7 @@ class Preset:
     trials: int
     tuning: Size
     table1: Size
+    more_seeds: tuple[int, ...]
     sweeps: Size
     timed: int
 
@@ -76,14 +78,16 @@ PRESETS = {
     "quick": Preset(
         trials=1,
         tuning=Size(seeds=(100,), max_steps=1, problems=2, prompts_per_step=1),
-        table1=Size((0,), 2, 4, 2, 4, (1, 4)),
+        table1=Size((0,), 2, 4, 2, 4, (1, 4), primary=1, on_the_way=(1, 2)),
+        more_seeds=(1,),
         sweeps=Size((0,), 1, 2, 1, 4, (1, 4)),
         timed=2,
     ),
     "full": Preset(
         trials=7,
         tuning=Size(seeds=(100, 101), max_steps=22, problems=100),
-        table1=Size((0, 1, 2, 3, 4), 22, 500, 12, 32, _KS),
+        table1=Size((0, 1, 2, 3, 4), 60, 500, 12, 32, _KS, primary=22, on_the_way=(22, 40, 60)),
+        more_seeds=(5, 6, 7, 8, 9),
         sweeps=Size((0, 1, 2), 22, 100, 12, 32, _KS),
         timed=100,
     ),

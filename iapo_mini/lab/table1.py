@@ -1,27 +1,38 @@
-"""Table 1: every method against the start policy, equal budget."""
+"""Table 1: every method against the start policy, equal budget.
+
+Every row is trained beyond the step that is reported, and judged on the way. The rows that decide
+have more seeds, whose runs end at the reported step.
+"""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from iapo_mini.chat import token_texts
-from iapo_mini.evaluation import read_completions
 from iapo_mini.files import read_json, write_json
 from iapo_mini.information import answer_entropies, informativeness
+from iapo_mini.lab.curves import of_curves
 from iapo_mini.lab.figures import methods as drawn
+from iapo_mini.lab.ledger import ledger_path
 from iapo_mini.lab.results import check_options, draw_comparison, file_stem, results_path
-from iapo_mini.lab.runs import START, collect, make_jobs, run_all
-from iapo_mini.lab.sizes import preset_of
+from iapo_mini.lab.runs import START, collect, finished, make_jobs, policy_of, run_all
+from iapo_mini.lab.sizes import Preset, preset_of
 from iapo_mini.lab.tuning import tuned
-from iapo_mini.policy import Policy, load_policy
+from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import stories
 from iapo_mini.sampling import from_texts, sample
 from iapo_mini.tasks import Problem
+
+DECIDING = ("grpo", "dapo", "iapo", "iapo_ne", "grpo_kimi", "grpo_efficient")
+"""Rows on which a verdict of ours hangs."""
+WATCHED = (START, "grpo", "iapo")
+"""Rows whose policies are timed, and whose answers are coloured by their informativeness."""
 
 
 def table1(
@@ -39,16 +50,20 @@ def table1(
     sizes, out, figures = preset_of(preset), Path(out), Path(figures)
     check_options(out, figures, parallel)
     recipes = tuned(preset, out, figures, parallel)
-    jobs = make_jobs(sizes.table1, out / preset / "table1", {START: None, **recipes})
-    run_all(jobs, parallel)
-    results = collect(jobs, sizes.table1)
+    jobs = _jobs(sizes, out / preset / "table1", {START: None, **recipes})
+    kept = ledger_path(figures, file_stem("table1", preset))
+    run_all(jobs, parallel, kept)
+    results = collect(jobs, sizes.table1, kept)
+    results |= of_curves(results)
     path = results_path(figures, "table1", preset)
     before = read_json(path, {})
     if before.get("methods") == results["methods"] and "wall_clock" in before:
         results["wall_clock"] = before["wall_clock"]
     else:
-        results["wall_clock"] = wall_clock(jobs, (START, "grpo", "iapo"), sizes.timed)
-    question, texts = answers_to_one_story(jobs)
+        own = _of(jobs, WATCHED, sizes.table1.seeds)
+        run_all(own, parallel)  # those that only the ledger has are made again: weights are needed
+        results["wall_clock"] = wall_clock(own, WATCHED, sizes.timed)
+    question, texts = answers_to_one_story(jobs, kept)
     results["story"] = {"question": question, "answers": texts}
     write_json(path, results)
     name = file_stem("table1", preset)
@@ -61,11 +76,29 @@ def table1(
     drawn.case_study(question, texts, tokenizer).savefig(
         figures / f"{file_stem('case_study', preset)}.png", dpi=150
     )
-    shown = {name: texts[name] for name in (START, "grpo", "iapo") if name in texts}
+    shown = {name: texts[name] for name in WATCHED if name in texts}
+    run_all(_of(jobs, WATCHED, sizes.table1.seeds[:1]), parallel)
     drawn.heat_maps(question, _informed(jobs, question, shown)).savefig(
         figures / f"{file_stem('heat_maps', preset)}.png", dpi=150
     )
     return results
+
+
+def _jobs(sizes: Preset, out: Path, recipes: Mapping[str, dict | None]) -> list[dict]:
+    """The jobs of every row, and those of the further seeds of the rows that decide."""
+    size = sizes.table1
+    to_primary = tuple(step for step in size.on_the_way if step <= size.primary)
+    further = replace(
+        size, seeds=sizes.more_seeds, max_steps=size.primary, primary=0, on_the_way=to_primary
+    )
+    deciding = {name: recipe for name, recipe in recipes.items() if name in DECIDING}
+    return make_jobs(size, out, recipes) + make_jobs(further, out, deciding)
+
+
+def _of(jobs: Sequence[dict], names: Sequence[str], seeds: Sequence[int]) -> list[dict]:
+    """The jobs of these rows and seeds."""
+    wanted = {f"{name}-{seed}" for name in names for seed in seeds}
+    return [job for job in jobs if Path(job["run"]).name in wanted]
 
 
 def wall_clock(jobs: Sequence[dict], names: Sequence[str], problems: int) -> dict[str, list]:
@@ -82,7 +115,7 @@ def wall_clock(jobs: Sequence[dict], names: Sequence[str], problems: int) -> dic
     for seed in sorted({job["seed"] for job in jobs}):
         for name in names:
             (job,) = [j for j in jobs if Path(j["run"]).name == f"{name}-{seed}"]
-            policy = _policy_of(job)
+            policy = policy_of(job)
             sample(policy, asked[:1], num_generations=8, seed=seed)  # warm up
             began = time.perf_counter()
             for start in range(0, problems, 16):
@@ -93,38 +126,29 @@ def wall_clock(jobs: Sequence[dict], names: Sequence[str], problems: int) -> dic
     return out
 
 
-def _policy_of(job: dict) -> Policy:
-    if job["config"] is None:
-        return load_policy()
-    return load_policy(adapter=str(Path(job["run"]) / "train" / "final"), lora_rank=0)
-
-
-def answers_to_one_story(jobs: Sequence[dict]) -> tuple[str, dict[str, str]]:
+def answers_to_one_story(
+    jobs: Sequence[dict], kept: Path | None = None
+) -> tuple[str, dict[str, str]]:
     """One test story and how each policy of the first seed answers it (paper, Fig. 7 and 14).
 
-    The story is the first with at least four operations that every policy answers right at least
-    once (failing that, the first that they do); each policy shows its right completion of median
+    The story is the first of at least four operations that every policy answers right at least
+    once, among those of which runs keep an answer; each policy shows its right completion of median
     length. ``(sentence, {})`` when there is no such story.
+
+    Args:
+        jobs: finished; kept: the file where those without a folder are looked up.
     """
-    problems = list(itertools.islice(stories("test", seed=0), jobs[0]["evaluation"]["problems"]))
-    right: dict[str, dict[int, list[dict]]] = {}
-    for job in jobs:
-        if job["seed"] != jobs[0]["seed"]:
-            continue
-        rows = right.setdefault(Path(job["run"]).name.rsplit("-", 1)[0], {})
-        file, group = Path(job["run"]) / "completions.jsonl", job["evaluation"]["num_generations"]
-        for completion in read_completions(file, group):
-            if completion["correct"]:
-                rows.setdefault(completion["problem"], []).append(completion)
-    common = set.intersection(*(set(rows) for rows in right.values()))
+    first = [job for job in jobs if job["seed"] == jobs[0]["seed"]]
+    answers = {
+        Path(job["run"]).name.rsplit("-", 1)[0]: pair["result"]["answers"]
+        for job, pair in zip(first, finished(first, kept))
+    }
+    common = set.intersection(*(set(row) for row in answers.values()))
     if not common:
         return "No story was answered right by every policy.", {}
-    asked = min(common, key=lambda i: (len(problems[i].steps) < 4, i))
-    texts = {}
-    for name, rows in right.items():
-        found = sorted(rows[asked], key=lambda c: c["tokens"])
-        texts[name] = found[len(found) // 2]["text"]
-    return problems[asked].question, texts
+    asked = min(common, key=int)
+    problem = next(itertools.islice(stories("test", seed=0), int(asked), None))
+    return problem.question, {name: row[asked] for name, row in answers.items()}
 
 
 def _informed(jobs: Sequence[dict], question: str, texts: dict[str, str]) -> dict[str, tuple]:
@@ -132,7 +156,7 @@ def _informed(jobs: Sequence[dict], question: str, texts: dict[str, str]) -> dic
     out = {}
     for name, text in texts.items():
         (job,) = [j for j in jobs if Path(j["run"]).name == f"{name}-{jobs[0]['seed']}"]
-        policy = _policy_of(job)
+        policy = policy_of(job)
         rollouts = from_texts(policy, [Problem(question, "")], [text])
         s = informativeness(answer_entropies(policy, rollouts), rollouts.completion_mask)[0]
         ids = rollouts.completion_ids[0].tolist()[:-1]  # without the end of the sequence
