@@ -10,10 +10,12 @@ import copy
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import peft.import_utils
 import torch
 
 from iapo_mini.errors import first_line
@@ -28,6 +30,20 @@ _VOCABULARY = re.compile(r"embed|wte|lm_head")
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest difference of logits after a merge, as a share of the largest logit: rounding."""
+
+
+def pass_over_old_torchao() -> None:
+    """Make peft treat a torchao that is too old for it as absent.
+
+    peft asks for torchao at every LoRA layer and raises where it finds an old one, such as Colab's,
+    although no weight of ours is of torchao.
+    """
+    try:
+        peft.import_utils.is_torchao_available()
+    except ImportError:
+        for name, module in list(sys.modules.items()):
+            if name.split(".")[0] == "peft" and hasattr(module, "is_torchao_available"):
+                module.is_torchao_available = lambda: False
 
 
 def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -28,6 +28,7 @@ from iapo_mini.adapters import (
     check_merge,
     is_plain_lora,
     merged_by_peft,
+    pass_over_old_torchao,
     write_base,
 )
 from iapo_mini.chat import end_of_turn
@@ -295,6 +296,7 @@ def load_policy(
     if dtype is None:
         dtype = compute_dtype(device) if four_bit else torch.float32
     quiet_libraries()
+    pass_over_old_torchao()
     tokenizer, causal_lm = _load(
         model, source, asked, device, dtype,
         four_bit=four_bit, checkpointing=gradient_checkpointing,

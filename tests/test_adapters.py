@@ -1,11 +1,15 @@
 """An adapter is what it says it is: its base is found, and a merge is the same model."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
+import peft.import_utils
 import pytest
 import torch
-from helpers import tiny_policy
+from helpers import PATIENCE, tiny_policy
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -173,3 +177,41 @@ def test_some_weights_tell_models_apart(tokenizer):
         for parameter in other.parameters():
             parameter.mul_(1.05)
     assert some_weights(one) != some_weights(other)
+
+
+BESIDE_OLD_TORCHAO = """
+import importlib.metadata, torch
+from iapo_mini.policy import load_policy
+
+assert importlib.metadata.version("torchao") == "0.10.0"
+policy = load_policy(lora_rank=4)
+policy.save("adapter")
+ids = torch.tensor([[5, 9, 2]])
+again = load_policy(adapter="adapter")
+assert torch.equal(policy.model(ids).logits, again.model(ids).logits)
+again.model(ids).logits.sum().backward()
+again.merged()
+"""
+
+
+def test_lora_works_beside_a_torchao_that_peft_refuses(tmp_path):
+    """Colab has such a one. It is never imported: this one is empty."""
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").write_text("")
+    facts = tmp_path / "torchao-0.10.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: torchao\nVersion: 0.10.0\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE_OLD_TORCHAO], cwd=tmp_path, timeout=PATIENCE,
+        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_peft_itself_refuses_an_old_torchao(monkeypatch):
+    """What the guard is for; where this no longer fails, the guard can go."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("peft.import_utils.importlib_metadata.version", lambda name: "0.10.0")
+    with pytest.raises(ImportError, match="incompatible version of torchao"):
+        peft.import_utils.is_torchao_available()

@@ -18,6 +18,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
+from iapo_mini.adapters import pass_over_old_torchao
 from iapo_mini.advantages import exploration, normalize
 from iapo_mini.config import RECIPES
 from iapo_mini.early_exit.question import EarlyExit, check_stride
@@ -95,6 +96,7 @@ class IAPOTrainer(GRPOTrainer):
         self, model: Any, reward_funcs: Any = None, args: IAPOConfig | None = None, **kwargs: Any
     ) -> None:
         args = IAPOConfig("iapo") if args is None else args
+        pass_over_old_torchao()
         super().__init__(model, reward_funcs, args=args, **kwargs)
         if self.is_fsdp_enabled and args.iapo_alpha > 0:
             raise ValueError(
