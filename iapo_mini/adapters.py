@@ -43,7 +43,7 @@ def pass_over_old_torchao() -> None:
     except ImportError:
         for name, module in list(sys.modules.items()):
             if name.split(".")[0] == "peft" and hasattr(module, "is_torchao_available"):
-                module.is_torchao_available = lambda: False
+                vars(module)["is_torchao_available"] = lambda: False
 
 
 def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

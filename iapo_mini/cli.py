@@ -24,6 +24,7 @@ from iapo_mini.errors import (
     MOST_THREADS,
     MOST_TOKENS,
     check_choice,
+    check_device,
     check_number,
     check_temperature,
 )
@@ -47,7 +48,7 @@ def _policy(args: argparse.Namespace) -> Any:
     """The policy that these options name."""
     from iapo_mini.policy import load_policy
 
-    names = ("adapter", "subfolder", "revision", "four_bit")
+    names = ("adapter", "subfolder", "revision", "four_bit", "device")
     return load_policy(args.model, lora_rank=0, **{name: getattr(args, name) for name in names})
 
 
@@ -188,6 +189,7 @@ def _check_evaluate(args: argparse.Namespace) -> None:
     for k in args.k:
         check_number("k", k, 1, MOST_ROWS)
     check_temperature(args.temperature)
+    check_device(args.device)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -245,6 +247,7 @@ def _explain(args: argparse.Namespace) -> None:
         raise ValueError("story is empty; give the question as text, or '-' for a test story.")
     check_number("seed", args.seed, 0, MOST_SEED)
     check_temperature(args.temperature)
+    check_device(args.device)
     problem = next(stories("test", args.seed)) if args.story == "-" else Problem(args.story, "")
     check_in_reach(args.model)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from iapo_mini.early_exit.question import EarlyExit, check_stride
 from iapo_mini.errors import (
+    AUTO,
     MOST_RANK,
     MOST_REAL,
     MOST_ROWS,
@@ -24,6 +25,7 @@ from iapo_mini.errors import (
     MOST_THREADS,
     MOST_TOKENS,
     check_choice,
+    check_device,
     check_number,
     check_temperature,
     first_line,
@@ -214,6 +216,8 @@ class TrainConfig:
         estimator_stride: ask for an early answer after every so many tokens (1, as in the paper, or
             more) or ``"sentence"``; the information between two questions is exact and spread
             evenly over the tokens between.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"`` is the first CUDA device, else the
+            CPU.
         threads: CPU threads; two runs are identical only with the same number.
         four_bit: keep the weights under the adapter in 4 bits (NF4); needs bitsandbytes.
         gradient_checkpointing: compute activations twice instead of keeping them.
@@ -251,6 +255,7 @@ class TrainConfig:
     seed: int = 0
     estimator_memory_mb: float = 256.0
     estimator_stride: int | str = 1
+    device: str = AUTO
     threads: int = 2
     four_bit: bool = False
     gradient_checkpointing: bool = False
@@ -279,6 +284,7 @@ class TrainConfig:
         rows = self.prompts_per_step * self.num_generations
         check_number("prompts_per_step * num_generations", rows, most=MOST_ROWS)
         check_temperature(self.temperature)
+        check_device(self.device)
         check_stride(self.estimator_stride, "estimator_stride")
         if self.four_bit and self.lora_rank == 0:
             raise ValueError(

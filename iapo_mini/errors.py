@@ -7,6 +7,7 @@ of the finger ends in a sentence, not in a process that dies or never ends.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 MOST_REAL = 1e9
@@ -86,6 +87,20 @@ def check_number(
         if not kept:
             told = bound if isinstance(bound, int) else f"{bound:g}"
             raise ValueError(f"{name} must be {words} {told}, got {shown(value)}")
+
+
+AUTO = "auto"
+"""The device of a model where none is named."""
+
+
+def check_device(device: str) -> None:
+    """Refuse what is no name of a device.
+
+    Raises:
+        ValueError: naming what is allowed and the value.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>, got {shown(device)}")
 
 
 def check_temperature(value: float) -> None:

@@ -19,18 +19,6 @@ BLOCK = 64
 """Weights that share a scale."""
 
 
-def compute_dtype(device: str | torch.device) -> torch.dtype:
-    """What 4-bit weights are computed with: bf16 where the card has it, else fp16; fp32 on a CPU.
-
-    A T4 answers that it supports bf16 because CUDA emulates it, slowly; hence the question without
-    emulation.
-    """
-    if torch.device(device).type != "cuda":
-        return torch.float32
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
-
-
 def check_four_bit(device: str) -> None:
     """Quantise a few numbers, so that a broken installation shows before a model is read.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from iapo_mini.config import CARDS, FROM_RECIPE, RECIPES, TrainConfig
-from iapo_mini.errors import check_choice, first_line, shown
+from iapo_mini.errors import AUTO, check_choice, first_line, shown
 
 
 class Parser(argparse.ArgumentParser):
@@ -134,3 +134,6 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     add("--subfolder", default="", help="folder of the model in its repository (default: the top)")
     add("--revision", help="branch, tag or commit of a hub id (default: the newest)")
     add("--four-bit", action="store_true", help="load the weights in 4 bits (NF4; bitsandbytes)")
+    add("--device", default=AUTO,
+        help="cpu, cuda, cuda:1; auto is the first CUDA device, else the CPU (%(default)s)",
+    )  # fmt: skip

@@ -32,11 +32,11 @@ from iapo_mini.adapters import (
     write_base,
 )
 from iapo_mini.chat import end_of_turn
+from iapo_mini.devices import chosen_device, compute_dtype
 from iapo_mini.errors import MOST_RANK, check_number, first_line
 from iapo_mini.four_bit import (
     check_four_bit,
     check_rows,
-    compute_dtype,
     load_four_bit,
     plain_weight,
     prepare_for_adapter,
@@ -252,7 +252,7 @@ def load_policy(
     lora_alpha: int | None = None,
     keep_reference: bool = False,
     seed: int = 0,
-    device: str | None = None,
+    device: str = "auto",
     dtype: torch.dtype | None = None,
     four_bit: bool = False,
     gradient_checkpointing: bool = False,
@@ -270,7 +270,7 @@ def load_policy(
         lora_alpha: LoRA scale numerator, default ``2 * lora_rank``.
         keep_reference: keep a frozen copy of the weights (full fine-tuning with a KL term).
         seed: seed of the LoRA initialisation.
-        device: default is the first CUDA device, else the CPU.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"``: first CUDA device, else the CPU.
         dtype: dtype of the weights, and with ``four_bit`` of all that is not quantised and of the
             arithmetic; default fp32, with ``four_bit`` what the device is good at
             (:func:`compute_dtype`). Adapters are fp32 in any case.
@@ -290,7 +290,7 @@ def load_policy(
         revision = revision or base.get("revision")
     model, asked = of_repository(model, subfolder, revision)
     source = model_source(model)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(device)
     if four_bit:
         check_four_bit(device)
     if dtype is None:

@@ -141,6 +141,7 @@ def start_policy(config: TrainConfig) -> Policy:
         lora_rank=config.lora_rank,
         keep_reference=config.lora_rank == 0 and recipe.kl_coef > 0,
         seed=config.seed,
+        device=config.device,
         four_bit=config.four_bit,
         gradient_checkpointing=config.gradient_checkpointing,
     )

@@ -22,8 +22,9 @@ from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM
 
 from iapo_mini import policy as policy_module
+from iapo_mini.devices import compute_dtype
 from iapo_mini.early_exit.question import EarlyExit
-from iapo_mini.four_bit import compute_dtype, reads_back
+from iapo_mini.four_bit import reads_back
 from iapo_mini.information import answer_entropies
 from iapo_mini.lab.story_model import build_model
 from iapo_mini.logprobs import token_logprobs

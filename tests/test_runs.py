@@ -16,16 +16,8 @@ from helpers import PATIENCE
 from iapo_mini.config import RECIPES, Recipe, use_methods
 from iapo_mini.lab import ledger, table1
 from iapo_mini.lab.figures import methods
-from iapo_mini.lab.runs import (
-    SHOWN_OPERATIONS,
-    START,
-    _answers,
-    collect,
-    make_jobs,
-    policy_of,
-    run_all,
-    run_job,
-)
+from iapo_mini.lab.judging import SHOWN_OPERATIONS, _answers, policy_of
+from iapo_mini.lab.runs import START, collect, make_jobs, run_all, run_job
 from iapo_mini.lab.sizes import Size
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import stories
@@ -182,7 +174,7 @@ def test_a_damaged_line_of_the_ledger_is_named(tmp_path, line):
 
 def test_a_policy_is_judged_on_the_way_without_a_trace(tmp_path, monkeypatch):
     """Judging at a step changes nothing in training, and the primary step is what is reported."""
-    monkeypatch.setattr("iapo_mini.lab.runs.WAY_PROBLEMS", 2)
+    monkeypatch.setattr("iapo_mini.lab.judging.WAY_PROBLEMS", 2)
     recipes = {"grpo": {"method": "grpo", "learning_rate": 5e-3}}
     sizes = [replace(TINY, seeds=(0,), max_steps=n) for n in (1, 3)]
     sizes.append(replace(sizes[1], primary=1, on_the_way=(1, 3)))

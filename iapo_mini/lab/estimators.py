@@ -89,7 +89,7 @@ def token_scores(
         "belief_shift": belief_shift(beliefs, mask),
         "next_token": next_token_informativeness(following, mask),
     }
-    return rollouts, {name: value.double().numpy() for name, value in scores.items()}
+    return rollouts, {name: value.double().cpu().numpy() for name, value in scores.items()}
 
 
 def judge(policy: Policy, problems: list[Problem], chains: list[list[Segment]]) -> dict:

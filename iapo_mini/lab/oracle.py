@@ -212,8 +212,8 @@ def agreement(policy: Policy, n_stories: int, k: int) -> dict:
         ends = asked[i].nonzero()[:, 0]
         # The last prefix is the whole completion, whose answer is known.
         real = np.array([entropy_of(a) for a in own[:-1]])
-        places.append((ends[:-1] / ends[-1]).numpy())
-        entropies.append((exits[i, ends[:-1]].numpy(), real))
+        places.append((ends[:-1] / ends[-1]).cpu().numpy())
+        entropies.append((exits[i, ends[:-1]].cpu().numpy(), real))
     drops = [(-np.diff(early), -np.diff(real)) for early, real in entropies]
     place, (early, real) = np.concatenate(places), map(np.concatenate, zip(*entropies))
     by_place = []

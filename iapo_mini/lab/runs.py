@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,16 @@ import torch
 from tqdm.auto import tqdm
 
 from iapo_mini.config import TrainConfig, use_methods, with_defaults
-from iapo_mini.evaluation import evaluate
 from iapo_mini.files import read_json, replace_folder, versions, write_json
 from iapo_mini.lab import ledger
-from iapo_mini.lab.sizes import WAY_PROBLEMS, Size
+from iapo_mini.lab.judging import PRIMARY, judge, judge_on_the_way, way_path
+from iapo_mini.lab.sizes import Size
 from iapo_mini.metrics import LOG, whole_log
-from iapo_mini.policy import Policy, load_policy
-from iapo_mini.problems.stories import ROLES, stories, token_roles
+from iapo_mini.policy import load_policy
 from iapo_mini.trainer import start_policy, train
 
 _CHILD = "IAPO_MINI_CHILD"
 """Environment variable of a process that is to end with the one that started it."""
-
-PRIMARY = "primary"
-"""Folder of a run with its adapter at the step that is reported, where training goes on after."""
-
-SHOWN = 12
-"""Of so many stories a run's result keeps one right completion each, to be shown."""
-SHOWN_OPERATIONS = 4
-"""The least number of operations of such a story."""
 
 START = "start"
 """Name of the row of the start policy, which no run trains."""
@@ -103,25 +94,25 @@ def run_job(job: dict) -> None:
     run, size = Path(job["run"]), job["evaluation"]
     run.mkdir(parents=True, exist_ok=True)
     if job["config"] is None:
-        _judge(load_policy(), job)
+        judge(load_policy(), job)
         return
     folder, config = run / "train", TrainConfig(**job["config"])
     policy = start_policy(config)
     primary = size["primary"] or config.max_steps
 
-    def judge(metrics: Mapping[str, Any]) -> None:
+    def on_step(metrics: Mapping[str, Any]) -> None:
         if metrics["step"] in size["on_the_way"]:
-            _judge_on_the_way(policy, job, metrics["step"])
+            judge_on_the_way(policy, job, metrics["step"])
         if metrics["step"] == primary < config.max_steps:
-            _judge(policy, job)
+            judge(policy, job)
             replace_folder(run / PRIMARY, policy.save)
 
     resume = (folder / "config.json").is_file()
     # A run of a command that was killed ends with its step; this one goes on from there.
-    train(config, folder, resume=resume, policy=policy, progress=False, wait=120.0, on_step=judge)
+    train(config, folder, resume=resume, policy=policy, progress=False, wait=120.0, on_step=on_step)
     if not (run / "primary.json").is_file():
-        _judge(policy, job)
-    way = {step: read_json(_way(run, step)) for step in size["on_the_way"]}
+        judge(policy, job)
+    way = {step: read_json(way_path(run, step)) for step in size["on_the_way"]}
     seconds = sum(
         value
         for row in whole_log(folder / LOG, config.max_steps)
@@ -130,98 +121,6 @@ def run_job(job: dict) -> None:
     )
     found = read_json(run / "primary.json")
     write_json(run / "result.json", found | {"on_the_way": way, "train_minutes": seconds / 60})
-
-
-def _way(run: Path, step: int) -> Path:
-    return run / f"step-{step}.json"
-
-
-def _judge_on_the_way(policy: Policy, job: Mapping, step: int) -> None:
-    """Length and Pass@1 after a step, in ``step-<n>.json``, unless they are there already.
-
-    With pools also, for each stream, ``{"right", "tokens"}``: a list of G numbers for each story.
-    """
-    path, pools = _way(Path(job["run"]), step), job["evaluation"]["pools"]
-    if path.is_file():
-        return
-    group = job["evaluation"]["num_generations"] if pools else 8
-    found = {
-        split: evaluate(
-            policy, list(itertools.islice(stories(split, seed=0), n)),
-            ks=(1,), num_generations=group, seed=job["seed"], progress=False,
-        )
-        for split, n in pools or [(job["split"], WAY_PROBLEMS)]
-    }  # fmt: skip
-    result = {metric: found[job["split"]][metric] for metric in ("length", "pass@1")}
-    if pools:
-        result["pools"] = {split: _by_story(row["completions"]) for split, row in found.items()}
-    write_json(path, result)
-
-
-def _by_story(completions: Sequence[Mapping]) -> dict[str, list[list[int]]]:
-    rows: dict[str, dict[int, list[int]]] = {
-        "right": defaultdict(list), "tokens": defaultdict(list),
-    }  # fmt: skip
-    for completion in completions:
-        rows["right"][completion["problem"]].append(int(completion["correct"]))
-        rows["tokens"][completion["problem"]].append(completion["tokens"])
-    return {name: list(row.values()) for name, row in rows.items()}
-
-
-def _judge(policy: Policy, job: Mapping) -> None:
-    """The evaluation that is reported; ``result.json`` for the start policy, else primary.json."""
-    run, size = Path(job["run"]), job["evaluation"]
-    path = run / ("result.json" if job["config"] is None else "primary.json")
-    if path.is_file():
-        return
-    problems = list(itertools.islice(stories(job["split"], seed=0), size["problems"]))
-    result = evaluate(
-        policy, problems,
-        ks=size["ks"], num_generations=size["num_generations"], seed=job["seed"], progress=False,
-        save_to=run / "completions.jsonl",
-    )  # fmt: skip
-    completions = result.pop("completions")
-    counts: Counter[str] = Counter()
-    by_steps: dict[int, list[dict]] = defaultdict(list)
-    for completion in completions:
-        ids = policy.tokenizer.encode(completion["text"], add_special_tokens=False)
-        counts.update(token_roles(policy.tokenizer, ids))
-        by_steps[len(problems[completion["problem"]].steps)].append(completion)
-    result["roles"] = {
-        role: counts[role] / len(completions) for role in (*ROLES, "format", "other")
-    }
-    result["by_steps"] = {
-        str(steps): {
-            "accuracy": sum(c["correct"] for c in some) / len(some),
-            "length": sum(c["tokens"] for c in some) / len(some),
-        }
-        for steps, some in sorted(by_steps.items())
-    }
-    long = [i for i, problem in enumerate(problems) if len(problem.steps) >= SHOWN_OPERATIONS]
-    result["answers"] = _answers(completions, long[:SHOWN])
-    if job["config"] is None:
-        result |= {"on_the_way": {}, "train_minutes": 0.0}
-    write_json(path, result)
-
-
-def _answers(completions: Sequence[Mapping], problems: Sequence[int]) -> dict[str, str]:
-    """Problem -> its right completion of median length; without those that were never right."""
-    answers = {}
-    for asked in problems:
-        right = [c for c in completions if c["problem"] == asked and c["correct"]]
-        if right:
-            right.sort(key=lambda c: c["tokens"])
-            answers[str(asked)] = right[len(right) // 2]["text"]
-    return answers
-
-
-def policy_of(job: Mapping) -> Policy:
-    """The policy that a finished job reports on; its folder must be at hand."""
-    if job["config"] is None:
-        return load_policy()
-    run = Path(job["run"])
-    kept = run / PRIMARY
-    return load_policy(adapter=kept if kept.is_dir() else run / "train" / "final", lora_rank=0)
 
 
 def _found(job: Mapping) -> dict | None:

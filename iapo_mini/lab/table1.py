@@ -19,9 +19,10 @@ from iapo_mini.files import read_json, write_json
 from iapo_mini.information import answer_entropies, informativeness
 from iapo_mini.lab.curves import of_curves
 from iapo_mini.lab.figures import methods as drawn
+from iapo_mini.lab.judging import policy_of
 from iapo_mini.lab.ledger import ledger_path
 from iapo_mini.lab.results import check_options, draw_comparison, file_stem, results_path
-from iapo_mini.lab.runs import START, collect, finished, make_jobs, policy_of, run_all
+from iapo_mini.lab.runs import START, collect, finished, make_jobs, run_all
 from iapo_mini.lab.sizes import Preset, preset_of
 from iapo_mini.lab.tuning import tuned
 from iapo_mini.policy import load_policy

@@ -1,0 +1,115 @@
+"""A policy of a run is judged: the evaluation that is reported, and shorter looks on the way."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from iapo_mini.evaluation import evaluate
+from iapo_mini.files import write_json
+from iapo_mini.lab.sizes import WAY_PROBLEMS
+from iapo_mini.policy import Policy, load_policy
+from iapo_mini.problems.stories import ROLES, stories, token_roles
+
+PRIMARY = "primary"
+"""Folder of a run with its adapter at the step that is reported, where training goes on after."""
+
+SHOWN = 12
+"""Of so many stories a run's result keeps one right completion each, to be shown."""
+SHOWN_OPERATIONS = 4
+"""The least number of operations of such a story."""
+
+
+def way_path(run: Path, step: int) -> Path:
+    """File of what was found after this step."""
+    return run / f"step-{step}.json"
+
+
+def judge_on_the_way(policy: Policy, job: Mapping, step: int) -> None:
+    """Length and Pass@1 after a step, in ``step-<n>.json``, unless they are there already.
+
+    With pools also, for each stream, ``{"right", "tokens"}``: a list of G numbers for each story.
+    """
+    path, pools = way_path(Path(job["run"]), step), job["evaluation"]["pools"]
+    if path.is_file():
+        return
+    group = job["evaluation"]["num_generations"] if pools else 8
+    found = {
+        split: evaluate(
+            policy, list(itertools.islice(stories(split, seed=0), n)),
+            ks=(1,), num_generations=group, seed=job["seed"], progress=False,
+        )
+        for split, n in pools or [(job["split"], WAY_PROBLEMS)]
+    }  # fmt: skip
+    result = {metric: found[job["split"]][metric] for metric in ("length", "pass@1")}
+    if pools:
+        result["pools"] = {split: _by_story(row["completions"]) for split, row in found.items()}
+    write_json(path, result)
+
+
+def _by_story(completions: Sequence[Mapping]) -> dict[str, list[list[int]]]:
+    rows: dict[str, dict[int, list[int]]] = {
+        "right": defaultdict(list), "tokens": defaultdict(list),
+    }  # fmt: skip
+    for completion in completions:
+        rows["right"][completion["problem"]].append(int(completion["correct"]))
+        rows["tokens"][completion["problem"]].append(completion["tokens"])
+    return {name: list(row.values()) for name, row in rows.items()}
+
+
+def judge(policy: Policy, job: Mapping) -> None:
+    """The evaluation that is reported; ``result.json`` for the start policy, else primary.json."""
+    run, size = Path(job["run"]), job["evaluation"]
+    path = run / ("result.json" if job["config"] is None else "primary.json")
+    if path.is_file():
+        return
+    problems = list(itertools.islice(stories(job["split"], seed=0), size["problems"]))
+    result = evaluate(
+        policy, problems,
+        ks=size["ks"], num_generations=size["num_generations"], seed=job["seed"], progress=False,
+        save_to=run / "completions.jsonl",
+    )  # fmt: skip
+    completions = result.pop("completions")
+    counts: Counter[str] = Counter()
+    by_steps: dict[int, list[dict]] = defaultdict(list)
+    for completion in completions:
+        ids = policy.tokenizer.encode(completion["text"], add_special_tokens=False)
+        counts.update(token_roles(policy.tokenizer, ids))
+        by_steps[len(problems[completion["problem"]].steps)].append(completion)
+    result["roles"] = {
+        role: counts[role] / len(completions) for role in (*ROLES, "format", "other")
+    }
+    result["by_steps"] = {
+        str(steps): {
+            "accuracy": sum(c["correct"] for c in some) / len(some),
+            "length": sum(c["tokens"] for c in some) / len(some),
+        }
+        for steps, some in sorted(by_steps.items())
+    }
+    long = [i for i, problem in enumerate(problems) if len(problem.steps) >= SHOWN_OPERATIONS]
+    result["answers"] = _answers(completions, long[:SHOWN])
+    if job["config"] is None:
+        result |= {"on_the_way": {}, "train_minutes": 0.0}
+    write_json(path, result)
+
+
+def _answers(completions: Sequence[Mapping], problems: Sequence[int]) -> dict[str, str]:
+    """Problem -> its right completion of median length; without those that were never right."""
+    answers = {}
+    for asked in problems:
+        right = [c for c in completions if c["problem"] == asked and c["correct"]]
+        if right:
+            right.sort(key=lambda c: c["tokens"])
+            answers[str(asked)] = right[len(right) // 2]["text"]
+    return answers
+
+
+def policy_of(job: Mapping) -> Policy:
+    """The policy that a finished job reports on; its folder must be at hand."""
+    if job["config"] is None:
+        return load_policy()
+    run = Path(job["run"])
+    kept = run / PRIMARY
+    return load_policy(adapter=kept if kept.is_dir() else run / "train" / "final", lora_rank=0)

@@ -1,0 +1,83 @@
+"""Where a model runs: names, what a machine has, and that pictures are made from any device."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import iapo_mini
+from iapo_mini.cli import main
+from iapo_mini.config import TrainConfig
+from iapo_mini.devices import chosen_device
+from iapo_mini.policy import load_policy
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """Sets how many CUDA devices the machine seems to have."""
+
+    def seem(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return seem
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "device"),
+    [
+        (0, "auto", "cpu"),
+        (0, "cpu", "cpu"),
+        (1, "auto", "cuda"),
+        (1, "cpu", "cpu"),
+        (1, "cuda", "cuda"),
+        (1, "cuda:0", "cuda:0"),
+        (8, "cuda:7", "cuda:7"),
+    ],
+)
+def test_a_device_is_the_one_that_was_asked_for(cards, count, asked, device):
+    cards(count)
+    assert chosen_device(asked) == device
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "there"),
+    [(0, "cuda", "cpu"), (0, "cuda:1", "cpu"), (2, "cuda:2", "cpu, cuda:0, cuda:1")],
+)
+def test_a_card_that_is_not_there_is_refused_with_those_that_are(cards, count, asked, there):
+    cards(count)
+    with pytest.raises(ValueError, match=rf"machine's \({there}\), got '{asked}'"):
+        load_policy(device=asked)
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "CPU", "cuda:", "cuda:-1", "cuda:x", "cpu:0", "meta"])
+def test_a_name_that_is_no_device_is_refused(name):
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:<number>, got"):
+        TrainConfig(device=name)
+    with pytest.raises(ValueError, match="device must be auto"):
+        load_policy(device=name)
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["explain", "-"], ["train", "--out", "run"]])
+def test_commands_refuse_it_at_once(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--device", "gpu"])
+    assert ended.value.code == 2 and "device must be auto" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_array_is_made_from_a_tensor_on_the_cpu():
+    """``numpy()`` of a tensor on a card raises; so each call of it follows ``cpu()``."""
+    found = 0
+    for path in Path(iapo_mini.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            if node.func.attr == "numpy":
+                before = node.func.value
+                moved = isinstance(before, ast.Call) and isinstance(before.func, ast.Attribute)
+                assert moved and before.func.attr == "cpu", f"{path.name}, line {node.lineno}"
+                found += 1
+    assert found >= 3
