@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo full long test check types fast torture real policy notebooks course clean
+.PHONY: demo full long test alone check types fast torture real policy notebooks course clean
 
 demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy, compare them, three seeds (about six minutes)
 	$(RUN) iapo_mini compare --preset demo
@@ -27,7 +27,16 @@ test: $(VENV)/ready  ## style, types and every test, the notebooks included
 	$(RUN) ruff check .
 	$(RUN) mypy
 	$(RUN) pytest -n auto --dist loadfile
-	$(RUN) pytest -n auto --dist loadfile --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval.cfg notebooks
+	$(MAKE) alone
+
+ALONE := build/alone
+alone: $(VENV)/ready  ## every notebook as on Colab: from the wheel, with no repository beside it
+	rm -rf build/lib $(ALONE)
+	$(RUN) pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(ALONE)/dist .
+	$(RUN) pip install --quiet --no-deps --target $(ALONE)/site $(ALONE)/dist/*.whl
+	cp -r notebooks/*.ipynb notebooks/solutions notebooks/nbval.cfg $(ALONE)
+	cd $(ALONE) && HF_HUB_OFFLINE=1 PYTHONPATH="$$PWD/site" ../../$(RUN) pytest -n auto --dist loadfile \
+	  --nbval --nbval-current-env --nbval-sanitize-with nbval.cfg *.ipynb solutions
 
 torture: $(VENV)/ready  ## kills, full disks and hostile input: a few minutes
 	$(RUN) pytest tests/torture

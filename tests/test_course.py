@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from iapo_mini.tools import course
 from iapo_mini.tools.course import check, committed_result
 
 ROOT = Path(__file__).parent.parent
@@ -59,10 +58,9 @@ def test_check_takes_tensors_and_every_case_counts(capsys):
     assert capsys.readouterr().out.strip() == "twice: not yet, off by up to 1"
 
 
-def test_committed_result_is_the_file_or_names_what_is_missing(monkeypatch):
+def test_committed_result_is_the_file_or_names_what_is_missing():
     here = json.loads((ROOT / "figures/results/estimator.json").read_text())
     assert committed_result("estimator.json") == here
-    monkeypatch.setattr(course, "_RESULTS_URL", "file:///nowhere/")
     with pytest.raises(ValueError, match=r"name must be .*, got 'nothing\.json'"):
         committed_result("nothing.json")
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from iapo_mini.files import read_json
-
-_RESULTS = Path(__file__).parent.parent.parent / "figures" / "results"
-_RESULTS_URL = "https://raw.githubusercontent.com/iapo-mini/iapo-mini/main/figures/results/"
 
 
 def check(attempt: Callable, *cases: tuple[tuple, object], tolerance: float = 1e-5) -> None:
@@ -60,22 +54,16 @@ def say(text: str) -> None:
 
 
 def committed_result(name: str) -> dict:
-    """A file of ``figures/results``, from this checkout or, where there is none, from GitHub.
+    """A file of ``figures/results``, which an installed package holds as ``iapo_mini/results``.
 
     Args:
         name: such as ``"estimator.json"``.
 
     Raises:
-        ValueError: when there is neither.
+        ValueError: when there is no such file.
     """
-    path = _RESULTS / name
-    if path.is_file():
-        return read_json(path)
-    try:
-        with urllib.request.urlopen(_RESULTS_URL + name, timeout=20) as answer:
-            return json.load(answer)
-    except (OSError, urllib.error.URLError) as error:
-        raise ValueError(
-            f"name must be a file of figures/results, got '{name}', which is neither in "
-            f"{_RESULTS} nor to be had from GitHub ({error})"
-        ) from error
+    package = Path(__file__).parent.parent
+    for folder in (package / "results", package.parent / "figures" / "results"):
+        if (folder / name).is_file():
+            return read_json(folder / name)
+    raise ValueError(f"name must be a file of figures/results, got '{name}'")
