@@ -152,10 +152,15 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _train_config(args: argparse.Namespace) -> TrainConfig:
-    """TrainConfig of the card, if any, and the options that were given."""
+    """TrainConfig of the card and the settings file, if any, and the options that were given."""
+    filed = {}
+    if args.config:
+        from iapo_mini.config_file import read_settings
+
+        filed = read_settings(args.config)
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
-    return TrainConfig(**{**CARDS.get(args.card, {}), **given})
+    return TrainConfig(**{**CARDS.get(args.card, {}), **filed, **given})
 
 
 def _train(args: argparse.Namespace) -> None:
