@@ -87,6 +87,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=whole, default=128, help="completions sampled at once (%(default)s)")
     add("--temperature", type=number, default=1.0, help="of sampling; 0 is greedy (%(default)s)")
     add("--seed", type=whole, default=0, help="sampling seed (%(default)s)")
+    add("--lenient", action="store_true",
+        help="also count right answers in whatever format: the last answer tag, the last boxed "
+        "one, or the last number of the text",
+    )  # fmt: skip
     add("--out",
         help="results JSON; completions go beside it as JSONL, and the same command goes on from "
         "them (default: a name in runs/evaluate that follows from the settings)")  # fmt: skip
@@ -223,6 +227,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         _policy(args), problems, ks=args.k, num_generations=max(args.k),
         max_completion_length=args.max_completion_length, temperature=args.temperature,
         batch_size=args.batch_size, seed=args.seed, save_to=out.with_suffix(".jsonl"),
+        lenient=args.lenient,
     )  # fmt: skip
     del result["completions"]  # they are in their file
     print(evaluation_table(result, args.k))
@@ -240,7 +245,9 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 def _digest(args: argparse.Namespace) -> str:
     """Eight characters that follow from all settings of a command but where results go."""
-    settings = {name: x for name, x in _given(args).items() if name not in ("out", "threads")}
+    settings = {
+        name: x for name, x in _given(args).items() if name not in ("out", "threads", "lenient")
+    }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
