@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, Qwen2ForCausalLM
 
+from iapo_mini.callbacks import Callback
 from iapo_mini.config import TrainConfig
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.early_exit.reading import logits_entropy
@@ -208,7 +209,7 @@ def _train_in_turn(name: str, threads: int, steps: int, folder: str, mine, follo
     config = TrainConfig(**STEPS[name], max_steps=steps, learning_rate=1e-12, threads=threads)
     mine.acquire()
     try:
-        train(config, folder, on_step=on_step, progress=False)
+        train(config, folder, callbacks=[Callback(on_step)], progress=False)
     finally:
         told.put((name, done))
         following.release()

@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
 
+from iapo_mini.callbacks import Callback
 from iapo_mini.config import CARDS, TrainConfig
 from iapo_mini.files import versions, write_json
 from iapo_mini.policy import Policy, load_policy
@@ -100,7 +101,7 @@ def measure(name: str, config: PreTrainedConfig, settings: TrainConfig, prompt: 
         with tempfile.TemporaryDirectory() as folder:
             train(
                 dataclasses.replace(settings, method=method), folder, policy=policy,
-                problems=problems, on_step=lines.append, progress=False,
+                problems=problems, callbacks=[Callback(lines.append)], progress=False,
             )  # fmt: skip
         seconds[method] = {
             phase: statistics.median(line[f"seconds_{phase}"] for line in lines[1:])

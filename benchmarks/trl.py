@@ -30,6 +30,7 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from iapo_mini.callbacks import Callback
 from iapo_mini.config import TrainConfig
 from iapo_mini.engines.trl import answer_reward, dataset
 from iapo_mini.files import versions, write_json
@@ -91,7 +92,8 @@ def step_seconds(repeats: int, prompts: int, group: int, limit: int) -> dict:
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             train(config, Path(folder) / "run", policy=policy, problems=batches[step],
-                  progress=False, on_step=lambda line: lengths.append(line["length"]))  # fmt: skip
+                  progress=False,
+                  callbacks=[Callback(lambda line: lengths.append(line["length"]))])  # fmt: skip
 
     clock = _Interleaved(ours)
     with tempfile.TemporaryDirectory() as folder:

@@ -68,6 +68,13 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, help="folder of the run")
     add("--resume", action="store_true", help="go on from the newest checkpoint")
     add("--methods", help="Python module with methods of your own (docs/methods.md; default: none)")
+    add("--report-to", nargs="+", default=[], metavar="NAME",
+        help="also send metrics to trackio, wandb or tensorboard (default: none)",
+    )  # fmt: skip
+    add("--keep-completions", type=whole, default=0, metavar="N",
+        help="keep the completions of every N-th step as Parquet, to be read with `iapo-mini look` "
+        "(default: none)",
+    )  # fmt: skip
     add_train_options(parser)
 
 
@@ -121,6 +128,19 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _add_diagnose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="folder of a training run, finished or not")
     parser.add_argument("--last", type=whole, default=10, help="steps to average (%(default)s)")
+
+
+def _add_look(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", help="folder of a run that was trained with --keep-completions")
+    add("--step", type=whole, help="a step that was kept (default: the last one)")
+    add("--group", type=whole, default=0, help="number of the prompt in the step (%(default)s)")
+    add("--show", choices=("informativeness", "advantage"), default="informativeness",
+        help="what colours the tokens (%(default)s)",
+    )  # fmt: skip
+    add("--color", choices=("auto", "always", "never"), default="auto",
+        help="colour the terminal; 'never' prints the numbers beside the tokens (%(default)s)",
+    )  # fmt: skip
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -185,10 +205,15 @@ def _train(args: argparse.Namespace) -> None:
     if taken:
         print(f"From the recipe of {config.method}: {taken}.")
     check_in_reach(config.model)
+    from iapo_mini.engines.reporting import reporters
     from iapo_mini.trainer import train
 
+    callbacks = reporters(args.report_to, Path(args.out), config.settings())
     try:
-        train(config, args.out, resume=args.resume)
+        train(
+            config, args.out, resume=args.resume, callbacks=callbacks,
+            keep_completions=args.keep_completions,
+        )  # fmt: skip
     except KeyboardInterrupt as stopped:
         told = str(stopped) or "the same command with --resume goes on"
         raise SystemExit(f"\nInterrupted; {told}.") from None
@@ -281,15 +306,25 @@ def _explain(args: argparse.Namespace) -> None:
     explained = explain(
         policy, problem, temperature=args.temperature, seed=args.seed, progress=True
     )
-    color = args.color == "always" or (
-        args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    )
     print(problem.question + (f" (answer: {problem.answer})" if problem.answer else "") + "\n")
-    print(terminal_text(explained, color))
+    print(terminal_text(explained, _colored(args.color)))
     print(f"\nAnswer entropy before reasoning {explained.entropies[0]:.2f} nats, at the end "
           f"{explained.entropies[-1]:.2f} nats; {len(explained.tokens)} tokens.")  # fmt: skip
     explained.figure().savefig(args.out, dpi=150)
     print(f"Heat map: {args.out}")
+
+
+def _colored(color: str) -> bool:
+    """Whether ``--color`` asks for colours, on this terminal."""
+    return color == "always" or (
+        color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    )
+
+
+def _look(args: argparse.Namespace) -> None:
+    from iapo_mini.tools.look import group_text
+
+    print(group_text(args.run, args.step, args.group, args.show, _colored(args.color)))
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -353,6 +388,7 @@ COMMANDS = {
     "explain": ("show which tokens of an answer inform", _add_explain, _explain),
     "plan": ("predict the memory of a training run on a card", _add_plan, _plan),
     "diagnose": ("is a run healthy, and what to do if it is not", _add_diagnose, _diagnose),
+    "look": ("read what a step of a run sampled, token by token", _add_look, _look),
     "export": ("merge an adapter into its model, describe it, share it", _add_export, _export),
     "methods": ("every method: its source, its settings, one line each", _add_methods, _methods),
 }

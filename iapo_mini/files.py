@@ -44,6 +44,16 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file under a temporary name, then rename, so that it is whole or absent."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write JSON whole or not at all (temporary name, then rename)."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,17 +14,19 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from iapo_mini.advantages import ADVANTAGES, COUNTED
+from iapo_mini.callbacks import Watcher, ending, together
 from iapo_mini.config import Recipe, TrainConfig
 from iapo_mini.engines.vllm import sampler_of
+from iapo_mini.errors import MOST_STEPS, check_number
 from iapo_mini.information import encode_postfix, inform
+from iapo_mini.kept_completions import keep
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.metrics import Stopwatch, role_metrics, step_metrics
 from iapo_mini.objective import policy_loss
@@ -50,7 +52,8 @@ def train(
     resume: bool = False,
     policy: Policy | None = None,
     problems: list[Problem] | None = None,
-    on_step: Callable[[dict[str, Any]], None] | None = None,
+    callbacks: Sequence[Watcher] = (),
+    keep_completions: int = 0,
     progress: bool = True,
     wait: float = 0.0,
 ) -> Policy:
@@ -62,7 +65,9 @@ def train(
         resume: go on from the newest checkpoint, to the same numbers as an uninterrupted run.
         policy: start policy; default is ``config.model`` with a new adapter.
         problems: training problems, cycled; default is the endless stream of ``config.data``.
-        on_step: called with each step's metrics.
+        callbacks: told of every step and of the end (:mod:`iapo_mini.callbacks`).
+        keep_completions: write the completions of every so many steps into
+            ``output_dir/completions`` (:mod:`iapo_mini.kept_completions`); 0: of none.
         progress: show a progress bar.
         wait: seconds to wait for another process to leave the folder.
 
@@ -78,10 +83,12 @@ def train(
         KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, once the step is done and saved; a
             second one does not wait. (Only in the main thread, which alone they reach.)
     """
+    check_number("keep_completions", keep_completions, 0, MOST_STEPS)
     stream = _problem_stream(config, problems)
     torch.set_num_threads(config.threads)
     recipe, how = config.recipe(), config.early_exit()
-    with Run(output_dir, config, resume=resume, wait=wait) as run:
+    watcher = together(callbacks)
+    with Run(output_dir, config, resume=resume, wait=wait) as run, ending(watcher):
         policy = start_policy(config) if policy is None else policy
         stream = _checked(policy, stream, config)
         optimizer = torch.optim.AdamW(
@@ -118,8 +125,9 @@ def train(
             metrics |= role_metrics(rollouts, advantages, policy.tokenizer, batch)
             run.log(metrics)
             bar.set_postfix(reward=f"{metrics['reward']:.2f}", length=f"{metrics['length']:.1f}")
-            if on_step is not None:
-                on_step(metrics)
+            if keep_completions and (step + 1) % keep_completions == 0:
+                keep(run.folder, step + 1, rollouts, advantages, policy.tokenizer)
+            watcher.on_step(metrics)
             run.save(step + 1, policy, optimizer)
         run.finish(policy)
     return policy

@@ -41,8 +41,9 @@ def test_a_killed_run_resumes_to_the_same_bits(config, tmp_path):
     train(config, tmp_path / "whole", progress=False)
     script = (
         "import json, os, sys; from iapo_mini.trainer import TrainConfig, train\n"
+        "from iapo_mini.callbacks import Callback\n"
         "train(TrainConfig(**json.loads(sys.argv[1])), sys.argv[2], progress=False,\n"
-        "      on_step=lambda m: m['step'] == 3 and os._exit(9))\n"
+        "      callbacks=[Callback(lambda m: m['step'] == 3 and os._exit(9))])\n"
     )
     folder = tmp_path / "killed"
     done = subprocess.run([sys.executable, "-c", script, json.dumps(asdict(config)), folder])

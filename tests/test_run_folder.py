@@ -10,6 +10,7 @@ import pytest
 from helpers import content, run
 from safetensors.torch import load_file, save_file
 
+from iapo_mini.callbacks import Callback
 from iapo_mini.metrics import whole_log
 from iapo_mini.policy import load_policy
 
@@ -120,7 +121,7 @@ def stopped(config, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(replace(config, max_steps=6), tmp_path / "run", on_step=stop)
+        run(replace(config, max_steps=6), tmp_path / "run", callbacks=[Callback(stop)])
     return tmp_path / "run"
 
 

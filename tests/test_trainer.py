@@ -17,6 +17,7 @@ import torch
 from helpers import PATIENCE, TRIVIAL, metrics, perturb_lora, run, weights
 
 import iapo_mini
+from iapo_mini.callbacks import Callback
 from iapo_mini.config import TrainConfig
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import ROLES, stories
@@ -25,12 +26,13 @@ from iapo_mini.problems.stories import ROLES, stories
 # time to see that the step is logged and to kill the process before the run is over.
 SCRIPT = """
 import json, sys, time
+from iapo_mini.callbacks import Callback
 from iapo_mini.config import TrainConfig
 from iapo_mini.trainer import train
 
 if __name__ == "__main__":
-    config = TrainConfig(**json.loads(sys.argv[1]))
-    train(config, sys.argv[2], progress=False, on_step=lambda metrics: time.sleep(0.5))
+    config, pause = TrainConfig(**json.loads(sys.argv[1])), Callback(lambda _: time.sleep(0.5))
+    train(config, sys.argv[2], progress=False, callbacks=[pause])
 """
 
 
@@ -47,7 +49,7 @@ def interrupt(config, folder, step):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(config, folder, on_step=stop)
+        run(config, folder, callbacks=[Callback(stop)])
 
 
 def wait_for_lines(file, n, process):
@@ -261,7 +263,7 @@ def test_reward_rises(config, tmp_path, method):
 def test_metrics_agree_with_each_other(config, tmp_path):
     seen = []
     config = replace(config, num_generations=4)
-    run(config, tmp_path / "a", on_step=seen.append)
+    run(config, tmp_path / "a", callbacks=[Callback(seen.append)])
     lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(x) for x in lines] == seen
     for x in seen:

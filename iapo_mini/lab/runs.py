@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from iapo_mini.callbacks import Callback
 from iapo_mini.config import TrainConfig, use_methods, with_defaults
 from iapo_mini.files import read_json, replace_folder, versions, write_json
 from iapo_mini.lab import ledger
@@ -111,7 +112,15 @@ def run_job(job: dict) -> None:
 
     resume = (folder / "config.json").is_file()
     # A run of a command that was killed ends with its step; this one goes on from there.
-    train(config, folder, resume=resume, policy=policy, progress=False, wait=120.0, on_step=on_step)
+    train(
+        config,
+        folder,
+        resume=resume,
+        policy=policy,
+        progress=False,
+        wait=120.0,
+        callbacks=[Callback(on_step)],
+    )
     if not (run / "primary.json").is_file():
         judge(policy, job)
     way = {step: read_json(way_path(run, step)) for step in size["on_the_way"]}
