@@ -11,13 +11,11 @@ import dataclasses
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from iapo_mini.lab.judging import PRIMARY, judge, judge_on_the_way, way_path
 from iapo_mini.lab.sizes import Size
 from iapo_mini.metrics import LOG, whole_log
 from iapo_mini.policy import load_policy
+from iapo_mini.signals import end_with_parent
 from iapo_mini.trainer import start_policy, train
 
 _CHILD = "IAPO_MINI_CHILD"
@@ -182,18 +181,11 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None, kept: Path | None
     told = {Path(job["run"]): job for job in waiting}
     running: dict[subprocess.Popen, Path] = {}
     counted: dict[Path, int] = {}
-    # One thread for each process: two processes beat two threads on models this small.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", _CHILD: "1"}
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
                 run = Path(waiting.pop(0)["run"])
-                with (run / "log.txt").open("a") as log:
-                    command = [sys.executable, "-m", "iapo_mini.lab.runs", str(run / "job.json")]
-                    process = subprocess.Popen(
-                        command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment
-                    )
-                running[process] = run
+                running[_started(run)] = run
             time.sleep(0.5)
             for process, run in list(running.items()):
                 metrics = run / "train" / LOG
@@ -205,18 +197,49 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None, kept: Path | None
                 del running[process]
                 bar.update(sizes[run] - done)  # the start policy trains nothing
                 if process.returncode != 0:
-                    lines = (run / "log.txt").read_text().strip().splitlines() or ["no message"]
-                    raise RuntimeError(f"the run in '{run}' failed: {lines[-1]}")
+                    raise RuntimeError(f"the run in '{run}' failed: {_last_line(run)}")
                 found = _found(told[run])
                 if kept is not None and found is not None:
                     ledger.append(kept, told[run], found)
     finally:
-        for process in running:
-            process.terminate()
-        for process in running:  # each finishes its step and saves
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=120)
+        _ask_to_end(running)
         bar.close()
+
+
+def _started(run: Path) -> subprocess.Popen:
+    """The process of a run, whose messages go to ``log.txt``.
+
+    It has a group of its own: a terminal's Ctrl-C would ask it to end a second time, which does not
+    wait for the step. It ends when its stdin is closed (:func:`end_with_parent`).
+    """
+    # One thread for each process: two processes beat two threads on models this small.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", _CHILD: "1"}
+    with (run / "log.txt").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-X", "utf8", "-m", "iapo_mini.lab.runs", str(run / "job.json")],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        )
+
+
+def _last_line(run: Path) -> str:
+    """What a run said last."""
+    text = (run / "log.txt").read_text(encoding="utf-8", errors="replace")
+    return (text.strip().splitlines() or ["no message"])[-1]
+
+
+def _ask_to_end(processes: Collection[subprocess.Popen]) -> None:
+    """Let each finish its step and save. A signal would do that on POSIX alone."""
+    for process in processes:
+        if process.stdin is not None:
+            process.stdin.close()
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=120)
 
 
 def _as_now(saved: dict, run: str) -> dict:
@@ -297,18 +320,7 @@ def collect(jobs: Sequence[dict], size: Size, kept: Path | None = None) -> dict:
     }
 
 
-def _end_with_parent() -> None:
-    """End as if asked to when the process that started this one is gone, and its pipe with it."""
-
-    def watch() -> None:
-        while os.read(0, 4096):
-            pass
-        signal.raise_signal(signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 if __name__ == "__main__":
     if os.environ.get(_CHILD):
-        _end_with_parent()
+        end_with_parent()
     run_job(read_json(Path(sys.argv[1])))
