@@ -88,6 +88,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=whole, default=128, help="completions sampled at once (%(default)s)")
     add("--temperature", type=number, default=1.0, help="of sampling; 0 is greedy (%(default)s)")
     add("--seed", type=whole, default=0, help="sampling seed (%(default)s)")
+    add("--lenient", action="store_true",
+        help="also count right answers in whatever format: the last answer tag, the last boxed "
+        "one, or the last number of the text",
+    )  # fmt: skip
     add("--out",
         help="results JSON; completions go beside it as JSONL, and the same command goes on from "
         "them (default: a name in runs/evaluate that follows from the settings)")  # fmt: skip
@@ -125,6 +129,15 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     add("--model", help="'embedded', a folder, or a hub id (default: that of the adapter's run)")
     add("--adapter", required=True, help="folder of a trained adapter: RUN/final")
     add("--out", required=True, help="new folder: safetensors and tokenizer")
+    add("--as", dest="kind", choices=("merged", "adapter"), default="merged",
+        help="merged into its model, or the adapter alone (%(default)s)",
+    )  # fmt: skip
+    add("--card", action="store_true",
+        help="write a model card (README.md) from the adapter's run: method, settings, numbers",
+    )  # fmt: skip
+    add("--evaluation", metavar="FILE", help="results of evaluate, for the card (default: none)")
+    add("--push", metavar="OWNER/NAME", help="upload it to the hub, with its card (default: no)")
+    add("--private", action="store_true", help="make a new repository on the hub a private one")
     add("--four-bit", action=argparse.BooleanOptionalAction,
         help="merge into the 4-bit weights that the adapter was trained on, dequantised "
         "(default: as in the adapter's run)")  # fmt: skip
@@ -153,10 +166,15 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _train_config(args: argparse.Namespace) -> TrainConfig:
-    """TrainConfig of the card, if any, and the options that were given."""
+    """TrainConfig of the card and the settings file, if any, and the options that were given."""
+    filed = {}
+    if args.config:
+        from iapo_mini.config_file import read_settings
+
+        filed = read_settings(args.config)
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
-    return TrainConfig(**{**CARDS.get(args.card, {}), **given})
+    return TrainConfig(**{**CARDS.get(args.card, {}), **filed, **given})
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -219,6 +237,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         _policy(args), problems, ks=args.k, num_generations=max(args.k),
         max_completion_length=args.max_completion_length, temperature=args.temperature,
         batch_size=args.batch_size, seed=args.seed, save_to=out.with_suffix(".jsonl"),
+        lenient=args.lenient,
     )  # fmt: skip
     del result["completions"]  # they are in their file
     print(evaluation_table(result, args.k))
@@ -236,7 +255,9 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 def _digest(args: argparse.Namespace) -> str:
     """Eight characters that follow from all settings of a command but where results go."""
-    settings = {name: x for name, x in _given(args).items() if name not in ("out", "threads")}
+    settings = {
+        name: x for name, x in _given(args).items() if name not in ("out", "threads", "lenient")
+    }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -302,24 +323,19 @@ def _diagnose(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     check_in_reach(args.model)
-    from iapo_mini.files import read_json, replace_folder, writable_folder
-    from iapo_mini.policy import load_policy
+    from iapo_mini.tools.sharing import check_repository, export, model_card, push
 
-    out = Path(args.out)
-    writable_folder(out, "out")
-    if any(out.iterdir()):
-        raise ValueError(f"out must be a new folder, got '{out}', which is not empty")
-    trained = read_json(Path(args.adapter).parent / "config.json", {})
-    four_bit = bool(trained.get("four_bit")) if args.four_bit is None else args.four_bit
-    policy = load_policy(args.model, adapter=args.adapter, four_bit=four_bit)
-    merged = policy.merged("cpu")
-
-    def write(folder: Path) -> None:
-        merged.save_pretrained(folder)
-        policy.tokenizer.save_pretrained(folder)
-
-    replace_folder(out, write)
-    print(f"Merged model: {out}")
+    if args.push:
+        check_repository(args.push)
+    card = ""
+    if args.card or args.push or args.evaluation:
+        card = model_card(args.adapter, args.kind, args.push or "", args.evaluation)
+    export(
+        args.adapter, args.out, kind=args.kind, model=args.model, four_bit=args.four_bit, card=card
+    )
+    print(f"{'Merged model' if args.kind == 'merged' else 'Adapter'}: {args.out}")
+    if args.push:
+        print(f"On the hub: {push(args.out, args.push, args.private)}")
 
 
 def _methods(args: argparse.Namespace) -> None:
@@ -338,7 +354,7 @@ COMMANDS = {
     "explain": ("show which tokens of an answer inform", _add_explain, _explain),
     "plan": ("predict the memory of a training run on a card", _add_plan, _plan),
     "diagnose": ("is a run healthy, and what to do if it is not", _add_diagnose, _diagnose),
-    "export": ("merge an adapter into its model, in one folder", _add_export, _export),
+    "export": ("merge an adapter into its model, describe it, share it", _add_export, _export),
     "methods": ("every method: its source, its settings, one line each", _add_methods, _methods),
 }
 """Command -> (what it does, its options, its function)."""

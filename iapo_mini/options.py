@@ -129,6 +129,11 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
             settings |= {"type": _TYPES[kind], "metavar": kind.__name__.upper()}
         parser.add_argument(option, **settings)
     parser.add_argument(
+        "--config", metavar="FILE",
+        help="YAML or JSON file with settings by the names below, or the config.json of a run; "
+        "options given beside it take precedence (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
         "--card", choices=tuple(CARDS),
         help="settings for a real model on one card; options given beside it take precedence "
         "(default: none, the settings below)",

@@ -1,13 +1,8 @@
-"""What asks a run to end: Ctrl-C, a cluster's time limit, a closed terminal, its parent's end.
-
-On Windows one process can't send SIGTERM to another. So a process that we start is asked to end by
-closing its stdin, on every system.
-"""
+"""What asks a run to end: Ctrl-C, a cluster's time limit, a closed terminal."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import threading
@@ -49,14 +44,3 @@ def asked_to_end() -> Iterator[threading.Event]:
         yield asked
     finally:
         restore()
-
-
-def end_with_parent() -> None:
-    """End as by SIGTERM when stdin is closed: by the process that started this one, or its end."""
-
-    def watch() -> None:
-        while os.read(0, 4096):
-            pass
-        signal.raise_signal(signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -13,9 +13,16 @@ from helpers import TRIVIAL, perturb_lora
 from tqdm import tqdm
 
 from iapo_mini import evaluation, progress
-from iapo_mini.evaluation import check_out, evaluate, pass_at_k, ratio_at_k, summary
+from iapo_mini.evaluation import (
+    check_out,
+    evaluate,
+    evaluation_table,
+    pass_at_k,
+    ratio_at_k,
+    summary,
+)
 from iapo_mini.policy import load_policy
-from iapo_mini.rewards import reward
+from iapo_mini.rewards import lenient_correct, reward
 from iapo_mini.tasks import Problem
 
 
@@ -105,6 +112,22 @@ def test_tokens_count_the_end_of_the_sequence(policy):
     for c in run(policy, max_completion_length=60)["completions"]:
         ids = policy.tokenizer.encode(c["text"])
         assert c["tokens"] == len(ids) + 1
+
+
+def test_lenient_judges_the_same_completions_by_their_last_answer(policy):
+    strict, both = run(policy), run(policy, lenient=True)
+    assert {k: v for k, v in both.items() if not k.startswith("lenient")} == {
+        **strict, "intervals": both["intervals"]
+    }  # fmt: skip
+    problems = [*TRIVIAL, TRIVIAL[0]]
+    right = [lenient_correct(c["text"], problems[c["problem"]].answer) for c in both["completions"]]
+    assert both["lenient pass@1"] == pytest.approx(sum(right) / len(right))
+    low, high = both["intervals"]["lenient pass@4"]
+    assert low <= both["lenient pass@4"] <= high
+    assert "| k | Pass@k |" in evaluation_table(strict, [1])
+    assert "any format" in evaluation_table(both, [1]) and "any" not in evaluation_table(
+        strict, [1]
+    )
 
 
 def test_equal_seeds_give_equal_results(policy):

@@ -305,14 +305,18 @@ def test_without_sighup_the_other_signals_ask_a_run_to_end():
 
 
 RUN = """
-import time
-from iapo_mini.signals import asked_to_end, end_with_parent
-end_with_parent()
-with asked_to_end() as asked:
-    print("ready", flush=True)
-    while not asked.is_set():
-        time.sleep(0.01)
-    print("saved", flush=True)
+import sys, time
+from pathlib import Path
+from iapo_mini.lab.runs import _jobs_of_parent
+from iapo_mini.signals import asked_to_end
+log = Path(sys.argv[1])
+for _ in _jobs_of_parent("the first"):
+    with asked_to_end() as asked:
+        log.write_bytes(b"ready")
+        while not asked.is_set():
+            time.sleep(0.01)
+        log.write_bytes(b"saved")
+        break
 """
 
 
@@ -320,38 +324,35 @@ with asked_to_end() as asked:
 def started(tmp_path, monkeypatch):
     """A process as an experiment starts one for a run, which is only waiting to be asked to end."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    popen, asked = subprocess.Popen, {}
+    popen = subprocess.Popen
 
     def stand_in(command, **how):
-        asked.update(how)
-        return popen([*command[:1], "-c", RUN], **how)
+        return popen([*command[:-3], "-c", RUN, str(tmp_path / "log.txt")], **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", stand_in)
-        process = runs._started(tmp_path)
+        process = runs._give({"run": str(tmp_path)}, None)
     end = time.monotonic() + PATIENCE
-    while (tmp_path / "log.txt").read_bytes().split() != [b"ready"]:
+    while runs._last_line(tmp_path) != "ready":
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
-    yield process, asked
+    yield process
     process.kill()
     process.wait()
 
 
 def test_a_run_is_asked_to_end_in_a_way_that_every_system_has(started, tmp_path, monkeypatch):
-    process, _ = started
+    process = started
     monkeypatch.setattr(process, "terminate", None)  # on Windows it ends a process at once
     runs._ask_to_end([process])
     assert process.returncode == 0
-    assert (tmp_path / "log.txt").read_bytes().split()[-1] == b"saved"
     assert runs._last_line(tmp_path) == "saved"
 
 
 @pytest.mark.skipif(not hasattr(os, "getpgid"), reason="asks POSIX for a process's group")
 def test_a_terminals_ctrl_c_does_not_reach_the_runs_beside_their_command(started):
     """It would be a second request to end, which does not wait for the step."""
-    process, _ = started
-    assert os.getpgid(process.pid) != os.getpgid(0)
+    assert os.getpgid(started.pid) != os.getpgid(0)
 
 
 def test_a_group_of_its_own_is_asked_for_in_windows_word_too(tmp_path, monkeypatch):
@@ -364,7 +365,7 @@ def test_a_group_of_its_own_is_asked_for_in_windows_word_too(tmp_path, monkeypat
     monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0x200, raising=False)
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setattr(verify, "_process", None)
-    for start in (lambda: runs._started(tmp_path), verify._started):
+    for start in (lambda: runs._give({"run": str(tmp_path)}, None), verify._started):
         with pytest.raises(OSError, match="not here"):
             start()
     assert [how["creationflags"] for how in asked] == [0x200, 0x200]

@@ -229,6 +229,29 @@ def test_a_damaged_log_of_a_run_is_named(finished):
         file.write_text(before)
 
 
+def test_a_run_is_the_same_whatever_its_process_did_before(tmp_path):
+    """A process takes one job after the other; only the first one pays for the imports."""
+    size = replace(TINY, seeds=(0,), max_steps=2)
+    recipes = {"iapo": {"method": "iapo", "seed": 4}, "grpo": {"method": "grpo", "seed": 7}}
+    both = make_jobs(size, tmp_path / "both", recipes)
+    (alone,) = make_jobs(size, tmp_path / "alone", {"grpo": recipes["grpo"]})
+    run_all(both, parallel=1)
+    run_all([alone], parallel=1)
+    assert "log.txt" in {p.name for p in Path(both[1]["run"]).iterdir()}
+    second, first = (collect([job], size)["methods"]["grpo"] for job in (both[1], alone))
+    assert all(second[name] == first[name] for name in first if name != "train_minutes")
+    weights = [dict(policy_of(job).merged_weights()) for job in (both[1], alone)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_job_that_fails_after_others_in_its_process_is_named(tmp_path):
+    recipes = {"good": {"method": "grpo"}, "bad": {"method": "grpo", "model": "no-such/model"}}
+    jobs = make_jobs(replace(TINY, seeds=(0,)), tmp_path, recipes)
+    with pytest.raises(RuntimeError, match=r"the run in .*bad-0' failed: .*no-such/model"):
+        run_all(jobs, parallel=1)
+    assert (tmp_path / "good-0" / "result.json").is_file()
+
+
 def test_other_settings_in_the_same_folder_are_refused(finished):
     out = Path(finished[0]["run"]).parent
     jobs = make_jobs(TINY, out, {"gtpo": {"method": "gtpo", "alpha": 0.3}})

@@ -1,7 +1,8 @@
 """Training runs in processes of their own: what a run is told, what it leaves, how it goes on.
 
-Every (recipe, seed) is a process with one thread, so two run side by side on two cores. A run that
-is there already is not made again; one that was interrupted goes on, in training and in evaluation.
+Every (recipe, seed) is a run in a process with one thread, so two run side by side on two cores. A
+process that has finished a run takes the next. A run that is there already is not made again; one
+that was interrupted goes on, in training and in evaluation.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import dataclasses
 import itertools
 import json
 import os
+import queue
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,6 @@ from iapo_mini.lab.judging import PRIMARY, judge, judge_on_the_way, way_path
 from iapo_mini.lab.sizes import Size
 from iapo_mini.metrics import LOG, whole_log
 from iapo_mini.policy import load_policy
-from iapo_mini.signals import end_with_parent
 from iapo_mini.trainer import start_policy, train
 
 _CHILD = "IAPO_MINI_CHILD"
@@ -174,72 +177,83 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None, kept: Path | None
             )
         write_json(saved, job)
         waiting.append(job)
-    sizes = {Path(j["run"]): (j["config"] or {"max_steps": 1})["max_steps"] for j in waiting}
+    _run(waiting, parallel, kept)
+
+
+def _run(waiting: list[dict], parallel: int, kept: Path | None) -> None:
+    """Hand the jobs to processes, each of which takes a next one when it has finished its own."""
     bar = tqdm(
-        total=sum(sizes.values()), unit="step", desc=f"{len(waiting)} runs", disable=not waiting
-    )
-    told = {Path(job["run"]): job for job in waiting}
-    running: dict[subprocess.Popen, Path] = {}
-    counted: dict[Path, int] = {}
+        total=sum(map(_steps, waiting)), unit="step", desc=f"{len(waiting)} runs",
+        disable=not waiting,
+    )  # fmt: skip
+    busy: dict[subprocess.Popen, dict] = {}
+    idle: list[subprocess.Popen] = []
+    counted: dict[str, int] = defaultdict(int)
     try:
-        while waiting or running:
-            while waiting and len(running) < parallel:
-                run = Path(waiting.pop(0)["run"])
-                running[_started(run)] = run
-            time.sleep(0.5)
-            for process, run in list(running.items()):
+        while waiting or busy:
+            while waiting and len(busy) < parallel:
+                job = waiting.pop(0)
+                busy[_give(job, idle.pop() if idle else None)] = job
+            time.sleep(0.2)
+            for process, job in list(busy.items()):
+                run = Path(job["run"])
                 metrics = run / "train" / LOG
                 done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
-                bar.update(done - counted.get(run, 0))
-                counted[run] = done
-                if process.poll() is None:
+                bar.update(done - counted[job["run"]])
+                counted[job["run"]] = done
+                if (run / "result.json").is_file():
+                    idle.append(process)
+                elif process.poll() is None:
                     continue
-                del running[process]
-                bar.update(sizes[run] - done)  # the start policy trains nothing
-                if process.returncode != 0:
+                else:
                     raise RuntimeError(f"the run in '{run}' failed: {_last_line(run)}")
-                found = _found(told[run])
+                del busy[process]
+                bar.update(_steps(job) - done)  # the start policy trains nothing
+                found = _found(job)
                 if kept is not None and found is not None:
-                    ledger.append(kept, told[run], found)
+                    ledger.append(kept, job, found)
     finally:
-        _ask_to_end(running)
+        _ask_to_end([*busy, *idle])
         bar.close()
-
-
-def _started(run: Path) -> subprocess.Popen:
-    """The process of a run, whose messages go to ``log.txt``.
-
-    It has a group of its own: a terminal's Ctrl-C would ask it to end a second time, which does not
-    wait for the step. It ends when its stdin is closed (:func:`end_with_parent`).
-    """
-    # One thread for each process: two processes beat two threads on models this small.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", _CHILD: "1"}
-    with (run / "log.txt").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-X", "utf8", "-m", "iapo_mini.lab.runs", str(run / "job.json")],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-        )
 
 
 def _last_line(run: Path) -> str:
     """What a run said last."""
-    text = (run / "log.txt").read_text(encoding="utf-8", errors="replace")
+    log = run / "log.txt"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     return (text.strip().splitlines() or ["no message"])[-1]
 
 
-def _ask_to_end(processes: Collection[subprocess.Popen]) -> None:
-    """Let each finish its step and save. A signal would do that on POSIX alone."""
+def _ask_to_end(processes: Sequence[subprocess.Popen]) -> None:
+    """Let each finish its step and save: its stdin is closed, since Windows can't send SIGTERM."""
     for process in processes:
         if process.stdin is not None:
-            process.stdin.close()
+            with contextlib.suppress(OSError):  # it has died
+                process.stdin.close()
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=120)
+
+
+def _steps(job: Mapping) -> int:
+    return job["config"]["max_steps"] if job["config"] else 1
+
+
+def _give(job: Mapping, process: subprocess.Popen | None) -> subprocess.Popen:
+    """Let a process that waits do this job, or start one: its imports alone take seconds."""
+    path = str(Path(job["run"]) / "job.json")
+    if process is not None:
+        with contextlib.suppress(OSError):  # it has died: told when it is looked at
+            print(path, file=process.stdin, flush=True)
+        return process
+    # One thread for each process: two processes beat two threads on models this small.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", _CHILD: "1"}
+    # In a group of its own: a terminal's Ctrl-C would be a second request, which does not wait.
+    return subprocess.Popen(
+        [sys.executable, "-X", "utf8", "-m", "iapo_mini.lab.runs", path],
+        stdin=subprocess.PIPE, encoding="utf-8", env=environment, start_new_session=True,
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+    )  # fmt: skip
 
 
 def _as_now(saved: dict, run: str) -> dict:
@@ -320,7 +334,36 @@ def collect(jobs: Sequence[dict], size: Size, kept: Path | None = None) -> dict:
     }
 
 
+def _jobs_of_parent(first: str) -> Iterator[str]:
+    """The job that this process was started for, then those whose paths the parent writes.
+
+    When the parent is gone, and its pipe with it, the process ends as if asked to.
+    """
+    paths: queue.SimpleQueue[str] = queue.SimpleQueue()
+    paths.put(first)
+
+    def listen() -> None:
+        for line in sys.stdin:
+            paths.put(line.strip())
+        signal.raise_signal(signal.SIGTERM)
+
+    threading.Thread(target=listen, daemon=True).start()
+    while True:
+        yield paths.get()
+
+
+def _work(path: Path) -> None:
+    """Do the job of this file; what is said goes to its run's log."""
+    with (path.parent / "log.txt").open("ab") as log:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(log.fileno(), stream.fileno())
+    run_job(read_json(path))
+
+
 if __name__ == "__main__":
     if os.environ.get(_CHILD):
-        end_with_parent()
-    run_job(read_json(Path(sys.argv[1])))
+        for name in _jobs_of_parent(sys.argv[1]):
+            _work(Path(name))
+    else:
+        run_job(read_json(Path(sys.argv[1])))

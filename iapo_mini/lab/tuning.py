@@ -103,28 +103,6 @@ def _tried(
     }
 
 
-def tune_row(
-    row: str, size: Size, last: bool, out: Path, kept: Path, parallel: int | None
-) -> tuple[list[dict], int]:
-    """The trials of one row, and the index of the one that was chosen.
-
-    Args:
-        row: a key of ``ROWS``; size: of the runs; last: whether the last two trials are made.
-        out: folder of the runs; kept: file of finished ones; parallel: processes at a time.
-    """
-    start = _tried({START: None}, size, out, kept, parallel)[START]
-    settings = first_trials(row) if last else first_trials(row)[:1]
-    trials: list[dict] = []
-    for stage in (0, 1) if last else (0,):
-        if stage:
-            best = trials[choose(trials, start["pass@1"])]["settings"]
-            settings = last_trials(row, best)
-        named = {f"{row}-trial{len(trials) + i}": recipe for i, recipe in enumerate(settings)}
-        found = _tried(named, size, out, kept, parallel)
-        trials += [{"settings": recipe} | found[name] for name, recipe in named.items()]
-    return trials, choose(trials, start["pass@1"])
-
-
 def tune(
     preset: str = "full",
     *,
@@ -144,12 +122,29 @@ def tune(
         out / preset / "tuning",
         ledger_path(figures, file_stem("tuning", preset)),
     )
-    trials, chosen = {}, {}
-    for row in ROWS:
-        trials[row], chosen[row] = tune_row(row, size, sizes.trials > 1, folder, kept, parallel)
+    start = _tried({START: None}, size, folder, kept, parallel)[START]
+    trials: dict[str, list[dict]] = {row: [] for row in ROWS}
+
+    def chosen() -> dict[str, int]:
+        return {row: choose(found, start["pass@1"]) for row, found in trials.items()}
+
+    def make(further: Mapping[str, Sequence[dict]]) -> None:
+        named = {
+            f"{row}-trial{i}": recipe
+            for row, recipes in further.items()
+            for i, recipe in enumerate(recipes, len(trials[row]))
+        }
+        found = _tried(named, size, folder, kept, parallel)
+        for name, recipe in named.items():
+            trials[name.rsplit("-trial", 1)[0]].append({"settings": recipe} | found[name])
+
+    if sizes.trials > 1:
+        make({row: first_trials(row) for row in ROWS})
+        make({row: last_trials(row, trials[row][i]["settings"]) for row, i in chosen().items()})
+    else:
+        make({row: first_trials(row)[:1] for row in ROWS})
     results = {
-        "trials": trials, "start": _tried({START: None}, size, folder, kept, parallel)[START],
-        "rule": RULE, "chosen": chosen,
+        "trials": trials, "start": start, "rule": RULE, "chosen": chosen(),
         "config": {"evaluation": {"problems": size.problems, "seeds": list(size.seeds)}},
         "versions": versions(),
     }  # fmt: skip
