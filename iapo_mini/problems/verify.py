@@ -248,9 +248,7 @@ def _started() -> subprocess.Popen[str]:
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
             start_new_session=True,  # a terminal's Ctrl-C, sent to the group, is no verdict
-            creationflags=getattr(
-                subprocess, "CREATE_NEW_PROCESS_GROUP", 0
-            ),  # Windows' word for it
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # so on Windows
         )
         _, answers = _pipes(_process)
         if answers.readline().strip() != "ready":
