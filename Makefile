@@ -1,9 +1,12 @@
 # Everything runs in .venv, made on first use; `make clean` removes it.
-PYTHON ?= python3
+ON_WINDOWS := $(filter Windows_NT,$(OS))
+PYTHON ?= $(if $(ON_WINDOWS),python,python3)
 VENV := .venv
-RUN := $(VENV)/bin/python -m
+VENV_PYTHON := $(VENV)/$(if $(ON_WINDOWS),Scripts,bin)/python
+RUN := $(VENV_PYTHON) -m
 
-.PHONY: demo full long test alone check types fast torture real policy notebooks course clean
+.PHONY: demo full long test alone check style types fast torture real policy notebooks course \
+  repository help clean
 
 demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy, compare them, three seeds (about six minutes)
 	$(RUN) iapo_mini compare --preset demo
@@ -12,20 +15,23 @@ full: $(VENV)/ready  ## the same with five seeds (what the README reports)
 	$(RUN) iapo_mini compare --preset full
 
 check: $(VENV)/ready  ## style, types and the fast tests: under ninety seconds on two cores
-	$(RUN) ruff check .
+	$(MAKE) style
 	$(MAKE) --jobs 2 types fast
 
-types: $(VENV)/ready
+style: $(VENV)/ready  ## ruff: faults and format
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+types: $(VENV)/ready  ## mypy
 	$(RUN) mypy
 
 FAST := structure config question rollouts advantages objective intervals metrics tasks stories \
   strides reading rewards flat attention diagnose exact datasets
-fast: $(VENV)/ready
+fast: $(VENV)/ready  ## the tests that take seconds
 	$(RUN) pytest -q $(FAST:%=tests/test_%.py)
 
 test: $(VENV)/ready  ## style, types and every test, the notebooks included
-	$(RUN) ruff check .
-	$(RUN) mypy
+	$(MAKE) style types
 	$(RUN) pytest -n auto --dist loadfile
 	$(MAKE) alone
 
@@ -56,12 +62,18 @@ notebooks: $(VENV)/ready  ## run the notebooks and keep their outputs
 	$(RUN) jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb notebooks/solutions/*.ipynb
 
 course: $(VENV)/ready  ## static HTML of the whole course, as committed, in build/course
-	$(VENV)/bin/python notebooks/build_course.py
+	$(VENV_PYTHON) notebooks/build_course.py
 
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --quiet --requirement requirements.txt
 	touch $@
 
-clean:
+repository:  ## write another address of the repository wherever it stands: OWNER=... NAME=...
+	$(PYTHON) .ci/repository.py "$(OWNER)" "$(NAME)"
+
+help:  ## this list
+	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+clean:  ## remove the virtual environment and what was built
 	rm -rf $(VENV) build *.egg-info

@@ -372,7 +372,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.parts) - set(parts):
         parser.error(f"parts must be among {', '.join(parts)}, got {', '.join(sorted(unknown))}")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if not options.check:
         torch.set_num_threads(options.threads)
         for part in options.parts or parts:

@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="judge the committed results only")
     options = parser.parse_args()
     if options.check:
-        results = json.loads(options.out.read_text())
+        results = json.loads(options.out.read_text(encoding="utf-8"))
     else:
         torch.set_num_threads(1)
         sizes = (options.prompts, options.group, options.limit)

@@ -36,6 +36,7 @@ from iapo_mini.options import (
     add_train_options,
     in_one_sentence,
     number,
+    print_any_text,
     whole,
 )
 
@@ -414,6 +415,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command; bad input ends with one sentence on stderr and exit status 2."""
+    print_any_text()
     args = _parser().parse_args(argv)
     try:
         with in_one_sentence("iapo-mini"):

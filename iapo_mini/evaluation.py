@@ -214,7 +214,7 @@ def check_out(out: Path, data_file: str = "") -> None:
 def _holds(path: Path, names: set[str]) -> bool:
     """Whether this is a file with a JSON object that has these names."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
         return False
     return isinstance(found, dict) and names <= found.keys()
@@ -259,7 +259,10 @@ def _sample_all(
     bar = tqdm(
         total=len(problems), initial=done, desc="evaluate", unit="problem", disable=not progress
     )
-    with bar, open(save_to, "a") if save_to is not None else contextlib.nullcontext() as log:
+    appended: Any = contextlib.nullcontext()
+    if save_to is not None:
+        appended = save_to.open("a", encoding="utf-8", newline="\n")
+    with bar, appended as log:
         for start in range(done, len(problems), size):
             part = list(problems[start : start + size])
             with tokens_shown(bar) as on_token:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import re
 import sys
 import typing
@@ -59,6 +60,15 @@ def _number_or_word(text: str) -> int | str:
         return int(text)
     except ValueError:
         return text
+
+
+def print_any_text() -> None:
+    """Print ``?`` for a character that stdout can't show, instead of an error.
+
+    A pipe on Windows takes the characters of cp1252 alone, and a completion may hold any.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 @contextlib.contextmanager

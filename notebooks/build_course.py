@@ -56,12 +56,12 @@ def build(out: Path) -> list[Path]:
     exporter, written = HTMLExporter(), []
     for path, name in pages.items():
         if path == syllabus:
-            html = _PAGE.format(body=markdown2html(path.read_text()))
+            html = _PAGE.format(body=markdown2html(path.read_text(encoding="utf-8")))
         else:
             html, _ = exporter.from_filename(str(path))
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(turn_links(html, path, pages, name))
+        target.write_text(turn_links(html, path, pages, name), encoding="utf-8")
         written.append(target)
     return written
 

@@ -52,7 +52,7 @@ def test_training_with_defaults_uses_what_the_methods_source_uses(
     monkeypatch.setattr("iapo_mini.trainer.policy_loss", lose)
     run(dataclasses.replace(config, method=method, max_steps=1), tmp_path / "run")
     assert set(seen) == {(alpha, beta), (aggregation, low, high)}
-    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    saved = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert (saved["aggregation"], saved["epsilon"], saved["epsilon_high"]) == (
         aggregation,
         low,

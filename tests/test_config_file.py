@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.fixture
 def written(tmp_path):
     def write(text, name="run.yaml"):
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8")
         return tmp_path / name
 
     return write
@@ -89,7 +89,7 @@ def test_a_runs_own_file_trains_the_same_run_again(tmp_path):
     told = asked.settings() | {"from_recipe": asked.from_recipe(), "data_fingerprint": ""}
     told["model_fingerprint"] = {"dtype": "torch.float32", "weights": "0"}
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(told))
+    file.write_text(json.dumps(told), encoding="utf-8")
     assert TrainConfig(**read_settings(file)).settings() == asked.settings()
     # Another method brings its own recipe, not that of the run.
     other = TrainConfig(**{**read_settings(file), "method": "grpo"})
@@ -99,7 +99,7 @@ def test_a_runs_own_file_trains_the_same_run_again(tmp_path):
 def test_what_a_run_writes_beside_its_settings_is_known(tmp_path):
     main(["train", "--out", str(tmp_path / "run"), "--max-steps", "1", "--prompts-per-step", "1",
           "--num-generations", "2", "--max-completion-length", "8"])  # fmt: skip
-    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    kept = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert set(kept) - set(vars(TrainConfig())) == set(OF_A_RUN)
     assert read_settings(tmp_path / "run" / "config.json")["max_steps"] == 1
 
@@ -107,15 +107,15 @@ def test_what_a_run_writes_beside_its_settings_is_known(tmp_path):
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_examples_are_read(path):
     if path.stem.endswith("8gpu"):  # of TRL and accelerate
-        assert yaml.safe_load(path.read_text())
+        assert yaml.safe_load(path.read_text(encoding="utf-8"))
         return
     config = TrainConfig(**read_settings(path))
     assert config.method == "iapo"
-    assert f"--config examples/{path.name}" in path.read_text()
+    assert f"--config examples/{path.name}" in path.read_text(encoding="utf-8")
 
 
 def test_the_example_for_eight_cards_has_the_papers_batch_loss_and_clip():
-    found = yaml.safe_load((EXAMPLES / "gsm8k_8gpu.yaml").read_text())
+    found = yaml.safe_load((EXAMPLES / "gsm8k_8gpu.yaml").read_text(encoding="utf-8"))
     rows = 8 * found["per_device_train_batch_size"] * found["gradient_accumulation_steps"]
     assert rows == 12 * found["num_generations"] == 96
     assert found["loss_type"] == "bnpo"  # the token mean; one step to a batch

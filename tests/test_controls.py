@@ -155,7 +155,9 @@ def test_the_experiment_at_its_smallest(tmp_path, monkeypatch):
     monkeypatch.setattr(controls, "tuned", lambda *_: settings)
     options = {"out": tmp_path / "runs", "figures": tmp_path / "figures"}
     found = controls.controls("quick", **options)
-    saved = json.loads((tmp_path / "figures/results/controls_quick.json").read_text())
+    saved = json.loads(
+        (tmp_path / "figures/results/controls_quick.json").read_text(encoding="utf-8")
+    )
     assert saved == json.loads(json.dumps(found))
     for row in found["rows"].values():
         assert row.keys() == {"token", "sequence"}

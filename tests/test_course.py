@@ -59,14 +59,14 @@ def test_check_takes_tensors_and_every_case_counts(capsys):
 
 
 def test_committed_result_is_the_file_or_names_what_is_missing():
-    here = json.loads((ROOT / "figures/results/estimator.json").read_text())
+    here = json.loads((ROOT / "figures/results/estimator.json").read_text(encoding="utf-8"))
     assert committed_result("estimator.json") == here
     with pytest.raises(ValueError, match=r"name must be .*, got 'nothing\.json'"):
         committed_result("nothing.json")
 
 
 def cells(path):
-    return json.loads(path.read_text())["cells"]
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
 
 
 def text(cell):
@@ -119,8 +119,13 @@ def test_every_exercise_has_a_solution_that_passes(path):
 def test_tables_name_every_notebook_with_its_badge():
     for path in NOTEBOOKS:
         for page in ("README.md", "docs/syllabus.md"):
-            assert f"notebooks/{path.name})" in (ROOT / page).read_text(), (path.name, page)
-    badges = re.findall(r"blob/main/notebooks/(\S+?\.ipynb)", (ROOT / "README.md").read_text())
+            assert f"notebooks/{path.name})" in (ROOT / page).read_text(encoding="utf-8"), (
+                path.name,
+                page,
+            )
+    badges = re.findall(
+        r"blob/main/notebooks/(\S+?\.ipynb)", (ROOT / "README.md").read_text(encoding="utf-8")
+    )
     assert {p.name for p in NOTEBOOKS} <= set(badges)
 
 
@@ -132,9 +137,9 @@ def test_static_course_links_its_pages_to_each_other(tmp_path):
     solutions = list(SOLUTIONS.glob("*.ipynb"))
     assert len(written) == len(NOTEBOOKS) + len(solutions) + 1
     for page in written:
-        html = page.read_text()
+        html = page.read_text(encoding="utf-8")
         assert not re.search(r'href="(?!https?:)[^"]*\.ipynb', html), page.name
         for target in re.findall(r'href="(?![a-z]+:)([^"#]+\.html)', html):
             assert (page.parent / target).exists(), (page.name, target)
-    start = (tmp_path / "index.html").read_text()
+    start = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert all(f'href="{path.stem}.html"' in start for path in NOTEBOOKS)

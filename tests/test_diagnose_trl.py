@@ -31,7 +31,7 @@ def write(folder, steps=30, state="trainer_state.json", **changes):
     rows.append({"step": 2 * steps, "train_runtime": 3.0, "train_loss": 0.0})
     path = folder / state
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"global_step": 2 * steps, "log_history": rows}))
+    path.write_text(json.dumps({"global_step": 2 * steps, "log_history": rows}), encoding="utf-8")
     return folder
 
 
@@ -44,7 +44,11 @@ def test_a_run_that_trl_made_is_read(tmp_path, capsys):
     main(["diagnose", str(tmp_path)])
     told = capsys.readouterr().out
     assert "(completions" not in told and "policy entropy" in told
-    rows = [row for row in json.loads(COMMITTED.read_text())["log_history"] if "reward" in row]
+    rows = [
+        row
+        for row in json.loads(COMMITTED.read_text(encoding="utf-8"))["log_history"]
+        if "reward" in row
+    ]
     mean = sum(row["entropy"] for row in rows[-10:]) / 10
     assert f"{mean:.3g}  (healthy" in told
 
@@ -110,10 +114,10 @@ def test_completions_that_are_all_the_same_are_seen(tmp_path, texts, ill):
 
 
 def test_what_can_not_be_read_is_one_sentence(tmp_path):
-    (tmp_path / "trainer_state.json").write_text("{")
+    (tmp_path / "trainer_state.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="trainer_state"):
         diagnose(tmp_path)
-    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 3}]}')
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 3}]}', encoding="utf-8")
     with pytest.raises(ValueError, match="holds no logged step"):
         diagnose(tmp_path)
     write(tmp_path)

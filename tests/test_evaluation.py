@@ -191,7 +191,7 @@ def test_a_bar_is_as_it_was_after_a_batch(monkeypatch):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture
@@ -239,10 +239,10 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(policy, interrupt
 def test_a_batch_that_a_kill_cut_short_is_sampled_again(policy, left, tmp_path):
     path = tmp_path / "c.jsonl"
     whole = run(policy, batch_size=8, save_to=path)
-    text = path.read_text()
-    path.write_text(text[:left])
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text[:left], encoding="utf-8")
     assert run(policy, batch_size=8, save_to=path) == whole
-    assert path.read_text() == text
+    assert path.read_text(encoding="utf-8") == text
 
 
 @pytest.mark.parametrize(
@@ -256,10 +256,10 @@ def test_a_batch_that_a_kill_cut_short_is_sampled_again(policy, left, tmp_path):
     ],
 )
 def test_completions_of_other_settings_are_refused(policy, interrupted, change, named):
-    before = interrupted.read_text()
+    before = interrupted.read_text(encoding="utf-8")
     with pytest.raises(ValueError, match=named):
         run(policy, **{"batch_size": 4, "save_to": interrupted} | change)
-    assert interrupted.read_text() == before
+    assert interrupted.read_text(encoding="utf-8") == before
 
 
 def test_completions_of_other_problems_or_another_policy_are_refused(
@@ -296,12 +296,12 @@ def test_fewer_values_of_k_are_read_off_the_same_completions(policy, tmp_path):
 )  # fmt: skip
 def test_results_write_over_nothing_else(tmp_path, name, message):
     (tmp_path / "folder").mkdir()
-    (tmp_path / "data.json").write_text("[]")
-    (tmp_path / "config.json").write_text('{"method": "iapo"}')
-    (tmp_path / "text.json").write_text("not JSON")
-    (tmp_path / "result.json").write_text('{"intervals": {}, "train_minutes": 3}')
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}')
-    (tmp_path / "mine.settings.json").write_text('{"editor": "vi"}')
+    (tmp_path / "data.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"method": "iapo"}', encoding="utf-8")
+    (tmp_path / "text.json").write_text("not JSON", encoding="utf-8")
+    (tmp_path / "result.json").write_text('{"intervals": {}, "train_minutes": 3}', encoding="utf-8")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}', encoding="utf-8")
+    (tmp_path / "mine.settings.json").write_text('{"editor": "vi"}', encoding="utf-8")
     (tmp_path / "chats.jsonl").mkdir()
     before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(ValueError, match=message):
@@ -312,7 +312,7 @@ def test_results_write_over_nothing_else(tmp_path, name, message):
 def test_results_of_before_may_be_written_over(policy, tmp_path):
     result = run(policy, save_to=tmp_path / "e.jsonl")
     check_out(tmp_path / "e.json")  # as a kill before the results leaves it
-    (tmp_path / "e.json").write_text(json.dumps(result | {"config": {}}))
+    (tmp_path / "e.json").write_text(json.dumps(result | {"config": {}}), encoding="utf-8")
     check_out(tmp_path / "e.json")
     check_out(tmp_path / "new.json", str(tmp_path / "data.jsonl"))
 
@@ -333,9 +333,9 @@ def test_completions_do_not_write_over_the_data(tmp_path):
 def test_a_damaged_line_of_completions_is_refused_and_left_alone(policy, tmp_path, line):
     file = tmp_path / "x.jsonl"
     run(policy, save_to=file)
-    lines = file.read_text().splitlines()
+    lines = file.read_text(encoding="utf-8").splitlines()
     lines[5] = line
-    file.write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     before = file.read_bytes()
     with pytest.raises(ValueError, match=r"x.jsonl' is damaged: line 6 .* of problem 1; restore"):
         run(policy, save_to=file)
@@ -345,14 +345,14 @@ def test_a_damaged_line_of_completions_is_refused_and_left_alone(policy, tmp_pat
 def test_a_line_of_completions_that_is_gone_is_refused(policy, tmp_path):
     file = tmp_path / "x.jsonl"
     run(policy, save_to=file)
-    lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(lines[:3] + lines[4:]))
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(lines[:3] + lines[4:]), encoding="utf-8")
     with pytest.raises(ValueError, match="line 4 does not hold a completion of problem 0"):
         run(policy, save_to=file)
 
 
 def test_damaged_settings_of_completions_are_named(policy, tmp_path):
     run(policy, save_to=tmp_path / "x.jsonl")
-    (tmp_path / "x.settings.json").write_text("{")
+    (tmp_path / "x.settings.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"x.settings.json' can't be used .*; restore it"):
         run(policy, save_to=tmp_path / "x.jsonl")

@@ -119,7 +119,7 @@ def test_a_damaged_config_is_refused_in_one_sentence(config, tmp_path):
     folder = tmp_path / "run"
     stopped_at(config, folder, 3)
     for text in ('{"method": ', "[1]"):
-        (folder / "config.json").write_text(text)
+        (folder / "config.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=r"output_dir is .* config.json is damaged"):
             run(config, folder, resume=True)
 
@@ -235,7 +235,7 @@ def test_ctrl_c_on_the_command_line_ends_with_one_sentence(config, tmp_path, who
         env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     log = folder / "metrics.jsonl"
-    while not (log.exists() and log.read_text()):
+    while not (log.exists() and log.read_text(encoding="utf-8")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -288,7 +288,7 @@ def test_informativeness_that_is_not_finite_stops_before_the_update(
     assert not kept["informativeness"].isfinite().all()
     assert kept["completion_ids"].shape == kept["old_logprobs"].shape
     assert kept["rewards"].shape == (4,)
-    texts = json.loads((folder / "failed-step-3" / "completions.json").read_text())
+    texts = json.loads((folder / "failed-step-3" / "completions.json").read_text(encoding="utf-8"))
     assert len(texts) == 4 and any("<think>" in text for text in texts)
     # The cause gone, the run goes on as if nothing had been.
     run(config, folder, resume=True)

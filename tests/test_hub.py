@@ -107,7 +107,7 @@ def test_what_the_cache_holds_is_loaded_without_the_hub(
     model = tmp_path / "cache" / "models--some--model"
     shutil.copytree(tiny_folder, model / "snapshots" / "0" / "")
     (model / "refs").mkdir()
-    (model / "refs" / "main").write_text("0")
+    (model / "refs" / "main").write_text("0", encoding="utf-8")
     began = time.monotonic()
     assert load_policy("some/model", lora_rank=0).name == "some/model"
     assert time.monotonic() - began < SOON

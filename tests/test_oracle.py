@@ -136,7 +136,7 @@ def test_the_experiment_at_its_smallest(tmp_path, monkeypatch):
     monkeypatch.setattr(oracle, "STARTS", {"embedded": EMBEDDED, "again": EMBEDDED})
     monkeypatch.setattr(oracle, "tuned", lambda *_: {"iapo": {"method": "iapo"}})
     found = oracle.oracle("quick", out=tmp_path / "runs", figures=tmp_path / "figures")
-    saved = json.loads((tmp_path / "figures/results/oracle_quick.json").read_text())
+    saved = json.loads((tmp_path / "figures/results/oracle_quick.json").read_text(encoding="utf-8"))
     assert saved == json.loads(json.dumps(found))
     assert found["agreement"].keys() == {"embedded", "again"}
     assert found["agreement"]["embedded"] == found["agreement"]["again"]

@@ -35,7 +35,7 @@ def evaluation(tmp_path):
         "config": {"data": "stories", "split": "test", "k": [1]},
     }  # fmt: skip
     file = tmp_path / "results.json"
-    file.write_text(json.dumps(found))
+    file.write_text(json.dumps(found), encoding="utf-8")
     return file
 
 
@@ -48,7 +48,10 @@ def test_a_card_tells_method_settings_numbers_and_how_to_load(run, evaluation):
                  "7 problems of stories (test)", "| pass@1 | 0.500 [0.400, 0.600] |",
                  "| length@1 | 40.0 [38.0, 42.0] |", "torch "):  # fmt: skip
         assert told in text, told
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     mean = sum(row["length"] for row in rows) / 2
     assert f"| length | {mean:.3g} | {mean:.3g} |" in text
     adapter = model_card(run / "final", "adapter")
@@ -59,7 +62,7 @@ def test_a_card_tells_method_settings_numbers_and_how_to_load(run, evaluation):
 def test_a_card_without_a_run_or_of_no_evaluation_is_refused(run, tmp_path):
     with pytest.raises(ValueError, match="has no run beside it"):
         model_card(tmp_path / "final", "merged")
-    (tmp_path / "other.json").write_text("{}")
+    (tmp_path / "other.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match=r"other\.json"):
         model_card(run / "final", "merged", "", tmp_path / "other.json")
 
@@ -69,7 +72,7 @@ def test_either_kind_is_exported_and_is_the_trained_policy(run, kind, tmp_path, 
     out = tmp_path / "shared"
     main(["export", "--adapter", str(run / "final"), "--out", str(out), "--as", kind, "--card"])
     assert ("Merged model" if kind == "merged" else "Adapter") in capsys.readouterr().out
-    assert "## Training" in (out / "README.md").read_text()
+    assert "## Training" in (out / "README.md").read_text(encoding="utf-8")
     ids = torch.tensor([[5, 9, 2, 300]])
     trained = load_policy(adapter=run / "final").model(ids).logits
     if kind == "merged":

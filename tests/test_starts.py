@@ -24,7 +24,7 @@ def results(tmp_path_factory):
         made = [p.stat().st_mtime_ns for p in sorted(folder.rglob("result.json"))]
         assert found == starts("quick", **options)  # nothing is run again
         assert made == [p.stat().st_mtime_ns for p in sorted(folder.rglob("result.json"))]
-    saved = json.loads((folder / "figures/results/starts_quick.json").read_text())
+    saved = json.loads((folder / "figures/results/starts_quick.json").read_text(encoding="utf-8"))
     assert saved == json.loads(json.dumps(found))
     assert (folder / "figures/starts_quick.png").stat().st_size > 10_000
     return saved

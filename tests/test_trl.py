@@ -454,7 +454,7 @@ def test_nothing_else_imports_it():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     library = Path(trl.__file__).parent.parent
     for file in set(library.rglob("*.py")) - {Path(trl.__file__)}:
-        assert "trl import" not in file.read_text(), file
+        assert "trl import" not in file.read_text(encoding="utf-8"), file
 
 
 def test_configs_for_eight_gpus_can_be_read(tmp_path):
@@ -465,7 +465,7 @@ def test_configs_for_eight_gpus_can_be_read(tmp_path):
 
     launch = load_config_from_file(str(folder / "deepspeed_8gpu.yaml"))
     assert str(launch.distributed_type.value) == "DEEPSPEED" and launch.num_processes == 8
-    settings = yaml.safe_load((folder / "gsm8k_8gpu.yaml").read_text())
+    settings = yaml.safe_load((folder / "gsm8k_8gpu.yaml").read_text(encoding="utf-8"))
     known = set(IAPOConfig.__dataclass_fields__)
     assert set(settings) - known == {"model", "data"}
     assert settings["use_vllm"] and settings["iapo_alpha"] > 0
@@ -477,7 +477,7 @@ def test_the_example_trains(tmp_path):
     """examples/train_trl.py on stories and the embedded policy, the CPU's settings on top."""
     rows = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(3, 9)]
     file = tmp_path / "questions.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     script = Path(__file__).parent.parent / "examples" / "train_trl.py"
     options = {
         "output_dir": tmp_path / "out", "model": "embedded", "data": "gsm8k", "data_file": file,

@@ -215,20 +215,33 @@ def _run(waiting: list[dict], parallel: int, kept: Path | None) -> None:
                 elif process.poll() is None:
                     continue
                 else:
-                    lines = (run / "log.txt").read_text().strip().splitlines() or ["no message"]
-                    raise RuntimeError(f"the run in '{run}' failed: {lines[-1]}")
+                    raise RuntimeError(f"the run in '{run}' failed: {_last_line(run)}")
                 del busy[process]
                 bar.update(_steps(job) - done)  # the start policy trains nothing
                 found = _found(job)
                 if kept is not None and found is not None:
                     ledger.append(kept, job, found)
     finally:
-        for process in (*busy, *idle):
-            process.terminate()
-        for process in (*busy, *idle):  # each finishes its step and saves
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=120)
+        _ask_to_end([*busy, *idle])
         bar.close()
+
+
+def _last_line(run: Path) -> str:
+    """What a run said last."""
+    log = run / "log.txt"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return (text.strip().splitlines() or ["no message"])[-1]
+
+
+def _ask_to_end(processes: Sequence[subprocess.Popen]) -> None:
+    """Let each finish its step and save: its stdin is closed, since Windows can't send SIGTERM."""
+    for process in processes:
+        if process.stdin is not None:
+            with contextlib.suppress(OSError):  # it has died
+                process.stdin.close()
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=120)
 
 
 def _steps(job: Mapping) -> int:
@@ -239,14 +252,16 @@ def _give(job: Mapping, process: subprocess.Popen | None) -> subprocess.Popen:
     """Let a process that waits do this job, or start one: its imports alone take seconds."""
     path = str(Path(job["run"]) / "job.json")
     if process is not None:
-        with contextlib.suppress(BrokenPipeError):  # it has died: told when it is looked at
+        with contextlib.suppress(OSError):  # it has died: told when it is looked at
             print(path, file=process.stdin, flush=True)
         return process
     # One thread for each process: two processes beat two threads on models this small.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", _CHILD: "1"}
+    # In a group of its own: a terminal's Ctrl-C would be a second request, which does not wait.
     return subprocess.Popen(
-        [sys.executable, "-m", "iapo_mini.lab.runs", path],
-        stdin=subprocess.PIPE, text=True, env=environment,
+        [sys.executable, "-X", "utf8", "-m", "iapo_mini.lab.runs", path],
+        stdin=subprocess.PIPE, encoding="utf-8", env=environment, start_new_session=True,
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
     )  # fmt: skip
 
 
@@ -348,7 +363,7 @@ def _jobs_of_parent(first: str) -> Iterator[str]:
 
 def _work(path: Path) -> None:
     """Do the job of this file; what is said goes to its run's log."""
-    with (path.parent / "log.txt").open("a") as log:
+    with (path.parent / "log.txt").open("ab") as log:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(log.fileno(), stream.fileno())

@@ -248,6 +248,7 @@ def _started() -> subprocess.Popen[str]:
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
             start_new_session=True,  # a terminal's Ctrl-C, sent to the group, is no verdict
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # so on Windows
         )
         _, answers = _pipes(_process)
         if answers.readline().strip() != "ready":
@@ -300,15 +301,15 @@ def _serve() -> None:
             return False
 
     def within_limits(given: str, reference: str) -> bool:
+        assert sys.platform != "win32"  # for mypy, which knows that there is no fork
         child = os.fork()
         if child == 0:
             signal.setitimer(signal.ITIMER_PROF, TIME_LIMIT)
             signal.setitimer(signal.ITIMER_REAL, WALL_LIMIT)
             os._exit(not equal(given, reference))
         _, status, used = os.wait4(child, 0)
-        # A kind of LaTeX met for the first time takes long: the parser learns it, sympy loads what
-        # it needs. Learnt here as well, later forks know it. It ended within a quarter of the
-        # limit, so it is safe to run here, where one took twice as long.
+        # A new kind of LaTeX takes long the first time. Learnt here as well, later forks know it.
+        # It ended within a quarter of the limit, so it is safe here, where one took twice as long.
         if os.WIFEXITED(status) and _NEW < used.ru_utime < TIME_LIMIT / 4:
             equal(given, reference)
         return status == 0
@@ -363,8 +364,7 @@ _KINDS = (
     r"3\sqrt{13} - x^5 + \frac{11+9a}{20}", r"y = -2x + 1", r"x \in [-2,7]", r"x < 2",
     r"\begin{pmatrix} 1/2 \\ -3 \end{pmatrix}", r"\{1, 2\} \cup (3, \infty)", r"\sin x + 2^{n}",
 )  # fmt: skip
-"""What answers look like; compared once at the start, so that no fork meets them for the first
-time."""
+"""What answers look like; compared once at the start, so that every fork knows them."""
 
 
 def _watched(equal: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
@@ -384,7 +384,7 @@ def _watched(equal: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
 
     def judge(given: str, reference: str) -> bool:
         nonlocal began
-        with open(os.devnull, "w") as nowhere:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
             faulthandler.dump_traceback_later(WALL_LIMIT, exit=True, file=nowhere)
             began = time.process_time()
             found = equal(given, reference)

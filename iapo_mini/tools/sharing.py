@@ -74,7 +74,7 @@ def export(
         else:
             policy.save(folder)
         if card:
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
 
     replace_folder(out, write)
 

@@ -57,7 +57,7 @@ def test_a_full_disk(config, small_disk, tmp_path, leave, step):
     with pytest.raises(OSError, match=r"output_dir is .*No space left.*is whole.*--resume"):
         run(config, folder, callbacks=[Callback(filling)])
     last = checkpoints(folder)[-1]
-    assert _sums(last) == json.loads((last / "sha256.json").read_text())
+    assert _sums(last) == json.loads((last / "sha256.json").read_text(encoding="utf-8"))
     assert last.name == f"checkpoint-{step - 1 if step == 3 else 4}"
     if leave == 0:  # still full: said before anything is done
         with pytest.raises(OSError, match="No space left"):
