@@ -21,6 +21,7 @@ from iapo_mini.errors import (
     MOST_PROBLEMS,
     MOST_ROWS,
     MOST_SEED,
+    MOST_STEPS,
     MOST_THREADS,
     MOST_TOKENS,
     check_choice,
@@ -202,6 +203,7 @@ def _train(args: argparse.Namespace) -> None:
         sys.path.insert(0, "")  # modules of this folder, as with python -m
         use_methods(args.methods)
     config = _train_config(args)
+    check_number("keep_completions", args.keep_completions, 0, MOST_STEPS)
     taken = ", ".join(f"{name} {config.settings()[name]}" for name in config.from_recipe())
     if taken:
         print(f"From the recipe of {config.method}: {taken}.")

@@ -51,7 +51,7 @@ def test_any_object_with_the_three_methods_watches(tmp_path):
 
     watcher = Watcher()
     train(CONFIG, tmp_path / "run", callbacks=[watcher], progress=False)
-    rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    rows = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert watcher.told == [*(json.loads(row)["length"] for row in rows), "end"]
 
 
@@ -73,7 +73,7 @@ def test_a_reporter_that_fails_is_told_no_more_and_the_run_goes_on(tmp_path):
     with pytest.warns(UserWarning, match=r"wandb failed \(no route to host\)"):
         train(CONFIG, tmp_path / "run", callbacks=[watcher], progress=False)
     assert calls == [1]
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
 
 def test_numbers_of_a_line():
@@ -129,7 +129,10 @@ def test_each_reporter_repeats_every_number_of_every_step(name, installed, tmp_p
     watchers = reporters([name], folder, CONFIG.settings())
     train(CONFIG, folder, callbacks=watchers, progress=False)
     module = installed[name]
-    rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(row)
+        for row in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     expected = [(r["step"], key, value) for r in rows for key, value in numbers_of(r).items()]
     found = [(step, key, value) for step, row in module.logged for key, value in row.items()]
     assert found == expected and module.finished == 1
@@ -160,6 +163,8 @@ def test_every_reporter_has_an_extra_of_its_name():
     import tomllib
     from pathlib import Path
 
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    project = tomllib.loads(
+        (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    )
     assert set(REPORTERS) <= set(project["project"]["optional-dependencies"])
     assert reporting.PROJECT == "iapo-mini"

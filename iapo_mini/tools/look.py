@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from iapo_mini.errors import check_number, first_line
+from iapo_mini.errors import MOST_ROWS, MOST_STEPS, check_number, first_line
 from iapo_mini.kept_completions import FOLDER, path_of
 from iapo_mini.tools.explain import colored_tokens
 
@@ -40,6 +40,8 @@ def kept_rows(run: str | Path, step: int | None = None) -> list[dict[str, Any]]:
     """
     import pyarrow.parquet
 
+    if step is not None:
+        check_number("step", step, 1, MOST_STEPS)
     steps = kept_steps(run)
     if not steps:
         raise ValueError(
@@ -74,6 +76,7 @@ def group_text(
     Raises:
         ValueError: as :func:`kept_rows`, and for a group that the step does not have.
     """
+    check_number("group", group, 0, MOST_ROWS)
     rows = kept_rows(run, step)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     check_number("group", group, 0, len(prompts) - 1)
