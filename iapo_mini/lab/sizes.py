@@ -47,9 +47,12 @@ COMPARE: dict[str, Size] = {
     "long": Size(seeds=(0, 1, 2), max_steps=60, problems=300),
 }
 """Sizes of ``compare``."""
-COMPARE_ALPHA = {"long": 0.2}
-"""Weight of IAPO's informativeness term in ``compare`` where it is not 0.4: longer runs are stable
-only at a smaller one (figures/recipe_search.md)."""
+COMPARED: dict[str, dict] = {
+    "grpo": {"method": "grpo", "learning_rate": 2.8e-3},
+    "iapo": {"method": "iapo", "learning_rate": 2.8e-3},
+}
+"""Rows of ``compare`` -> TrainConfig fields: for each method the best of the same number of trials on
+other stories (docs/methods.md; a test compares them with the trials)."""
 
 
 @dataclass(frozen=True)
