@@ -5,7 +5,7 @@ VENV := .venv
 VENV_PYTHON := $(VENV)/$(if $(ON_WINDOWS),Scripts,bin)/python
 RUN := $(VENV_PYTHON) -m
 
-.PHONY: demo full long test alone check style types fast torture real policy notebooks course \
+.PHONY: demo full long test alone check style types fast torture real policy notebooks site \
   repository help clean
 
 demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy, compare them, three seeds (about six minutes)
@@ -61,8 +61,9 @@ policy: $(VENV)/ready  ## remake the embedded policy and its report into runs/
 notebooks: $(VENV)/ready  ## run the notebooks and keep their outputs
 	$(RUN) jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb notebooks/solutions/*.ipynb
 
-course: $(VENV)/ready  ## static HTML of the whole course, as committed, in build/course
-	$(VENV_PYTHON) notebooks/build_course.py
+site: $(VENV)/ready  ## the site in build/site: documents, course as committed, API, explorer
+	$(RUN) pip install --quiet --editable '.[site]'
+	$(VENV_PYTHON) site/build.py
 
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

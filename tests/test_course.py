@@ -1,6 +1,5 @@
 """The exercises' checks, and the promises that every notebook of the course keeps."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -127,19 +126,3 @@ def test_tables_name_every_notebook_with_its_badge():
         r"blob/main/notebooks/(\S+?\.ipynb)", (ROOT / "README.md").read_text(encoding="utf-8")
     )
     assert {p.name for p in NOTEBOOKS} <= set(badges)
-
-
-def test_static_course_links_its_pages_to_each_other(tmp_path):
-    spec = importlib.util.spec_from_file_location("build", ROOT / "notebooks/build_course.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    written = build.build(tmp_path)
-    solutions = list(SOLUTIONS.glob("*.ipynb"))
-    assert len(written) == len(NOTEBOOKS) + len(solutions) + 1
-    for page in written:
-        html = page.read_text(encoding="utf-8")
-        assert not re.search(r'href="(?!https?:)[^"]*\.ipynb', html), page.name
-        for target in re.findall(r'href="(?![a-z]+:)([^"#]+\.html)', html):
-            assert (page.parent / target).exists(), (page.name, target)
-    start = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert all(f'href="{path.stem}.html"' in start for path in NOTEBOOKS)

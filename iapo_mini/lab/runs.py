@@ -60,8 +60,9 @@ def make_jobs(
         methods: module with methods beside the library's own, for :func:`use_methods`.
 
     Returns:
-        Jobs ``{"run": folder, "config": TrainConfig fields or None, "seed", "split", "methods",
-        "evaluation": {"problems", "num_generations", "ks", "primary", "on_the_way", "pools"}}``.
+        One dict for each job, with ``run`` (a folder), ``config`` (fields of TrainConfig, or None),
+        ``seed``, ``split``, ``methods`` and ``evaluation`` (a dict with ``problems``,
+        ``num_generations``, ``ks``, ``primary``, ``on_the_way`` and ``pools``).
     """
     if methods:
         use_methods(methods)

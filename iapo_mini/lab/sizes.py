@@ -51,8 +51,8 @@ COMPARED: dict[str, dict] = {
     "grpo": {"method": "grpo", "learning_rate": 2.8e-3},
     "iapo": {"method": "iapo", "learning_rate": 2.8e-3},
 }
-"""Rows of ``compare`` -> TrainConfig fields: for each method the best of the same number of trials on
-other stories (docs/methods.md; a test compares them with the trials)."""
+"""Rows of ``compare`` -> TrainConfig fields: the best of each method's trials, of which both had as
+many, on other stories (docs/methods.md; a test compares them with the trials)."""
 
 
 @dataclass(frozen=True)
