@@ -1,7 +1,7 @@
-"""The settings of a training run, and what each method brings of its own.
+"""The settings of a training run, and the recipe of each method.
 
 A method is more than its advantages: DAPO without its token mean and its clip range is not DAPO.
-So everything that belongs to a method stands in one table, :data:`RECIPES`, and a field of
+So the table :data:`RECIPES` holds everything that belongs to a method, and a field of
 :class:`TrainConfig` that is left at None is taken from it. Nothing heavy is imported here.
 """
 
@@ -35,37 +35,37 @@ from iapo_mini.policies import EMBEDDED
 from iapo_mini.problems.datasets import check_data
 
 AGGREGATIONS = ("sequence", "token")
-"""Means of the loss (:func:`iapo_mini.objective.aggregate`)."""
+"""Ways to average the loss (:func:`iapo_mini.objective.aggregate`)."""
 
 ENGINES = ("native", "vllm")
-"""Who samples (:mod:`iapo_mini.sampling`, :mod:`iapo_mini.engines.vllm`)."""
+"""Engines for sampling (:mod:`iapo_mini.sampling`, :mod:`iapo_mini.engines.vllm`)."""
 
 REWARDS = ("strict", "released")
-"""Rewards of a completion (:mod:`iapo_mini.rewards`)."""
+"""Reward functions (:mod:`iapo_mini.rewards`)."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes a method the method it is.
+    """Everything that defines a method.
 
     Attributes:
-        rule: how rollouts become advantages: a key of ``advantages.ADVANTAGES``, or a function of
-            yours, ``(rollouts, alpha, beta) -> (B, L)``.
-        information: what the rule reads as informativeness s: a key of
-            ``information.INFORMATION``, a function of yours like those in it, or None, and then
-            nothing is paid for an estimate.
+        rule: function from rollouts to advantages: a key of ``advantages.ADVANTAGES``, or your own
+            function ``(rollouts, alpha, beta) -> (B, L)``.
+        information: the informativeness s that the rule uses: a key of
+            ``information.INFORMATION``, your own function of the same form, or None. With None
+            there is no estimate, and no time is spent on one.
         label: name in tables.
-        what: the advantage of token t of completion i in one line.
-        source: where the method comes from.
-        alpha, beta: weights of its token terms; what they weigh is told in ``what``.
+        what: the advantage of token t of completion i, in one line.
+        source: the publication that the method comes from.
+        alpha, beta: weights of its token terms; ``what`` says what they weigh.
         aggregation: mean of the loss, ``"sequence"`` or ``"token"``.
         epsilon, epsilon_high: clip range of the importance ratio below and above 1.
         kl_coef: weight of KL(pi || pi_ref).
-        counted: the tokens that are in the loss: a key of ``advantages.COUNTED``, a function of
-            yours, ``(rollouts, alpha) -> (B, L) bool``, or None for all of them.
-        sampling_rounds: batches that are sampled at most until ``prompts_per_step`` groups hold
+        counted: the tokens that are in the loss: a key of ``advantages.COUNTED``, your own function
+            ``(rollouts, alpha) -> (B, L) bool``, or None for all tokens.
+        sampling_rounds: largest number of batches to sample until ``prompts_per_step`` groups hold
             both right and wrong completions (dynamic sampling); 1 takes every group.
-        absent: what its source does beside and this library does not.
+        absent: what the method's source does and this library does not.
     """
 
     rule: str | Callable
@@ -85,12 +85,12 @@ class Recipe:
 
 
 FROM_RECIPE = ("alpha", "beta", "aggregation", "epsilon", "epsilon_high", "kl_coef")
-"""Fields of :class:`TrainConfig` that come from the method's recipe unless they are given."""
+"""Fields of :class:`TrainConfig` that the method's recipe sets if they are not given."""
 
 _IAPO = "IAPO, arXiv 2602.19049"
 _RELEASED: dict[str, Any] = {"aggregation": "token", "epsilon_high": 0.28}
-"""Loss and clip range of the released code for IAPO and its ablations (``main.py``): they are not
-those of the GRPO equation that the paper prints."""
+"""Loss and clip range of the released code for IAPO and its ablations (``main.py``). They differ
+from the GRPO equation in the paper."""
 
 RECIPES: dict[str, Recipe] = {
     "grpo": Recipe(
@@ -100,57 +100,57 @@ RECIPES: dict[str, Recipe] = {
     "dapo": Recipe(
         "dapo", label="DAPO",
         what="A_i of the reward with a soft punishment of over-long completions; groups that are "
-        "all right or all wrong are sampled again, twice at most",
+        "all right or all wrong are replaced by new ones, at most twice",
         source="DAPO, arXiv 2503.14476", alpha=0.0, beta=0.0,
         aggregation="token", epsilon_high=0.28, kl_coef=0.0, sampling_rounds=3,
     ),
     "gfpo": Recipe(
         "gfpo", label="GFPO",
-        what="A_i among the shortest of each group, the others left out; alpha is the share kept",
+        what="A_i among the shortest of each group, without the others; alpha is the share kept",
         source="GFPO, arXiv 2508.09726", alpha=0.75, beta=0.0, aggregation="token", counted="gfpo",
     ),
     "gtpo": Recipe(
         "gtpo", label="GTPO",
-        what="the reward shaped by alpha times the share of entropy at t, of its inverse if wrong; "
-        "tokens of right and of wrong completions normalised apart",
+        what="the reward shaped by alpha times the share of entropy at t (of inverse entropy if "
+        "wrong); tokens of right and wrong completions are normalised separately",
         source="GTPO, arXiv 2508.04349", alpha=0.1, beta=0.0, aggregation="token",
         epsilon_high=0.28, kl_coef=0.0,
     ),
     "gtpo_iapo": Recipe(
         "gtpo_iapo", label="GTPO (IAPO's)",
-        what="A_i, plus alpha times the share of entropy at t if right, minus alpha times that of "
-        "its inverse if wrong",
+        what="A_i, plus alpha times the share of entropy at t if right, minus alpha times the "
+        "share of inverse entropy if wrong",
         source=f"baseline of {_IAPO}", alpha=0.1, beta=0.0, aggregation="token",
     ),
     "sgrpo": Recipe(
         "sgrpo", label="S-GRPO",
-        what="A_i at the first 150 tokens, at half of those up to 341 if the completion is shorter "
-        "than that, the others left out; alpha scales both thresholds",
+        what="A_i at the first 150 tokens, and at a random half of the next ones up to 341 if the "
+        "completion is shorter than that; alpha scales both thresholds",
         source="S-GRPO of Lee and Tong, arXiv 2504.20834", alpha=1.0, beta=0.0, counted="sgrpo",
     ),
     "iapo": Recipe(
         "iapo", "answer_entropy", label="IAPO",
-        what="A_i + alpha norm(s_it) + beta norm(c_it), s the drop of the answer entropy",
+        what="A_i + alpha norm(s_it) + beta norm(c_it), where s is the drop of the answer entropy",
         source=_IAPO, **_RELEASED,
     ),
     "iapo_ni": Recipe(
-        "iapo_ni", label="IAPO-NI", what="the same without s", source=f"{_IAPO}, Fig. 5", alpha=0.0,
+        "iapo_ni", label="IAPO-NI", what="IAPO without s", source=f"{_IAPO}, Fig. 5", alpha=0.0,
         **_RELEASED,
     ),
     "iapo_ne": Recipe(
         "iapo", "next_token_entropy", label="IAPO-NE",
-        what="the same with s the drop of the next token's entropy", source=f"{_IAPO}, Fig. 5",
+        what="IAPO, where s is the drop of the next-token entropy", source=f"{_IAPO}, Fig. 5",
         **_RELEASED,
     ),
     "iapo_pmi": Recipe(
         "iapo", "answer_surprisal", label="IAPO-PMI",
-        what="the same with s the pointwise information on the completion's own answer",
+        what="IAPO, where s is the pointwise information on the completion's own answer",
         source="a variant of this library", **_RELEASED,
     ),
     "grpo_kimi": Recipe(
         "grpo_kimi", label="GRPO + length (Kimi)",
-        what="A_i of the reward plus alpha times 0.5 for the shortest of the group, down to -0.5 "
-        "for the longest, never above 0 for a wrong one",
+        what="A_i of the reward plus alpha times a term from 0.5 for the shortest of the group to "
+        "-0.5 for the longest, at most 0 if wrong",
         source="length reward of Kimi k1.5, arXiv 2501.12599", alpha=0.5, beta=0.0,
     ),
     "grpo_efficient": Recipe(
@@ -159,7 +159,7 @@ RECIPES: dict[str, Recipe] = {
         source="Arora and Zanette, arXiv 2502.04463", alpha=0.4, beta=0.0,
     ),
 }  # fmt: skip
-"""Method -> what it is. Those of a module of yours are added by :func:`use_methods`."""
+"""Method -> recipe. :func:`use_methods` adds the methods of your own module."""
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -170,60 +170,62 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_completion_length": (1, MOST_TOKENS), "lora_rank": (0, MOST_RANK),
     "threads": (1, MOST_THREADS), "seed": (0, MOST_SEED),
 }  # fmt: skip
-"""Least and most of the fields that may be 0 or are whole numbers."""
+"""Smallest and largest values of fields that may be 0 or are whole numbers."""
 
 _POSITIVE = (
     "learning_rate", "temperature", "max_grad_norm", "epsilon", "epsilon_high",
     "estimator_memory_mb",
 )  # fmt: skip
-"""Fields that are above 0."""
+"""Fields that must be above 0."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one run; names as in TRL where TRL has the same thing.
+    """Settings of one run. The names are those of TRL where TRL has the same setting.
 
     Attributes:
-        method: what to train with, a key of ``config.RECIPES``, which `iapo-mini methods` lists.
+        method: training method, a key of ``config.RECIPES``; `iapo-mini methods` lists them.
         model: ``"embedded"``, a model folder or a hub id.
         data: ``"stories"`` or a data set: gsm8k, math500, dapo_math, commonsense_qa.
-        data_file: local file with the problems (.jsonl, .json or .parquet); empty asks the hub.
+        data_file: local file with the problems (.jsonl, .json or .parquet); if empty, the data is
+            loaded from the hub.
         split: part of the data to train on: train, tune, test, or all of a local file.
-        alpha: weight of the informativeness term (paper's symbol); of the entropy in gtpo, of the
-            length in grpo_kimi and grpo_efficient; share of the group kept in gfpo, factor of the
-            thresholds in sgrpo.
+        alpha: weight of the informativeness term (paper's symbol). In gtpo the weight of the
+            entropy, in grpo_kimi and grpo_efficient the weight of the length, in gfpo the share of
+            the group that is kept, in sgrpo the factor of the thresholds.
         beta: weight of the exploration term (paper's symbol; not the KL weight).
         learning_rate: AdamW step size after warm-up (betas 0.9 and 0.99 as in the paper).
         warmup_steps: steps of linear warm-up.
         max_steps: optimisation steps, one batch of rollouts each.
-        prompts_per_step: prompts sampled in a step.
+        prompts_per_step: number of prompts sampled in a step.
         num_generations: completions per prompt, G, at least 2.
         num_iterations: passes over each batch of rollouts.
-        max_completion_length: tokens at which a completion is cut.
+        max_completion_length: number of tokens at which a completion is cut.
         temperature: sampling temperature.
         epsilon: clip range of the importance ratio below 1.
-        epsilon_high: clip range above 1; where the method clips alike on both sides, ``epsilon``.
+        epsilon_high: clip range above 1; defaults to ``epsilon`` in methods with equal clip ranges.
         kl_coef: weight of KL(pi || pi_ref), nats per token (the paper's beta_KL).
         aggregation: mean of the loss over each completion first (``"sequence"``) or over all tokens
             of the batch at once (``"token"``).
         lora_rank: rank of the adapter; 0 trains all weights.
-        micro_batch_size: completions per forward and backward pass (rounded up to whole groups,
-            whose prompt is run once; not so with gradient checkpointing).
-        max_grad_norm: gradient clipping.
+        micro_batch_size: completions per forward and backward pass. It is rounded up to whole
+            groups, whose prompt is run once, except with gradient checkpointing.
+        max_grad_norm: largest norm of the gradient, which is clipped to it.
         save_steps: steps between checkpoints.
         seed: one seed for LoRA initialisation, prompts and sampling.
-        estimator_memory_mb: memory the estimator may take beside the model, MiB.
-        estimator_stride: ask for an early answer after every so many tokens (1, as in the paper, or
-            more) or ``"sentence"``; the information between two questions is exact and spread
-            evenly over the tokens between.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"`` is the first CUDA device, else the
-            CPU.
+        estimator_memory_mb: memory in MiB, beside the model, for the estimator.
+        estimator_stride: number of tokens between early answers (1 as in the paper, or more), or
+            ``"sentence"`` for one at each end of a sentence. The information between two early
+            answers is exact and is spread evenly over the tokens between them.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; ``"auto"`` is the first CUDA device, or the
+            CPU if there is none.
         threads: CPU threads; two runs are identical only with the same number.
         four_bit: keep the weights under the adapter in 4 bits (NF4); needs bitsandbytes.
         gradient_checkpointing: compute activations twice instead of keeping them.
-        engine: who samples: ``"native"`` (``iapo_mini.sampling``) or, where installed, ``"vllm"``.
-        reward: ``"strict"`` (an answer counts in a well-formed completion only) or ``"released"``
-            (format and answer are judged apart, as in the paper's released code).
+        engine: engine for sampling: ``"native"`` (``iapo_mini.sampling``) or, if installed,
+            ``"vllm"``.
+        reward: ``"strict"`` (an answer counts only in a well-formed completion) or ``"released"``
+            (format and answer are judged separately, as in the paper's released code).
 
     Raises:
         ValueError: for a value out of range, naming it and what is allowed.
@@ -276,7 +278,7 @@ class TrainConfig:
         if self.temperature == 0:
             raise ValueError(
                 f"temperature must be above 0, got {self.temperature}: greedy completions of a "
-                "prompt are all equal and teach nothing"
+                "prompt are all equal, so their advantages are 0"
             )
         for name in _POSITIVE:
             if getattr(self, name) is not None:
@@ -289,7 +291,7 @@ class TrainConfig:
         if self.four_bit and self.lora_rank == 0:
             raise ValueError(
                 "lora_rank must be at least 1 with four_bit, got 0: 4-bit weights can't be trained "
-                "themselves"
+                "without an adapter"
             )
 
     def _check_types(self) -> None:
@@ -303,7 +305,7 @@ class TrainConfig:
                 raise ValueError(f"{field} must be of type {names}, got {shown(value)}")
 
     def recipe(self) -> Recipe:
-        """The method's recipe with the fields that were given in place of its own."""
+        """The method's recipe, with the fields that were given replacing its own."""
         own = RECIPES[self.method]
         given = {name: getattr(self, name) for name in FROM_RECIPE}
         given = {name: value for name, value in given.items() if value is not None}
@@ -312,23 +314,23 @@ class TrainConfig:
         return dataclasses.replace(own, **given)
 
     def settings(self) -> dict[str, Any]:
-        """Every field by name, those of the recipe filled in: what a run's config.json holds."""
+        """Every field by name, with the recipe's values filled in, as in a run's config.json."""
         recipe = self.recipe()
         return dataclasses.asdict(self) | {name: getattr(recipe, name) for name in FROM_RECIPE}
 
     def from_recipe(self) -> list[str]:
-        """Names of the fields that were not given and came from the recipe."""
+        """Names of the fields that were not given and are taken from the recipe."""
         return [name for name in FROM_RECIPE if getattr(self, name) is None]
 
     def early_exit(self) -> EarlyExit:
-        """How the estimator asks."""
+        """The estimator's settings of early exit."""
         return EarlyExit(stride=self.estimator_stride, memory_mb=self.estimator_memory_mb)
 
 
 def with_defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run as saved; fields that its version did not have are at their defaults.
+    """Saved settings of a run; fields that its version did not have get their defaults.
 
-    What else config.json tells (which fields came from the recipe) is left out.
+    Other entries of config.json, such as the list of fields from the recipe, are left out.
     """
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     kept = {k: v for k, v in saved.items() if k in names and v is not None}
@@ -343,8 +345,8 @@ _REAL: dict[str, Any] = {
     "max_steps": 200,
     "warmup_steps": 10,
     "save_steps": 10,
-    # The paper trains all weights with 1e-6. An adapter starts at zero and takes about ten times
-    # the step of full fine-tuning.
+    # The paper trains all weights with 1e-6. An adapter starts at zero and needs about ten times
+    # the learning rate of full fine-tuning.
     "learning_rate": 1e-5,
     "kl_coef": 0.001,
     "lora_rank": 16,
@@ -357,15 +359,16 @@ CARDS: dict[str, dict[str, Any]] = {
     "12gb": {**_REAL, "model": "Qwen/Qwen2.5-1.5B-Instruct", "micro_batch_size": 8},
     "24gb": {**_REAL, "model": "Qwen/Qwen2.5-7B-Instruct", "micro_batch_size": 4},
 }
-"""Fields of TrainConfig for a real model on one card: the paper's three sizes, from the smallest
-card that has room for each. Memory of each by part: docs/real_models.md."""
+"""Fields of TrainConfig for real models of the paper's three sizes, each on the smallest GPU with
+enough memory for it. docs/real_models.md lists the memory of each part."""
 
 
 def use_methods(module: str) -> None:
-    """Add the methods of a module of yours, its dictionary ``RECIPES``, to the library's.
+    """Add the methods of your own module to those of the library.
 
     Args:
-        module: name of an importable module (docs/methods.md shows one).
+        module: name of an importable module with a dictionary ``RECIPES`` (docs/methods.md shows
+            an example).
 
     Raises:
         ValueError: when there is no such module, it has no ``RECIPES``, or a name is taken.
@@ -374,14 +377,14 @@ def use_methods(module: str) -> None:
         found = importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            "methods must be the name of a Python module in this folder or on the path, got "
+            "methods must be the name of a Python module in this folder or on the Python path, got "
             f"'{module}', which can't be imported ({first_line(error)})"
         ) from error
     theirs = getattr(found, "RECIPES", None)
     if not isinstance(theirs, dict) or not all(isinstance(x, Recipe) for x in theirs.values()):
         raise ValueError(
-            f"methods is '{module}', which has no dictionary RECIPES of config.Recipe."
+            f"methods is '{module}', which has no dictionary RECIPES with values of config.Recipe."
         )
     for name, recipe in theirs.items():
         if RECIPES.setdefault(name, recipe) is not recipe:
-            raise ValueError(f"methods is '{module}', whose name '{name}' is taken already.")
+            raise ValueError(f"methods is '{module}', whose method '{name}' exists already.")

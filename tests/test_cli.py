@@ -207,7 +207,7 @@ BAD = [
     (["evaluate", "--max-completion-length", "0"], "max_completion_length"),
     (["evaluate", "--data", "gsm8k"], "--data-file"),
     (["evaluate", "--data", "gsm8k", "--data-file", "file"], "data_file must be a file of type"),
-    (["evaluate", "--data", "gsm8k", "--data-file", "bad.jsonl"], "line 1 (no valid JSON)"),
+    (["evaluate", "--data", "gsm8k", "--data-file", "bad.jsonl"], "line 1 (not valid JSON)"),
     (["train", "--out", "x", "--data", "gsm8k"], "--data-file"),
     (["train", "--out", "x", "--data", "trivia"], "data must be one of"),
     (["train", "--out", "x", "--data", "math500"], "split must be one of"),

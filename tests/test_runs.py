@@ -168,7 +168,7 @@ def test_runs_in_the_ledger_need_no_folder(finished, tmp_path):
 def test_a_damaged_line_of_the_ledger_is_named(tmp_path, line):
     kept = tmp_path / "table1.jsonl"
     kept.write_text(json.dumps({"name": "a", "job": {}, "result": {}, "curve": None}) + "\n" + line)
-    with pytest.raises(ValueError, match=r"line 2 of .* is no record of a run"):
+    with pytest.raises(ValueError, match=r"line 2 of .* is not a record of a run"):
         ledger.read(kept)
 
 

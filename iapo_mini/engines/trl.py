@@ -1,10 +1,10 @@
 """IAPO on TRL's engine, an optional extra: ``pip install 'iapo-mini[trl]'``.
 
-:class:`IAPOTrainer` is TRL's ``GRPOTrainer`` and differs from it in one place: once TRL has scored
-its completions, the token terms of the paper are added to their advantages. TRL's loss takes one
-advantage for each token as it is, so sampling (vLLM included), loss types, PEFT, accelerate,
-DeepSpeed, logging and checkpoints are TRL's own. How to run it, and what was run where:
-docs/scaleout.md. Nothing else in the library imports this module.
+:class:`IAPOTrainer` is TRL's ``GRPOTrainer`` with one difference: after TRL has scored its
+completions, the paper's token terms are added to their advantages. TRL's loss accepts one advantage
+for each token, so sampling (also with vLLM), loss types, PEFT, accelerate, DeepSpeed, logging and
+checkpoints are those of TRL. docs/scaleout.md says how to run it and where it was tested. Nothing
+else in the library imports this module.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from iapo_mini.tasks import POSTFIX, Problem, messages
 
 RECIPE = RECIPES["iapo"]
 LOSS_TYPES = {"sequence": "grpo", "token": "dapo"}
-"""TRL's name of each mean of the loss."""
+"""TRL's names of the ways to average the loss."""
 
 
 @dataclass
 class IAPOConfig(GRPOConfig):
-    """``GRPOConfig`` with the weights of IAPO's terms. TRL's own ``beta`` is the KL weight.
+    """``GRPOConfig`` with the weights of IAPO's terms. TRL's ``beta`` is the KL weight.
 
     Attributes:
-        loss_type, epsilon, epsilon_high, beta: TRL's own; their defaults are those of IAPO's recipe
+        loss_type, epsilon, epsilon_high, beta: settings of TRL, with the defaults of IAPO's recipe
             (:data:`iapo_mini.config.RECIPES`).
-        iapo_alpha: weight of the informativeness term (paper: alpha); 0 leaves the estimator out.
+        iapo_alpha: weight of the informativeness term (paper: alpha); 0 switches the estimator off.
         iapo_beta: weight of the exploration term (paper: beta).
         iapo_correct_above: a completion counts as correct (the sign of the exploration term) when
             its weighted sum of rewards is above this.
         iapo_postfix: text that forces an answer.
-        iapo_memory_mb: memory the estimator may take beside the model, MiB.
-        iapo_stride: ask for an early answer after every so many tokens, or ``"sentence"``.
+        iapo_memory_mb: memory in MiB, beside the model, for the estimator.
+        iapo_stride: number of tokens between early answers, or ``"sentence"``.
     """
 
     loss_type: str = field(
-        default=LOSS_TYPES[RECIPE.aggregation], metadata={"help": "Loss, as IAPO's recipe has it."}
+        default=LOSS_TYPES[RECIPE.aggregation], metadata={"help": "Loss, as in IAPO's recipe."}
     )
     epsilon: float = field(default=RECIPE.epsilon, metadata={"help": "Clip range below 1."})
     epsilon_high: float | None = field(
@@ -74,17 +74,17 @@ class IAPOConfig(GRPOConfig):
 
     @property
     def stride(self) -> int | str:
-        """``iapo_stride`` as a number where it is one: command lines know one type a field."""
+        """``iapo_stride`` as a number if it is one; a field has one type on the command line."""
         text = str(self.iapo_stride)
         return int(text) if text.isdigit() else text
 
 
 class IAPOTrainer(GRPOTrainer):
-    """``GRPOTrainer`` whose advantages are the paper's A_{i,t} (Section 4). Takes what it takes.
+    """``GRPOTrainer`` with the paper's A_{i,t} (Section 4) as advantages. Takes the same arguments.
 
     Raises:
-        ValueError: for a postfix without tokens, or sharding by FSDP (the estimator needs all
-            weights at once; DeepSpeed gathers them, TRL's FSDP does not).
+        ValueError: for a postfix without tokens, or with FSDP. (The estimator needs all weights at
+            once. DeepSpeed gathers them, TRL's FSDP does not.)
     """
 
     args: IAPOConfig
@@ -100,8 +100,8 @@ class IAPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args=args, **kwargs)
         if self.is_fsdp_enabled and args.iapo_alpha > 0:
             raise ValueError(
-                f"iapo_alpha must be 0 under FSDP, which keeps the estimator from the weights, got "
-                f"{args.iapo_alpha}; DeepSpeed and plain data parallelism take any"
+                f"iapo_alpha must be 0 with FSDP, which does not gather the weights, got "
+                f"{args.iapo_alpha}; DeepSpeed and plain data parallelism allow any value"
             )
         self._policy = Policy(self.model, self._tokenizer)
         encode_postfix(self._policy, args.iapo_postfix)
@@ -109,29 +109,28 @@ class IAPOTrainer(GRPOTrainer):
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> torch.Tensor:
-        """TRL's rewards, (all processes' rows, functions), remembered on the way."""
+        """TRL's rewards, (rows of all processes, functions), which are also kept for later."""
         self._rewards: torch.Tensor = super()._calculate_rewards(
             inputs, prompts, completions, completion_ids_list
         )
         return self._rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        """TRL's batch with advantages (B,) made (B, T): group term plus token terms."""
+        """TRL's batch, with advantages (B, T) instead of (B,): group term plus token terms."""
         batch = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return batch
         if "pixel_values" in batch:
-            raise ValueError("the prompts hold images, but they must be text alone")
+            raise ValueError("the prompts hold images, but they must be only text")
         args, rows = self.args, len(batch["advantages"])
         start = self.accelerator.process_index * rows
         local = self._rewards[start : start + rows]
         total = (local * self.reward_weights.to(local.device)).nansum(1)
         mask = batch["completion_mask"].bool()
-        # The population of both norms: what the policy wrote, not what a tool did, of completions
-        # that have a reward.
+        # Both norms are over tokens that the policy (not a tool) wrote in rewarded completions.
         own = mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
         scored = own & ~local.isnan().all(1)[:, None]
-        whole_groups = rows % self.num_generations == 0  # else a group spans processes
+        whole_groups = rows % self.num_generations == 0  # otherwise a group spans processes
         ids = batch["completion_ids"]
         last = ids.gather(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0))[:, 0]
         rollouts = Rollouts(
@@ -158,7 +157,7 @@ class IAPOTrainer(GRPOTrainer):
         return batch
 
     def _informativeness(self, rollouts: Rollouts) -> torch.Tensor:
-        """s_{i,t}, (B, T) nats, by the policy of this step with all its weights here."""
+        """s_{i,t}, (B, T) nats, of the current policy, with all its weights gathered here."""
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator):
             try:
                 how = EarlyExit(
@@ -167,11 +166,11 @@ class IAPOTrainer(GRPOTrainer):
                 )  # fmt: skip
                 entropies = answer_entropies(self._policy, rollouts, how)
             finally:
-                self.model.train()  # the estimator's eval() is not for the update
+                self.model.train()  # the estimator has set eval mode
         return informativeness(entropies, rollouts.completion_mask)
 
     def _old_logprobs(self, batch: dict[str, Any]) -> torch.Tensor:
-        """log pi_old(o_t), (B, T) nats. TRL leaves it out where its loss does not need it."""
+        """log pi_old(o_t), (B, T) nats. TRL omits it if its loss does not need it."""
         if "old_per_token_logps" in batch:
             return batch["old_per_token_logps"]
         ids, mask = (
@@ -190,14 +189,14 @@ def answer_reward(completions: list, answer: list[str], **kwargs: Any) -> list[f
 
     Args:
         completions: texts, or chats whose first message is the completion.
-        answer: the reference answers, a column of :func:`dataset`.
+        answer: reference answers, a column of :func:`dataset`.
     """
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
     return [reward(text, right)[0] for text, right in zip(texts, answer, strict=True)]
 
 
 def dataset(problems: Iterable[Problem]) -> Dataset:
-    """Problems as TRL reads them: a chat under ``prompt``, the reference under ``answer``."""
+    """Problems in TRL's format: a chat under ``prompt``, the reference answer under ``answer``."""
     rows = [{"prompt": messages(problem), "answer": problem.answer} for problem in problems]
     if not rows:
         raise ValueError("problems is empty; at least one problem is needed to train.")
