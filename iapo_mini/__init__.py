@@ -1,16 +1,16 @@
 """iapo-mini: information-aware policy optimization (IAPO), from the prompt to the gradient.
 
-GRPO gives every token of a completion the same advantage. IAPO measures what each token tells about
-the final answer and gives token t of completion i
+GRPO gives every token of a completion the same advantage. IAPO measures how much each token says
+about the final answer, and gives token t of completion i the advantage
 
     A_{i,t} = norm(r_i) + alpha * norm(s_{i,t}) + beta * norm(c_{i,t}).
 
-Read the method in this order (docs/reading.md leads through it): :mod:`tasks`, :mod:`policy`,
-:mod:`rollouts`, :mod:`sampling`, :mod:`rewards`, :mod:`information` (with :mod:`early_exit` behind
-it), :mod:`calibration`, :mod:`advantages`, :mod:`objective`, :mod:`config`, :mod:`trainer`,
-:mod:`evaluation`. Beside it: ``problems`` (where problems come from), ``engines`` (vLLM, TRL),
-``tools`` (memory planner, diagnosis, explorer), ``policies`` (the shipped weights) and ``lab``
-(what made the committed results).
+Read the method in this order (docs/reading.md is a guide): :mod:`tasks`, :mod:`policy`,
+:mod:`rollouts`, :mod:`sampling`, :mod:`rewards`, :mod:`information` (which uses
+:mod:`early_exit`), :mod:`calibration`, :mod:`advantages`, :mod:`objective`, :mod:`config`,
+:mod:`trainer`, :mod:`evaluation`. The other packages are ``problems`` (stories and data sets),
+``engines`` (vLLM, TRL), ``tools`` (memory planner, diagnosis, explorer), ``policies`` (the shipped
+weights) and ``lab`` (the code behind the committed results).
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ _HOME = {
     "train": "trainer",
 }
 
-# bitsandbytes, where peft finds it, complains at import about an optional kernel nobody asked for.
+# When peft imports bitsandbytes, it logs a complaint about an optional kernel that is not needed.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
-    """Ten names, loaded when they are asked for: ``import iapo_mini`` alone costs nothing."""
+    """Load the public names when they are first used, so ``import iapo_mini`` takes no time."""
     if name not in _HOME:
         raise AttributeError(f"module 'iapo_mini' has no attribute {name!r}")
     return getattr(importlib.import_module(f"iapo_mini.{_HOME[name]}"), name)

@@ -1,4 +1,4 @@
-"""``python -m iapo_mini`` is the command line."""
+"""Run the command line with ``python -m iapo_mini``."""
 
 from iapo_mini.cli import main
 

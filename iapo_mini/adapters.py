@@ -1,7 +1,7 @@
-"""An adapter is what it says it is: which model it belongs to, and what merging it gives.
+"""Checks of adapters: the model that an adapter belongs to, and the result of merging it.
 
-Beside an adapter stands ``base.json``: the model it was trained on, and some of that model's
-weights. The name alone would not do: under one path other weights may lie tomorrow.
+The folder of an adapter holds ``base.json``: the name of the model that it was trained on, and some
+of that model's weights. The name alone is not enough, because the weights at a path can change.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _WRAPPED = re.compile(r"^base_model\.model\.|(?<=\.)(?:base_layer|original_modul
 _VOCABULARY = re.compile(r"embed|wte|lm_head")
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
-"""Largest difference of logits after a merge, as a share of the largest logit: rounding."""
+"""Largest allowed difference of logits after a merge, as a share of the largest logit."""
 
 
 def pass_over_old_torchao() -> None:
     """Make peft treat a torchao that is too old for it as absent.
 
-    peft asks for torchao at every LoRA layer and raises where it finds an old one, such as Colab's,
-    although no weight of ours is of torchao.
+    peft looks for torchao at every LoRA layer and raises ImportError if it finds an old one, as on
+    Colab, even when no weight uses torchao.
     """
     try:
         peft.import_utils.is_torchao_available()
@@ -47,13 +47,13 @@ def pass_over_old_torchao() -> None:
 
 
 def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights of the base model by the names that they have without an adapter."""
+    """Weights of the base model, by their names without an adapter."""
     named = model.named_parameters()
     return {_WRAPPED.sub("", name): p for name, p in named if not _OF_ADAPTER.search(name)}
 
 
 def fingerprint_of_weights(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Of a thousand values of every weight: training changes them all, reading all takes long."""
+    """Hash of a thousand values of every weight, since training changes all and reading is slow."""
     digest = hashlib.sha256()
     for name, weight in named:
         some = weight.detach().flatten()[:: max(1, weight.numel() // 1000)]
@@ -62,9 +62,9 @@ def fingerprint_of_weights(named: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def some_weights(model: torch.nn.Module, count: int = 256) -> list[float]:
-    """A few weights of the base model, spread over it; those in 4 bits left out."""
+    """A few weights of the base model, spread over its parts; 4-bit weights are left out."""
     named = {name: p for name, p in base_weights(model).items() if p.is_floating_point()}
-    # What 4 bits would take is left out in any case: the list must not depend on them.
+    # Weights that could be in 4 bits are always left out, so the list is the same in both cases.
     kept = [named[n] for n in sorted(named) if named[n].ndim == 1 or _VOCABULARY.search(n)]
     each = max(1, count // max(1, len(kept)))
     values = [p.detach().flatten()[:: max(1, p.numel() // each)][:each].float() for p in kept]
@@ -74,15 +74,15 @@ def some_weights(model: torch.nn.Module, count: int = 256) -> list[float]:
 def write_base(
     folder: str | Path, model: torch.nn.Module, name: str, asked: dict[str, str]
 ) -> None:
-    """Write ``base.json`` into an adapter's folder; ``asked``: subfolder, revision on the hub."""
+    """Write ``base.json`` into an adapter's folder; ``asked`` holds subfolder and revision."""
     told = {"model": name, **asked, "weights": some_weights(model)}
     (Path(folder) / BASE).write_text(json.dumps(told) + "\n", encoding="utf-8", newline="\n")
 
 
 def base_of(adapter: str | Path) -> dict[str, str]:
-    """Model that an adapter was trained on, and its subfolder and revision on the hub.
+    """The model that an adapter was trained on, with its subfolder and revision on the hub.
 
-    Empty where the adapter's folder does not say.
+    Empty when the adapter's folder does not name it.
     """
     for file, key in ((BASE, "model"), ("adapter_config.json", "base_model_name_or_path")):
         found = read_json(Path(adapter) / file, {})
@@ -93,10 +93,11 @@ def base_of(adapter: str | Path) -> dict[str, str]:
 
 
 def check_base(adapter: str | Path, model: torch.nn.Module, name: str) -> None:
-    """Refuse a model that is not the one an adapter was trained on.
+    """Refuse a model if the adapter was trained on another one.
 
     Raises:
-        ValueError: naming both. Without ``base.json`` nothing is known and nothing is refused.
+        ValueError: naming both models. Without ``base.json`` there is nothing to compare, and no
+            model is refused.
     """
     told = read_json(Path(adapter) / BASE, {})
     try:
@@ -104,19 +105,19 @@ def check_base(adapter: str | Path, model: torch.nn.Module, name: str) -> None:
     except (KeyError, TypeError, ValueError):
         return
     now = torch.tensor(some_weights(model))
-    # Loaded in 16 bits a weight is rounded to three digits.
+    # A weight that is loaded in 16 bits is rounded to three digits.
     same = before.shape == now.shape and torch.allclose(before, now, rtol=0.01, atol=1e-5)
     if not same:
         raise ValueError(
-            f"model must be the one that adapter '{adapter}' was trained on, "
+            f"model must be the model that adapter '{adapter}' was trained on, "
             f"'{told.get('model')}', got '{name}', which has other weights"
         )
 
 
 def is_plain_lora(model: Any) -> bool:
-    """Whether an adapter is nothing but products of two matrices on linear layers.
+    """Whether an adapter consists only of products of two matrices on linear layers.
 
-    Not so with DoRA, LoRA on embeddings, biases, ``modules_to_save`` or trainable token indices.
+    False for DoRA, LoRA on embeddings, biases, ``modules_to_save`` and trainable token indices.
     """
     own = [n for n, _ in model.named_parameters() if _OF_ADAPTER.search(n)]
     layers = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
@@ -130,7 +131,7 @@ def is_plain_lora(model: Any) -> bool:
 
 
 def merged_by_peft(model: Any, device: torch.device) -> Any:
-    """A plain model by peft's own merge, for adapters of every kind.
+    """A plain model made by peft's merge, which works for more kinds of adapters than ours.
 
     Raises:
         ValueError: for a kind that peft can't merge.
@@ -145,7 +146,7 @@ def merged_by_peft(model: Any, device: torch.device) -> Any:
 
 @torch.no_grad()
 def check_merge(model: Any, merged: Any, dtype: torch.dtype) -> None:
-    """Compare a merged model with the one it came from, on a few tokens.
+    """Compare a merged model with the model before the merge, on a few tokens.
 
     Raises:
         ValueError: when their logits differ by more than ``TOLERANCE``.
@@ -160,7 +161,7 @@ def check_merge(model: Any, merged: Any, dtype: torch.dtype) -> None:
     )
     model.train(training)
     if not before.isfinite().all():
-        return  # such weights are told where they are used
+        return  # an error about such weights is raised where they are used
     size = float(before.abs().max())
     error = float((before - after).abs().max())
     if not error <= TOLERANCE.get(dtype, 0.05) * max(size, 1e-3):

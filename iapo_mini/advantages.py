@@ -1,6 +1,6 @@
 """Token advantages: one pure function for each method, ``(Rollouts, ...) -> (B, L)``.
 
-A_{i,t} of the paper is ``advantages[i, t]``. Padding is 0 everywhere.
+The paper's A_{i,t} is ``advantages[i, t]``. Padding is always 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from iapo_mini.rollouts import Rollouts
 
 EPS = 1e-4
-"""Added to a standard deviation before dividing, as GRPO code does (paper, released code; TRL)."""
+"""Added to a standard deviation before dividing by it, as in the paper's released code and TRL."""
 
 
 def normalize(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -21,11 +21,11 @@ def normalize(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.T
 
     Args:
         values: (..., N) float.
-        mask: (..., N) bool, the population; None means all. Masked-out entries give 0.
+        mask: (..., N) bool, the entries that count; None means all. The others get 0.
 
     Returns:
-        (..., N) fp32. The standard deviation is the sample's (n - 1), plus ``EPS``, as in TRL. A
-        population of fewer than two, or without variance, gives zeros and not NaN.
+        (..., N) fp32. The standard deviation is that of a sample (n - 1), plus ``EPS``, as in TRL.
+        Fewer than two entries, or entries without variance, give zeros and not NaN.
     """
     values = values.float()
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
@@ -33,7 +33,7 @@ def normalize(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.T
     mean = (values * mask).sum(-1, keepdim=True) / count.clamp(min=1)
     centred = (values - mean) * mask
     std = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    # Rounding leaves a constant population a deviation of about 1e-7 of its size.
+    # Rounding gives equal values a deviation of about 1e-7 of their size.
     flat = (std <= 1e-6 * (1 + mean.abs())) | (count < 2)
     return (centred / (std + EPS)).masked_fill(flat, 0.0)
 
@@ -58,22 +58,22 @@ def grpo(rollouts: Rollouts, alpha: float = 0.0, beta: float = 0.0) -> torch.Ten
 def dapo(rollouts: Rollouts, alpha: float = 0.0, beta: float = 0.0) -> torch.Tensor:
     """DAPO: A_i of the reward minus the soft over-long punishment (arXiv 2503.14476, Eq. 13).
 
-    The rest of DAPO are settings: the mean of the loss over all tokens of the batch, a clip range
-    of 0.2 below and 0.28 above, no KL, and dynamic sampling (``config.RECIPES``). alpha and beta
-    are not used.
+    The rest of DAPO is settings (``recipes.RECIPES``): the mean of the loss over all tokens of the
+    batch, a clip range of 0.2 below and 0.28 above, no KL, and dynamic sampling. alpha and beta are
+    not used.
     """
     return grpo(_repaid(rollouts, overlong_punishment(rollouts)))
 
 
 OVERLONG_SHARE = 0.2
-"""Share of the length limit over which DAPO's punishment grows: 4,096 of 20,480 tokens there."""
+"""Share of the length limit over which DAPO's punishment grows: 4,096 of 20,480 tokens in DAPO."""
 
 
 def overlong_punishment(rollouts: Rollouts) -> torch.Tensor:
-    """0 for a short completion, then down linearly to -1 at the length limit; (B,) fp32.
+    """DAPO's punishment of long completions: from 0 down to -1 at the length limit; (B,) fp32.
 
-    The slope begins at ``1 - OVERLONG_SHARE`` of ``rollouts.limit``, so a completion that was cut
-    gets -1. Without a known limit nothing is punished.
+    It falls linearly from ``1 - OVERLONG_SHARE`` of ``rollouts.limit`` on, so a completion that was
+    cut gets -1. If no limit is known, it is 0.
     """
     if not rollouts.limit:
         return torch.zeros(len(rollouts.lengths), device=rollouts.lengths.device)
@@ -83,16 +83,16 @@ def overlong_punishment(rollouts: Rollouts) -> torch.Tensor:
 
 
 def _repaid(rollouts: Rollouts, change: torch.Tensor) -> Rollouts:
-    """Rollouts whose rewards are changed by ``change`` (B,)."""
+    """Rollouts with ``change`` (B,) added to their rewards."""
     return rollouts.filled(rewards=rollouts.rewards + change)
 
 
 def grpo_kimi(rollouts: Rollouts, alpha: float, beta: float = 0.0) -> torch.Tensor:
     """GRPO with the length reward of Kimi k1.5 (arXiv 2501.12599, Section 2.3.3).
 
-    lambda_i = 0.5 - (|o_i| - min) / (max - min) over the group's lengths. A right completion is
-    paid alpha * lambda_i, a wrong one alpha * min(0, lambda_i). A group of equal lengths is paid
-    nothing.
+    lambda_i = 0.5 - (|o_i| - min) / (max - min) over the group's lengths. A right completion gets
+    alpha * lambda_i, and a wrong one alpha * min(0, lambda_i). If all lengths of a group are equal,
+    its completions get 0.
     """
     lengths = rollouts.lengths.view(-1, rollouts.num_generations).float()
     shortest, longest = lengths.amin(1, keepdim=True), lengths.amax(1, keepdim=True)
@@ -105,8 +105,8 @@ def grpo_kimi(rollouts: Rollouts, alpha: float, beta: float = 0.0) -> torch.Tens
 def grpo_efficient(rollouts: Rollouts, alpha: float, beta: float = 0.0) -> torch.Tensor:
     """GRPO with the length penalty of Arora and Zanette (arXiv 2502.04463, Eq. 2 and 3).
 
-    A right completion loses alpha * sigmoid((|o_i| - mean) / std), mean and deviation being those
-    of the lengths of the right completions of its group. Wrong ones lose nothing.
+    A right completion loses alpha * sigmoid((|o_i| - mean) / std). Mean and standard deviation are
+    those of the lengths of the right completions in its group. Wrong completions lose nothing.
     """
     group = rollouts.num_generations
     lengths = rollouts.lengths.view(-1, group)
@@ -116,12 +116,12 @@ def grpo_efficient(rollouts: Rollouts, alpha: float, beta: float = 0.0) -> torch
 
 
 def gfpo(rollouts: Rollouts, alpha: float = 0.75, beta: float = 0.0) -> torch.Tensor:
-    """GFPO: the shortest completions of each group teach, normalised among themselves.
+    """GFPO: only the shortest completions of each group count, with rewards normalised among them.
 
     Args:
         rollouts: with ``rewards``.
-        alpha: share of the group that is kept: 0.75 keeps 6 of 8, 1/3 keeps 8 of 24 (arXiv
-            2508.09726). Ties in length are broken by order.
+        alpha: share of the group that is kept: 0.75 keeps 6 of 8, and 1/3 keeps 8 of 24 (arXiv
+            2508.09726). If lengths are equal, the earlier completion is kept.
         beta: not used.
     """
     kept = gfpo_tokens(rollouts, alpha)
@@ -131,7 +131,7 @@ def gfpo(rollouts: Rollouts, alpha: float = 0.75, beta: float = 0.0) -> torch.Te
 
 
 def gfpo_tokens(rollouts: Rollouts, alpha: float) -> torch.Tensor:
-    """(B, L) bool: tokens of the completions that GFPO keeps; the others are not in its loss."""
+    """(B, L) bool: tokens of the completions that GFPO keeps. Others are not in its loss."""
     group = rollouts.num_generations
     rank = rollouts.lengths.view(-1, group).argsort(dim=1, stable=True).argsort(dim=1)
     kept = rank < max(1, math.ceil(alpha * group - 1e-6))
@@ -139,16 +139,16 @@ def gfpo_tokens(rollouts: Rollouts, alpha: float) -> torch.Tensor:
 
 
 def entropy_shares(rollouts: Rollouts) -> torch.Tensor:
-    """What GTPO weighs tokens by: d_t times a token's share among those at its place; (B, L).
+    """GTPO's weights of tokens: d_t times a token's share of the entropy at its position; (B, L).
 
-    In a right completion the share is of the entropy, H_{i,t} / sum_k H_{k,t}; in a wrong one of
-    its inverse, (1 / H_{i,t}) / sum_k (1 / H_{k,t}). The sums run over the right (or wrong)
-    completions k of the group that are still running at t, and d_t is how many these are, so that
-    the mean of the values at a place is 1. Padding is 0.
+    In a right completion the share is H_{i,t} / sum_k H_{k,t}. In a wrong completion it uses the
+    inverse of the entropy, (1 / H_{i,t}) / sum_k (1 / H_{k,t}). The sums run over the right (or
+    wrong) completions k of the group that have a token at position t, and d_t is the number of
+    these completions. So the mean of the weights at a position is 1. Padding is 0.
 
     Args:
-        rollouts: with ``correct`` and ``token_entropies`` (nats, kept above ``EPS``, so that a
-            token without any doubt doesn't take the whole sum).
+        rollouts: with ``correct`` and ``token_entropies`` (nats; raised to at least ``EPS``, so a
+            certain token does not dominate the sum of inverses).
     """
     group, mask = rollouts.num_generations, rollouts.completion_mask
     h = rollouts.token_entropies.float().clamp(min=EPS)
@@ -164,14 +164,15 @@ def entropy_shares(rollouts: Rollouts) -> torch.Tensor:
 def gtpo(rollouts: Rollouts, alpha: float = 0.1, beta: float = 0.0) -> torch.Tensor:
     """GTPO as published: the reward of a token is shaped by its entropy (arXiv 2508.04349).
 
-    A token of a right completion has the reward (1 - alpha) + alpha * w, one of a wrong completion
-    minus that, w being :func:`entropy_shares`. The tokens of the right completions of a group and
-    those of the wrong ones are normalised apart. So a right completion as a whole is paid nothing:
-    what is learned is which of its tokens to prefer.
+    A token of a right completion has the reward (1 - alpha) + alpha * w, and a token of a wrong
+    completion has minus that, where w is :func:`entropy_shares`. The tokens of the right
+    completions of a group are normalised separately from those of the wrong ones. So the
+    right completions as a whole get 0 on average, and the policy only learns which of their tokens
+    to prefer.
 
     Args:
         rollouts: with ``correct`` and ``token_entropies``.
-        alpha: weight of the entropy; GTPO takes 0.1.
+        alpha: weight of the entropy; GTPO uses 0.1.
         beta: not used.
     """
     group, mask = rollouts.num_generations, rollouts.completion_mask
@@ -184,7 +185,7 @@ def gtpo(rollouts: Rollouts, alpha: float = 0.1, beta: float = 0.0) -> torch.Ten
 
 
 def gtpo_iapo(rollouts: Rollouts, alpha: float = 0.1, beta: float = 0.0) -> torch.Tensor:
-    """GTPO as IAPO's authors compare with it: A_i plus alpha * w if right, minus it if wrong.
+    """GTPO as the baseline of the IAPO paper: A_i + alpha * w if right, A_i - alpha * w if wrong.
 
     w is :func:`entropy_shares` (paper, "Baselines"; released code, ``gtpo_trainer.py``).
     """
@@ -193,7 +194,7 @@ def gtpo_iapo(rollouts: Rollouts, alpha: float = 0.1, beta: float = 0.0) -> torc
 
 
 SGRPO_ALWAYS, SGRPO_UNTIL = 150, 341
-"""Tokens that always count, and tokens after which none does, as S-GRPO's authors set them."""
+"""Position before which all tokens count, and position from which none counts, as in S-GRPO."""
 
 
 def sgrpo(rollouts: Rollouts, alpha: float = 1.0, beta: float = 0.0) -> torch.Tensor:
@@ -202,17 +203,17 @@ def sgrpo(rollouts: Rollouts, alpha: float = 1.0, beta: float = 0.0) -> torch.Te
 
 
 def sgrpo_tokens(rollouts: Rollouts, alpha: float) -> torch.Tensor:
-    """(B, L) bool: the tokens that S-GRPO counts; the others are in no sum of its loss.
+    """(B, L) bool: the tokens that S-GRPO counts. Others are in no sum of its loss.
 
-    Tokens before ``SGRPO_ALWAYS`` always count, those up to ``SGRPO_UNTIL`` with probability 1/2
-    if the completion is shorter than that, none after (arXiv 2504.20834; the released code of
-    IAPO, ``s_grpo_lee_trainer.py``).
+    Tokens before ``SGRPO_ALWAYS`` always count. Tokens from there to ``SGRPO_UNTIL`` count with
+    probability 1/2 if the completion is shorter than ``SGRPO_UNTIL``. Later tokens do not count
+    (arXiv 2504.20834; the released code of IAPO, ``s_grpo_lee_trainer.py``).
 
     Args:
-        rollouts: any.
-        alpha: factor of both thresholds, which belong to completions of some hundred tokens.
+        rollouts: any rollouts.
+        alpha: factor of both thresholds, which were set for completions of a few hundred tokens.
 
-    The coins are seeded with :meth:`Rollouts.seed`: a resumed run flips the same ones.
+    The random choice is seeded with :meth:`Rollouts.seed`, so a resumed run makes the same one.
     """
     mask = rollouts.completion_mask
     always, until = round(alpha * SGRPO_ALWAYS), round(alpha * SGRPO_UNTIL)
@@ -226,11 +227,12 @@ def sgrpo_tokens(rollouts: Rollouts, alpha: float) -> torch.Tensor:
 def iapo(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
     """IAPO: A_{i,t} = norm(r_i, r) + alpha * norm(s_{i,t}, s_i) + beta * norm(c_{i,t}, c_i).
 
-    The first norm is over the group, the other two over the tokens of the one completion, padding
-    left out (paper, Section 4). The method is called ``iapo`` where s is the drop of the answer
-    entropy, ``iapo_ne`` (paper, Fig. 5) where it is that of the next token's, and ``iapo_pmi``
-    (ours) where it is the pointwise information on the completion's own answer; which one the
-    rollouts bring is decided by the recipe (``config.RECIPES``).
+    The first norm is over the group, the other two over the tokens of the completion without
+    padding (paper, Section 4). The recipe (``recipes.RECIPES``) decides which s the rollouts have:
+
+    * ``iapo``: the drop of the answer entropy;
+    * ``iapo_ne`` (paper, Fig. 5): the drop of the next-token entropy;
+    * ``iapo_pmi`` (ours): the pointwise information on the completion's own answer.
 
     Args:
         rollouts: with ``rewards``, ``correct`` and ``informativeness``.
@@ -247,7 +249,7 @@ def iapo(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
 
 
 def iapo_ni(rollouts: Rollouts, alpha: float = 0.0, beta: float = 0.05) -> torch.Tensor:
-    """IAPO without the informativeness term (paper, Fig. 5): alpha is taken as 0."""
+    """IAPO without the informativeness term (paper, Fig. 5); alpha is not used."""
     return grpo(rollouts) + beta * normalize(exploration(rollouts), rollouts.completion_mask)
 
 
@@ -266,12 +268,12 @@ ADVANTAGES: dict[str, Rule] = {
     "grpo_kimi": grpo_kimi,
     "grpo_efficient": grpo_efficient,
 }
-"""Rules by name. Which method has which, and what else makes it that method, stands in
-``config.RECIPES``; one of your own: docs/methods.md."""
+"""Rules by name. ``recipes.RECIPES`` says which rule and which settings make up each method, and
+docs/methods.md says how to add a method."""
 
 COUNTED: dict[str, Callable[[Rollouts, float], torch.Tensor]] = {
     "gfpo": gfpo_tokens,
     "sgrpo": sgrpo_tokens,
 }
-"""Which tokens are in the loss at all, ``(rollouts, alpha) -> (B, L) bool``. A token that is left
-out is in no denominator, while one of advantage 0 is."""
+"""Functions that choose the tokens in the loss, ``(rollouts, alpha) -> (B, L) bool``. A token that
+is left out is in no denominator, but a token with advantage 0 is."""

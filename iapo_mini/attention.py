@@ -1,4 +1,4 @@
-"""Masks and positions, as transformers' models take them."""
+"""Attention masks and position ids in the form that transformers' models take."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from transformers import DynamicCache, PreTrainedConfig
 
 
 def model_mask(model: torch.nn.Module, mask: torch.Tensor) -> torch.Tensor:
-    """A bool 4-D attention mask in the form this model's attention takes.
+    """Convert a bool 4-D attention mask to the form that this model's attention takes.
 
-    ``sdpa`` takes bool. ``eager`` adds the mask to the scores, where True would silently count 1.
+    ``sdpa`` takes bool. ``eager`` adds the mask to the scores, so True would silently add 1.
     """
     config: Any = model.config
     if config._attn_implementation == "sdpa":
@@ -21,13 +21,13 @@ def model_mask(model: torch.nn.Module, mask: torch.Tensor) -> torch.Tensor:
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Tokens the narrowest attention layer looks back; None when all look back to the start."""
+    """Number of tokens that the narrowest attention layer sees; None when all see everything."""
     layers = DynamicCache(config=config).layers
     return min((x.sliding_window for x in layers if hasattr(x, "sliding_window")), default=None)
 
 
 def check_window(model: torch.nn.Module, length: int) -> None:
-    """Our 4-D masks look back to the start, so a shorter window would silently be ignored."""
+    """Refuse sequences longer than the model's sliding window, which our 4-D masks would ignore."""
     config: Any = model.config
     window = sliding_window(config)
     if window is not None and window < length:
@@ -38,10 +38,10 @@ def check_window(model: torch.nn.Module, length: int) -> None:
 
 
 def check_positions(model: torch.nn.Module, length: int) -> None:
-    """Refuse sequences beyond the positions that a model has, or was trained on.
+    """Refuse sequences longer than the positions that a model has or was trained on.
 
     Args:
-        length: tokens of the longest prompt, completion and forced answer together.
+        length: number of tokens of the longest prompt, completion and forced answer together.
 
     Raises:
         ValueError: naming both numbers.
@@ -52,17 +52,17 @@ def check_positions(model: torch.nn.Module, length: int) -> None:
     stretched = rope.get("factor") if isinstance(rope, dict) else None
     if isinstance(most, int) and 0 < most * max(1.0, stretched or 1.0) < length:
         raise ValueError(
-            f"the model has {most} positions, prompt, completion and forced answer are up to "
+            f"the model has {most} positions, but prompt, completion and forced answer are up to "
             f"{length} tokens; lower max_completion_length, or take a model with more positions."
         )
 
 
 def check_reach(model: torch.nn.Module, length: int) -> None:
-    """Refuse sequences beyond the model's sliding window or its positions."""
+    """Refuse sequences longer than the model's sliding window or its positions."""
     check_window(model, length)
     check_positions(model, length)
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
-    """Position ids that count real tokens only, (rows, width)."""
+    """Position ids that count only real tokens, (rows, width)."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)

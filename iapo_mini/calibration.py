@@ -1,9 +1,9 @@
-"""Is the policy calibrated when it is forced to answer early, and what to do if it is not.
+"""Measure and improve the calibration of a policy that is forced to answer early.
 
-The estimator reads H(y | q, o_<=t) off the policy's forced answer. If the policy is sure of a wrong
-answer in the middle of a thought, the entropy is low where it should be high and its drop is noise.
-:func:`calibration` measures that; :func:`calibrate` trains it away. In this short fine-tune chains
-are cut at random tokens and closed by the postfix, and the loss is on the true answer only.
+The estimator takes H(y | q, o_<=t) from the policy's forced answer. If the policy is sure of a
+wrong answer in the middle of a thought, the entropy is too low there and its drops are noise.
+:func:`calibration` measures this, and :func:`calibrate` repairs it by a short fine-tuning. There,
+chains are cut at random tokens and closed by the postfix, and the loss is on the true answer.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 
 def _answer_tokens(policy: Policy, answers: Sequence[str]) -> torch.Tensor:
-    """(N,) long: first token of each answer as it stands after ``<answer>``, in the policy's style.
+    """(N,) long: first token of each answer after ``<answer>``.
 
-    The story world writes a space after the tag; a tokenizer without such a token writes none.
+    It begins with a space, as in the story world, if space and answer are one token.
     """
 
     def first(answer: str) -> int:
@@ -54,19 +54,19 @@ def _answer_tokens(policy: Policy, answers: Sequence[str]) -> torch.Tensor:
 def exit_calibration(
     policy: Policy, rollouts: Rollouts, answers: Sequence[str], parts: int = 10
 ) -> dict[str, torch.Tensor]:
-    """What the policy answers when forced to, after every ``1/parts`` of each completion.
+    """Force the policy to answer after every ``1/parts`` of each completion.
 
-    The first token of the forced answer is judged; in the story world that is the whole answer.
+    The first token of the forced answer is judged. In the story world this is the whole answer.
 
     Args:
         policy: the policy that is forced to answer.
         rollouts: B completions in whole groups (sampled, or written by the world).
         answers: B reference answers, one for each row.
-        parts: how many equal parts the chain is cut into; parts + 1 prefixes are asked.
+        parts: number of equal parts of the chain; parts + 1 prefixes are asked.
 
     Returns:
-        ``confidence`` (B, parts + 1) probability of the most likely forced answer, ``correct``
-        (B, parts + 1) bool, ``entropy`` (B, parts + 1) nats.
+        ``confidence`` (B, parts + 1), probability of the most likely forced answer; ``correct``
+        (B, parts + 1) bool; ``entropy`` (B, parts + 1) nats.
     """
     truth = _answer_tokens(policy, answers)
     share = torch.arange(parts + 1, device=policy.device) / parts
@@ -89,15 +89,15 @@ def exit_calibration(
 
 @dataclass(frozen=True)
 class Calibration:
-    """What :func:`calibration` found.
+    """The result of :func:`calibration`.
 
     Attributes:
         exits: ``confidence``, ``correct`` and ``entropy``, each (N, parts + 1), from
             :func:`exit_calibration`.
         ece: expected calibration error over all prefixes.
-        ece_by_part: parts + 1 errors, before any reasoning to the end of the chain.
+        ece_by_part: parts + 1 errors, from the start of the chain to its end.
         entropy_by_part: parts + 1 mean answer entropies, nats.
-        advice: one sentence, what to do.
+        advice: a sentence of advice.
     """
 
     exits: dict[str, torch.Tensor]
@@ -107,7 +107,7 @@ class Calibration:
     advice: str
 
     def figure(self) -> Figure:
-        """Reliability diagram, error and answer entropy along the chain."""
+        """Plot the reliability diagram, and error and answer entropy along the chain."""
         from iapo_mini.plots import reliability
 
         return reliability({"forced answers": self.exits})
@@ -122,18 +122,18 @@ def calibration(
     parts: int = 10,
     seed: int = 0,
 ) -> Calibration:
-    """How far the policy's forced early answers can be trusted.
+    """Measure how far the policy's forced early answers can be trusted.
 
     Args:
         policy: the policy to judge.
         problems: N problems.
         rollouts: completions to cut, whole groups in the order of ``problems``; default: one
             sampled completion for each problem.
-        against: ``"final"``: forced answers are judged by the answer their own completion ends
-            with, the y of the paper's I(y; o_t | q, o_<t), and completions without one are left
-            out; ``"truth"``: by the problem's answer.
-        parts: equal parts of the chain; parts + 1 prefixes are judged.
-        seed: for sampling.
+        against: ``"final"`` compares forced answers with the answer at the end of the same
+            completion, the y of the paper's I(y; o_t | q, o_<t); completions without an answer are
+            left out. ``"truth"`` compares them with the problem's answer.
+        parts: number of equal parts of the chain; parts + 1 prefixes are judged.
+        seed: seed of sampling.
 
     Raises:
         ValueError: for an unknown ``against``, or when no completion gives an answer.
@@ -163,7 +163,7 @@ def calibration(
     elif ece > 0.1:
         advice = (
             f"The policy doubts answers it does know (by {-gap:.2f} on average): informativeness "
-            "arrives late. Run calibrate(), or look whether the postfix fits the policy's format."
+            "comes too late. Run calibrate(), or check that the postfix fits the policy's format."
         )
     entropies = exits["entropy"].mean(0).tolist()
     return Calibration(exits, ece, by_part, entropies, advice)
@@ -172,16 +172,16 @@ def calibration(
 def forecast_targets(logits: torch.Tensor, answers: torch.Tensor, td_lambda: float) -> torch.Tensor:
     """TD(lambda) targets for the forecasts of the answer along a chain (Sutton, 1988).
 
-    The forecasts p_1 ... p_C of a calibrated policy are a martingale: what it believes now is the
-    mean of what it will believe later. So a forecast may learn from the next one instead of waiting
-    for the truth, G_j = (1 - lambda) p_{j+1} + lambda G_{j+1}, with G_C the true answer. The truth
-    is one draw and noisy, the next forecast is not. And a forecast that wavers where the chain says
-    nothing new contradicts its neighbour, which costs it; the truth alone forgives that.
+    The forecasts p_1 ... p_C of a calibrated policy are a martingale: its present belief is the
+    mean of its later beliefs. So a forecast can learn from the next one instead of from the true
+    answer alone: G_j = (1 - lambda) p_{j+1} + lambda G_{j+1}, where G_C is the true answer. The
+    true answer is a single, noisy draw; the next forecast is not. Unlike training on the true
+    answer alone, this also penalises forecasts that change although the chain says nothing new.
 
     Args:
         logits: (B, C, V), forecasts in the order of the chain.
         answers: (B,) long, true answers.
-        td_lambda: 1 for the truth alone, near 0 for the next forecast.
+        td_lambda: 1 uses the true answer alone; near 0 it is mostly the next forecast.
 
     Returns:
         (B, C, V) fp32 probabilities, without gradient.
@@ -197,7 +197,7 @@ def forecast_targets(logits: torch.Tensor, answers: torch.Tensor, td_lambda: flo
 
 @dataclass(frozen=True)
 class Trunk:
-    """Sequences that a model has read, and what it keeps of them, for branches to follow.
+    """Sequences that a model has processed, with their cache, to which branches are appended.
 
     Attributes:
         cache: keys and values of T positions in each of B rows.
@@ -220,19 +220,19 @@ def exit_loss(
     td_lambda: float = 1.0,
     into_trunk: bool = False,
 ) -> torch.Tensor:
-    """Cross-entropy of the true answer's first token when forced after the given trunk tokens.
+    """Cross-entropy of the true answer's first token when it is forced after given trunk tokens.
 
-    By default the trunk's keys and values are detached: exits learn to read what the chain has
-    worked out so far. With gradients into the trunk, a policy that is only just learning to reason
-    learns to solve problems in its head instead, before the chain says anything.
+    By default the trunk's keys and values are detached, so exits learn to use what the chain has
+    computed so far. With gradients into the trunk, a policy that is still learning to reason would
+    instead learn to solve problems internally, before the chain says anything.
 
     Args:
         model: causal LM.
-        trunk: B rows that the model has read.
-        ends: (B, C) long, index of the last trunk token each exit follows, in rising order.
+        trunk: B rows that the model has processed.
+        ends: (B, C) long, index of the trunk token that each exit follows, in rising order.
         postfix: (K,) long.
         answers: (B,) long, first token of each row's answer.
-        td_lambda: below 1, an exit learns from the next one too (:func:`forecast_targets`).
+        td_lambda: below 1, an exit also learns from the next one (:func:`forecast_targets`).
         into_trunk: let gradients flow into the trunk's keys and values.
 
     Returns:
@@ -241,7 +241,7 @@ def exit_loss(
     branch = branch_inputs(trunk.mask, trunk.position_ids, ends, postfix)
     branch["attention_mask"] = model_mask(model, branch["attention_mask"])
     k, exits = len(postfix), ends.shape[1]
-    kept: Any = trunk.cache.layers  # typed for layers without keys and values, too
+    kept: Any = trunk.cache.layers  # its type also allows layers without keys and values
     layers = [(x.keys, x.values) for x in kept]
     if not into_trunk:
         layers = [(keys.detach(), values.detach()) for keys, values in layers]
@@ -258,7 +258,7 @@ def exit_loss(
 def _optimizer(
     parameters: list[torch.nn.Parameter], learning_rate: float, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW, with a warm-up over a tenth of the steps and a linear decay over the second half."""
+    """AdamW with a warm-up over a tenth of the steps and a linear decay over the second half."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     warmup = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -274,7 +274,7 @@ def _batches(
     batch_size: int,
     rng: random.Random,
 ) -> Iterator[tuple[list[Problem], list[str]]]:
-    """For every step, problems and a chain for each: its text, or one of the story's own."""
+    """Problems of every step, each with its given text or a chain that the story world writes."""
     stream, given = iter(problems), iter(texts) if texts is not None else None
     for step in range(steps):
         batch = [p for _, p in zip(range(batch_size), stream)]
@@ -286,7 +286,7 @@ def _batches(
             )
         if not given:
             if not all(p.steps for p in batch):
-                raise ValueError("problems are no stories and texts is None; give their chains.")
+                raise ValueError("problems are not stories, but texts is None; give their chains.")
             chains = ["".join(s.text for s in chain_of_thought(p, rng)) for p in batch]
         yield batch, chains
 
@@ -314,7 +314,7 @@ def _read(
 
 
 def _draw_exits(rollouts: Rollouts, exits: int, rng: random.Random) -> torch.Tensor:
-    """(B, exits) long: trunk tokens to force an answer after, from the prompt's last to the end."""
+    """(B, exits) long: random trunk tokens to force an answer after, from the prompt's last on."""
     last = rollouts.prompt_ids.shape[1] - 1
     return torch.tensor(
         [sorted(last + rng.randint(0, int(n)) for _ in range(exits)) for n in rollouts.lengths],
@@ -337,38 +337,38 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
 ) -> list[dict[str, float]]:
-    """A short fine-tune after which forced early answers are calibrated, in place.
+    """Calibrate forced early answers by a short fine-tuning of the policy, in place.
 
-    Every step takes ``batch_size`` chains and adds up two losses: the cross-entropy of the forced
-    answer after ``exits`` random prefixes, by temporal differences (:func:`forecast_targets`), and
-    ``anchor`` times KL(before || now) of the next token, which holds the policy to the way of
-    reasoning it had. (The chains' own next-token loss in its place is so noisy that the policy
-    unlearns some of its arithmetic.) Only the policy's trainable weights move: the adapter under
-    LoRA.
+    Every step takes ``batch_size`` chains and adds two losses. The first is the cross-entropy of
+    the forced answer after ``exits`` random prefixes, with temporal differences
+    (:func:`forecast_targets`). The second is ``anchor`` times KL(before || now) of the next token,
+    which preserves the policy's way of reasoning. (The next-token loss on the chains in its place
+    is so noisy that the policy forgets some arithmetic.) Only the policy's trainable weights
+    change; under LoRA this is the adapter.
 
     Args:
         policy: the policy to train.
-        problems: problems with answers, at least ``steps * batch_size`` of them or an endless
-            stream; stories bring their own chains of thought.
+        problems: at least ``steps * batch_size`` problems with answers, or an endless stream;
+            stories need no ``texts``.
         steps: optimiser steps (AdamW, warm-up over a tenth, linear decay over the second half).
         batch_size: chains per step.
         exits: forced answers per chain.
         learning_rate: peak learning rate.
         anchor: weight of the KL divergence from the policy before, beside the exit loss.
-        td_lambda: above 0; 1 trains every exit on the true answer, below it learns from the next.
-            Falls from 1 to this over the first quarter of the steps.
+        td_lambda: above 0; 1 trains every exit on the true answer, less also on the next exit. The
+            value falls from 1 to this over the first quarter of the steps.
         postfix: text that forces an answer.
-        texts: completions to learn from, one for each problem in order, for problems that are no
-            stories (the policy's own right completions, say).
-        seed: for cuts and chains.
+        texts: completions to learn from, one for each problem in order, if the problems are not
+            stories (for example right completions of the policy).
+        seed: seed of cuts and chains.
         progress: show a progress bar.
 
     Returns:
         One ``{"kl", "exit_loss"}`` for each step, nats per token and nats per forced answer.
 
     Raises:
-        ValueError: when problems run out, or are no stories and ``texts`` is None, or for a
-            ``td_lambda`` out of range.
+        ValueError: when problems run out, when they are not stories and ``texts`` is None, or for
+            a ``td_lambda`` out of range.
     """
     check_number("td_lambda", td_lambda, above=0, most=1)
     model, rng = policy.model, random.Random(seed)
@@ -384,9 +384,9 @@ def calibrate(
         kl, trunk = _read(model, before, rollouts)
         ends = _draw_exits(rollouts, exits, rng)
         answers = _answer_tokens(policy, [p.answer for p in batch])
-        # First from the truth: forecasts that know nothing have nothing to teach each other.
+        # At first only the true answer: untrained forecasts have nothing to teach each other.
         weight = max(td_lambda, 1 - 4 * step / steps)
-        # What the policy writes is held by the anchor, so gradients may go into the trunk.
+        # The anchor preserves the policy's completions, so gradients may flow into the trunk.
         early = exit_loss(model, trunk, ends, ids, answers, td_lambda=weight, into_trunk=True)
         (anchor * kl + early).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -51,10 +51,11 @@ def together(watchers: Sequence[Watcher]) -> Callback:
 
 
 @contextlib.contextmanager
-def ending(watcher: Watcher) -> Iterator[None]:
-    """Call ``on_end`` when what is within has ended, in whatever way."""
+def ending(watchers: Sequence[Watcher]) -> Iterator[Callback]:
+    """All of them as one, whose ``on_end`` is called when what is within has ended, in any way."""
+    watcher = together(watchers)
     try:
-        yield
+        yield watcher
     finally:
         watcher.on_end()
 

@@ -1,9 +1,9 @@
-"""What surrounds a completion: the prompt of the chat template, and the token that ends a turn.
+"""The text around a completion: the prompt of the chat template, and the token that ends a turn.
 
-Model families differ here in ways that are silent and fatal. A turn may end with a token that is
-nowhere named as special, a template may know no system turn, it may begin the thinking itself, and
-a tokenizer may write a space before a text that goes on where another ended. Whatever depends on
-such a habit asks this module.
+Model families differ here, and a difference that is overlooked spoils a run without any error. A
+turn may end with a token that is not marked as special. A template may have no system turn, or may
+write the opening ``<think>`` itself. A tokenizer may add a space before a text that continues
+another one. All code that depends on such a difference uses this module.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
-"""Tokenizer -> what has been found out about it, and for which template."""
+"""Tokenizer -> facts found out about it, and the template that they hold for."""
 
 _PREFILL = re.compile(r"<think>\s*\Z")
 _QUESTION, _ANSWER = "1 + 1?", "An answer."
-_LIMIT = 100_000  # characters that a template may make of a short question
-_SPACE = "\u2581"  # how SentencePiece writes the space before a word
+_LIMIT = 100_000  # largest number of characters in the prompt of a short question
+_SPACE = "\u2581"  # SentencePiece's sign for the space before a word
 
 
 PATIENCE = 5.0
-"""Seconds that a chat template may take; those in use take milliseconds."""
+"""Seconds that a chat template may take. The templates in common use take milliseconds."""
 
 
 @contextlib.contextmanager
 def _within_seconds(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in Python code of this thread that is still at it after so many seconds.
+    """Raise TimeoutError in this thread's Python code if it runs longer than ``seconds``.
 
-    A template is a program from a stranger, and its sandbox counts no loops. Watching each line is
-    the one way that works in every thread and on every system, and leaves no process behind.
+    A template is a program by a stranger, and its sandbox does not limit loops. A trace function
+    that checks the clock at each line works in every thread and on every system, and it leaves no
+    process behind.
     """
     end, before = time.monotonic() + seconds, sys.gettrace()
 
@@ -57,10 +58,10 @@ def _within_seconds(seconds: float) -> Iterator[None]:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], prompt: bool) -> str:
-    """Turns as the chat template writes them, with or without the opening of an answer.
+    """Write turns with the chat template, with or without the opening of an answer.
 
     Raises:
-        ValueError: when the tokenizer has no chat template, or it can't be used.
+        ValueError: when the tokenizer has no chat template, or the template can't be used.
     """
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
@@ -78,8 +79,8 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], prom
             f"model is '{name}', whose chat template takes more than {PATIENCE:g} seconds to write "
             "a question; repair chat_template in its tokenizer, or take another model."
         ) from error
-    except Exception as error:  # a template may raise anything, RecursionError and MemoryError, too
-        if turns[0]["role"] == "system":  # older Mistral, Gemma: no such role
+    except Exception as error:  # a template may raise anything, even RecursionError or MemoryError
+        if turns[0]["role"] == "system":  # older Mistral and Gemma have no such role
             first, second, *rest = turns
             told = {"role": "user", "content": f"{first['content']}\n\n{second['content']}"}
             return render(tokenizer, [told, *rest], prompt)
@@ -90,24 +91,25 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], prom
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> str:
-    """The prompt text up to where the completion begins, by the tokenizer's chat template.
+    """Write the prompt of a problem with the tokenizer's chat template.
 
-    A template without a system role gets the system text before the question. Raises as
-    :func:`render`.
+    The text ends where the completion begins. If the template has no system role, the system text
+    is put before the question. Raises the same errors as :func:`render`.
     """
     return render(tokenizer, messages(problem), True)
 
 
 def prefill(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template itself writes of the completion: ``<think>`` and a line break, or nothing.
+    """The start of the completion that the template writes itself, or an empty text.
 
-    R1 distillations end their prompt so. It stands in the prompt and is judged with the completion.
+    The templates of R1 distillations end the prompt with ``<think>`` and a line break. This text
+    is part of the prompt, but rewards judge it together with the completion.
     """
     return str(_found(tokenizer)["prefill"])
 
 
 def without_prefill(tokenizer: PreTrainedTokenizerBase, completion: str) -> str:
-    """A completion without the beginning that the template writes itself."""
+    """A completion without the start that the template writes itself."""
     given = prefill(tokenizer)
     if completion.startswith(given):
         return completion[len(given) :]
@@ -115,9 +117,9 @@ def without_prefill(tokenizer: PreTrainedTokenizerBase, completion: str) -> str:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Id of the token that follows an assistant's turn in the template; None if there is none.
+    """Id of the token that the template puts after an assistant's turn; None if there is none.
 
-    Only a token that was added as one counts: a template may also go on with a plain line break.
+    Only special and added tokens count, because a template may also put a plain line break there.
     """
     found: int | None = _found(tokenizer)["end"]
     return found
@@ -137,7 +139,7 @@ def _found(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _tried(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template makes of a short question, refused where it would spoil every prompt."""
+    """The prompt of a short question; ValueError if it is huge or lacks the question."""
     prompt = render_prompt(tokenizer, Problem(_QUESTION, "2"))
     if _QUESTION not in prompt or len(prompt) > _LIMIT:
         told = "leaves out the question"
@@ -154,7 +156,7 @@ def _token_after_an_answer(tokenizer: PreTrainedTokenizerBase) -> int | None:
     turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     try:
         _, _, rest = render(tokenizer, turns, False).rpartition(_ANSWER)
-    except ValueError:  # a template that writes prompts only
+    except ValueError:  # the template can only write prompts
         return None
     ids = tokenizer.encode(rest, add_special_tokens=False) if rest else []
     added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
@@ -162,7 +164,10 @@ def _token_after_an_answer(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _writes_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether this is a tokenizer whose words carry the space before them, and lose it alone."""
+    """Whether the tokenizer keeps the space before a word in the word's token (SentencePiece).
+
+    Such a tokenizer drops that space when it decodes the token alone.
+    """
     known = _KNOWN.setdefault(tokenizer, {})
     if "spaces" not in known:
         tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("a b", add_special_tokens=False))
@@ -171,9 +176,9 @@ def _writes_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text that goes on where another ended.
+    """Token ids of a text that continues another text.
 
-    SentencePiece tokenizers put a space before whatever they encode; here it is left out.
+    SentencePiece tokenizers add a space before every text that they encode. Here it is left out.
     """
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     if not ids or not _writes_spaces(tokenizer):
@@ -187,7 +192,7 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text of each token as it stands after another one; joined, the text of all of them."""
+    """The text of each token when it follows another token; joined, they give the whole text."""
     if not _writes_spaces(tokenizer):
         return [str(tokenizer.decode([i], skip_special_tokens=False)) for i in ids]
     known = _KNOWN[tokenizer].setdefault("texts", {})

@@ -1,6 +1,6 @@
 """Command line: ``iapo-mini compare | train | evaluate | explain | ...``, ``iapo-mini lab ...``.
 
-A thin door. Whatever a command needs is imported when it runs, so ``--help`` answers at once.
+The commands call the library. Each imports what it needs when it runs, so ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from iapo_mini import __version__
-from iapo_mini.config import CARDS, TrainConfig, use_methods
+from iapo_mini import command_options as options
+from iapo_mini.config import CARDS, TrainConfig
 from iapo_mini.errors import (
     MOST_PROBLEMS,
     MOST_ROWS,
@@ -33,139 +34,22 @@ from iapo_mini.hub import check_in_reach
 from iapo_mini.lab.commands import add_lab
 from iapo_mini.options import (
     Parser,
-    add_policy_options,
-    add_train_options,
     in_one_sentence,
-    number,
     print_any_text,
-    whole,
 )
+from iapo_mini.recipes import use_methods
 
-# Read by the libraries when they are imported, hence before them.
+# The libraries read this when they are imported, so it is set first.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def _policy(args: argparse.Namespace) -> Any:
-    """The policy that these options name."""
+    """Load the policy that these options name."""
     from iapo_mini.policy import load_policy
 
     names = ("adapter", "subfolder", "revision", "four_bit", "device")
     return load_policy(args.model, lora_rank=0, **{name: getattr(args, name) for name in names})
-
-
-def _add_compare(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--preset", default="demo",
-        help="size: quick (seconds), demo (three seeds, under ten minutes on two cores), full "
-        "(five seeds, the README's table) or long (three seeds, 60 steps); %(default)s",
-    )  # fmt: skip
-    add("--out", default="runs/compare", help="folder of the runs (%(default)s)")
-    add("--figures", default="figures", help="folder of figures (%(default)s)")
-    add("--parallel", type=whole, help="processes at a time (default: one per core)")
-
-
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--out", required=True, help="folder of the run")
-    add("--resume", action="store_true", help="go on from the newest checkpoint")
-    add("--methods", help="Python module with methods of your own (docs/methods.md; default: none)")
-    add("--report-to", nargs="+", default=[], metavar="NAME",
-        help="also send metrics to trackio, wandb or tensorboard (default: none)",
-    )  # fmt: skip
-    add("--keep-completions", type=whole, default=0, metavar="N",
-        help="keep the completions of every N-th step as Parquet, to be read with `iapo-mini look` "
-        "(default: none)",
-    )  # fmt: skip
-    add_train_options(parser)
-
-
-def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    add_policy_options(parser)
-    add = parser.add_argument
-    add("--data", default="stories",
-        help="stories, gsm8k, math500, dapo_math or commonsense_qa (%(default)s)")  # fmt: skip
-    add("--data-file", default="", help=".jsonl, .json or .parquet file (default: ask the hub)")
-    add("--split", default="test", help="train, tune, test, or all of a local file (%(default)s)")
-    add("--problems", type=whole, default=200,
-        help="number of problems, from the start of the split (%(default)s)")  # fmt: skip
-    add("--k", type=whole, nargs="+", default=[1, 2, 4, 8],
-        help="values of k; the largest is the number of completions per problem (1 2 4 8)",
-    )  # fmt: skip
-    add("--max-completion-length", type=whole, default=224, help="tokens (%(default)s)")
-    add("--batch-size", type=whole, default=128, help="completions sampled at once (%(default)s)")
-    add("--temperature", type=number, default=1.0, help="of sampling; 0 is greedy (%(default)s)")
-    add("--seed", type=whole, default=0, help="sampling seed (%(default)s)")
-    add("--lenient", action="store_true",
-        help="also count right answers in whatever format: the last answer tag, the last boxed "
-        "one, or the last number of the text",
-    )  # fmt: skip
-    add("--out",
-        help="results JSON; completions go beside it as JSONL, and the same command goes on from "
-        "them (default: a name in runs/evaluate that follows from the settings)")  # fmt: skip
-    add("--threads", type=whole, default=2, help="CPU threads (%(default)s)")
-
-
-def _add_explain(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("story", help="the question, in quotes; '-' draws a test story")
-    add_policy_options(parser)
-    add("--temperature", type=number, default=1.0, help="of sampling; 0 is greedy (%(default)s)")
-    add("--seed", type=whole, default=0, help="sampling seed (%(default)s)")
-    add("--out", default="runs/explain.png", help="heat map (%(default)s)")
-    add("--color", choices=("auto", "always", "never"), default="auto",
-        help="colour the terminal; 'never' prints nats beside the tokens (%(default)s)",
-    )  # fmt: skip
-
-
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--gpu", help="t4, or a size such as 12gb (default: that of --card, else 12gb)")
-    add("--shape", help="qwen2.5-0.5b, -1.5b, -3b or -7b, in place of --model")
-    add("--prompt", type=whole, default=200, help="prompt tokens (%(default)s)")
-    add("--completion", type=whole, help="the same as --max-completion-length")
-    add_train_options(parser)
-
-
-def _add_diagnose(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="folder of a training run, finished or not")
-    parser.add_argument("--last", type=whole, default=10, help="steps to average (%(default)s)")
-
-
-def _add_look(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("run", help="folder of a run that was trained with --keep-completions")
-    add("--step", type=whole, help="a step that was kept (default: the last one)")
-    add("--group", type=whole, default=0, help="number of the prompt in the step (%(default)s)")
-    add("--show", choices=("informativeness", "advantage"), default="informativeness",
-        help="what colours the tokens (%(default)s)",
-    )  # fmt: skip
-    add("--color", choices=("auto", "always", "never"), default="auto",
-        help="colour the terminal; 'never' prints the numbers beside the tokens (%(default)s)",
-    )  # fmt: skip
-
-
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", help="'embedded', a folder, or a hub id (default: that of the adapter's run)")
-    add("--adapter", required=True, help="folder of a trained adapter: RUN/final")
-    add("--out", required=True, help="new folder: safetensors and tokenizer")
-    add("--as", dest="kind", choices=("merged", "adapter"), default="merged",
-        help="merged into its model, or the adapter alone (%(default)s)",
-    )  # fmt: skip
-    add("--card", action="store_true",
-        help="write a model card (README.md) from the adapter's run: method, settings, numbers",
-    )  # fmt: skip
-    add("--evaluation", metavar="FILE", help="results of evaluate, for the card (default: none)")
-    add("--push", metavar="OWNER/NAME", help="upload it to the hub, with its card (default: no)")
-    add("--private", action="store_true", help="make a new repository on the hub a private one")
-    add("--four-bit", action=argparse.BooleanOptionalAction,
-        help="merge into the 4-bit weights that the adapter was trained on, dequantised "
-        "(default: as in the adapter's run)")  # fmt: skip
-
-
-def _add_methods(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--methods", help="Python module with methods of your own (default: none)")
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -187,7 +71,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _train_config(args: argparse.Namespace) -> TrainConfig:
-    """TrainConfig of the card and the settings file, if any, and the options that were given."""
+    """Make a TrainConfig from the card and the settings file, if any, and the given options."""
     filed = {}
     if args.config:
         from iapo_mini.config_file import read_settings
@@ -218,7 +102,7 @@ def _train(args: argparse.Namespace) -> None:
             keep_completions=args.keep_completions,
         )  # fmt: skip
     except KeyboardInterrupt as stopped:
-        told = str(stopped) or "the same command with --resume goes on"
+        told = str(stopped) or "the same command with --resume continues"
         raise SystemExit(f"\nInterrupted; {told}.") from None
     print(f"Trained policy: {Path(args.out) / 'final'}")
 
@@ -276,12 +160,12 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of a command, without what the parser added."""
+    """The options of a command, without the entries that the parser added."""
     return {name: value for name, value in vars(args).items() if name != "run_command"}
 
 
 def _digest(args: argparse.Namespace) -> str:
-    """Eight characters that follow from all settings of a command but where results go."""
+    """Eight characters of the hash of all settings of a command, except where results go."""
     settings = {
         name: x for name, x in _given(args).items() if name not in ("out", "threads", "lenient")
     }
@@ -349,7 +233,7 @@ def _plan(args: argparse.Namespace) -> None:
     for change, _, after in lower(model, settings, args.prompt, gb * GB):
         print(f"  {change}: {after.total / GB:.1f} GB")
     if after.total > gb * GB:
-        print("Even so it does not fit; take a smaller model or a larger card.")
+        print("It still does not fit; take a smaller model or a larger GPU.")
 
 
 def _diagnose(args: argparse.Namespace) -> None:
@@ -385,17 +269,21 @@ def _methods(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    "compare": ("train GRPO and IAPO from one start and compare", _add_compare, _compare),
-    "train": ("train one policy", _add_train, _train),
-    "evaluate": ("Pass@k, Length@k and Ratio@k of a policy", _add_evaluate, _evaluate),
-    "explain": ("show which tokens of an answer inform", _add_explain, _explain),
-    "plan": ("predict the memory of a training run on a card", _add_plan, _plan),
-    "diagnose": ("is a run healthy, and what to do if it is not", _add_diagnose, _diagnose),
-    "look": ("read what a step of a run sampled, token by token", _add_look, _look),
-    "export": ("merge an adapter into its model, describe it, share it", _add_export, _export),
-    "methods": ("every method: its source, its settings, one line each", _add_methods, _methods),
+    "compare": ("train GRPO and IAPO from one start and compare", options.add_compare, _compare),
+    "train": ("train a policy", options.add_train, _train),
+    "evaluate": ("Pass@k, Length@k and Ratio@k of a policy", options.add_evaluate, _evaluate),
+    "explain": ("show how much each token of an answer informs", options.add_explain, _explain),
+    "plan": ("predict the GPU memory of a training run", options.add_plan, _plan),
+    "diagnose": (
+        "check whether a run is healthy, and give advice",
+        options.add_diagnose,
+        _diagnose,
+    ),
+    "look": ("read the completions that a run kept, token by token", options.add_look, _look),
+    "export": ("merge an adapter into its model, or share it", options.add_export, _export),
+    "methods": ("list every method with its source and settings", options.add_methods, _methods),
 }
-"""Command -> (what it does, its options, its function)."""
+"""Command -> (help text, function that adds its options, function that runs it)."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -423,4 +311,4 @@ def main(argv: list[str] | None = None) -> None:
         with in_one_sentence("iapo-mini"):
             args.run_command(args)
     except KeyboardInterrupt:
-        raise SystemExit("\nInterrupted; the same command goes on where it stopped.") from None
+        raise SystemExit("\nInterrupted; the same command continues where it stopped.") from None

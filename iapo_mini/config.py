@@ -1,22 +1,21 @@
-"""The settings of a training run, and what each method brings of its own.
+"""The settings of a training run. Nothing heavy is imported here.
 
-A method is more than its advantages: DAPO without its token mean and its clip range is not DAPO.
-So everything that belongs to a method stands in one table, :data:`RECIPES`, and a field of
-:class:`TrainConfig` that is left at None is taken from it. Nothing heavy is imported here.
+A field of :class:`TrainConfig` that is left at None is taken from the recipe of its method
+(:mod:`iapo_mini.recipes`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from iapo_mini.early_exit.question import EarlyExit, check_stride
 from iapo_mini.errors import (
     AUTO,
+    MOST_PROBLEMS,
     MOST_RANK,
     MOST_REAL,
     MOST_ROWS,
@@ -28,138 +27,23 @@ from iapo_mini.errors import (
     check_device,
     check_number,
     check_temperature,
-    first_line,
     shown,
 )
 from iapo_mini.policies import EMBEDDED
 from iapo_mini.problems.datasets import check_data
+from iapo_mini.recipes import FROM_RECIPE, RECIPES, Recipe
 
 AGGREGATIONS = ("sequence", "token")
-"""Means of the loss (:func:`iapo_mini.objective.aggregate`)."""
+"""Ways to average the loss (:func:`iapo_mini.objective.aggregate`)."""
 
 ENGINES = ("native", "vllm")
-"""Who samples (:mod:`iapo_mini.sampling`, :mod:`iapo_mini.engines.vllm`)."""
+"""Engines for sampling (:mod:`iapo_mini.sampling`, :mod:`iapo_mini.engines.vllm`)."""
+
+MEASURES = ("ratio@1", "pass@1", "length")
+"""Measures of the best policy (:mod:`iapo_mini.held_out`)."""
 
 REWARDS = ("strict", "released")
-"""Rewards of a completion (:mod:`iapo_mini.rewards`)."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What makes a method the method it is.
-
-    Attributes:
-        rule: how rollouts become advantages: a key of ``advantages.ADVANTAGES``, or a function of
-            yours, ``(rollouts, alpha, beta) -> (B, L)``.
-        information: what the rule reads as informativeness s: a key of
-            ``information.INFORMATION``, a function of yours like those in it, or None, and then
-            nothing is paid for an estimate.
-        label: name in tables.
-        what: the advantage of token t of completion i in one line.
-        source: where the method comes from.
-        alpha, beta: weights of its token terms; what they weigh is told in ``what``.
-        aggregation: mean of the loss, ``"sequence"`` or ``"token"``.
-        epsilon, epsilon_high: clip range of the importance ratio below and above 1.
-        kl_coef: weight of KL(pi || pi_ref).
-        counted: the tokens that are in the loss: a key of ``advantages.COUNTED``, a function of
-            yours, ``(rollouts, alpha) -> (B, L) bool``, or None for all of them.
-        sampling_rounds: batches that are sampled at most until ``prompts_per_step`` groups hold
-            both right and wrong completions (dynamic sampling); 1 takes every group.
-        absent: what its source does beside and this library does not.
-    """
-
-    rule: str | Callable
-    information: str | Callable | None = None
-    label: str = ""
-    what: str = ""
-    source: str = ""
-    alpha: float = 0.2
-    beta: float = 0.05
-    aggregation: str = "sequence"
-    epsilon: float = 0.2
-    epsilon_high: float = 0.2
-    kl_coef: float = 0.001
-    counted: str | Callable | None = None
-    sampling_rounds: int = 1
-    absent: str = ""
-
-
-FROM_RECIPE = ("alpha", "beta", "aggregation", "epsilon", "epsilon_high", "kl_coef")
-"""Fields of :class:`TrainConfig` that come from the method's recipe unless they are given."""
-
-_IAPO = "IAPO, arXiv 2602.19049"
-_RELEASED: dict[str, Any] = {"aggregation": "token", "epsilon_high": 0.28}
-"""Loss and clip range of the released code for IAPO and its ablations (``main.py``): they are not
-those of the GRPO equation that the paper prints."""
-
-RECIPES: dict[str, Recipe] = {
-    "grpo": Recipe(
-        "grpo", label="GRPO", what="A_i = norm(r_i) over the group",
-        source="DeepSeekMath, arXiv 2402.03300", alpha=0.0, beta=0.0,
-    ),
-    "dapo": Recipe(
-        "dapo", label="DAPO",
-        what="A_i of the reward with a soft punishment of over-long completions; groups that are "
-        "all right or all wrong are sampled again, twice at most",
-        source="DAPO, arXiv 2503.14476", alpha=0.0, beta=0.0,
-        aggregation="token", epsilon_high=0.28, kl_coef=0.0, sampling_rounds=3,
-    ),
-    "gfpo": Recipe(
-        "gfpo", label="GFPO",
-        what="A_i among the shortest of each group, the others left out; alpha is the share kept",
-        source="GFPO, arXiv 2508.09726", alpha=0.75, beta=0.0, aggregation="token", counted="gfpo",
-    ),
-    "gtpo": Recipe(
-        "gtpo", label="GTPO",
-        what="the reward shaped by alpha times the share of entropy at t, of its inverse if wrong; "
-        "tokens of right and of wrong completions normalised apart",
-        source="GTPO, arXiv 2508.04349", alpha=0.1, beta=0.0, aggregation="token",
-        epsilon_high=0.28, kl_coef=0.0,
-    ),
-    "gtpo_iapo": Recipe(
-        "gtpo_iapo", label="GTPO (IAPO's)",
-        what="A_i, plus alpha times the share of entropy at t if right, minus alpha times that of "
-        "its inverse if wrong",
-        source=f"baseline of {_IAPO}", alpha=0.1, beta=0.0, aggregation="token",
-    ),
-    "sgrpo": Recipe(
-        "sgrpo", label="S-GRPO",
-        what="A_i at the first 150 tokens, at half of those up to 341 if the completion is shorter "
-        "than that, the others left out; alpha scales both thresholds",
-        source="S-GRPO of Lee and Tong, arXiv 2504.20834", alpha=1.0, beta=0.0, counted="sgrpo",
-    ),
-    "iapo": Recipe(
-        "iapo", "answer_entropy", label="IAPO",
-        what="A_i + alpha norm(s_it) + beta norm(c_it), s the drop of the answer entropy",
-        source=_IAPO, **_RELEASED,
-    ),
-    "iapo_ni": Recipe(
-        "iapo_ni", label="IAPO-NI", what="the same without s", source=f"{_IAPO}, Fig. 5", alpha=0.0,
-        **_RELEASED,
-    ),
-    "iapo_ne": Recipe(
-        "iapo", "next_token_entropy", label="IAPO-NE",
-        what="the same with s the drop of the next token's entropy", source=f"{_IAPO}, Fig. 5",
-        **_RELEASED,
-    ),
-    "iapo_pmi": Recipe(
-        "iapo", "answer_surprisal", label="IAPO-PMI",
-        what="the same with s the pointwise information on the completion's own answer",
-        source="a variant of this library", **_RELEASED,
-    ),
-    "grpo_kimi": Recipe(
-        "grpo_kimi", label="GRPO + length (Kimi)",
-        what="A_i of the reward plus alpha times 0.5 for the shortest of the group, down to -0.5 "
-        "for the longest, never above 0 for a wrong one",
-        source="length reward of Kimi k1.5, arXiv 2501.12599", alpha=0.5, beta=0.0,
-    ),
-    "grpo_efficient": Recipe(
-        "grpo_efficient", label="GRPO + length (A&Z)",
-        what="A_i of the reward minus alpha times the sigmoid of the normalised length if right",
-        source="Arora and Zanette, arXiv 2502.04463", alpha=0.4, beta=0.0,
-    ),
-}  # fmt: skip
-"""Method -> what it is. Those of a module of yours are added by :func:`use_methods`."""
+"""Reward functions (:mod:`iapo_mini.rewards`)."""
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -168,62 +52,70 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_iterations": (1, MOST_STEPS), "prompts_per_step": (1, MOST_ROWS),
     "num_generations": (2, MOST_ROWS), "micro_batch_size": (1, MOST_ROWS),
     "max_completion_length": (1, MOST_TOKENS), "lora_rank": (0, MOST_RANK),
+    "eval_every": (0, MOST_STEPS), "eval_problems": (1, MOST_PROBLEMS), "patience": (0, MOST_STEPS),
     "threads": (1, MOST_THREADS), "seed": (0, MOST_SEED),
 }  # fmt: skip
-"""Least and most of the fields that may be 0 or are whole numbers."""
+"""Smallest and largest values of fields that may be 0 or are whole numbers."""
 
 _POSITIVE = (
     "learning_rate", "temperature", "max_grad_norm", "epsilon", "epsilon_high",
     "estimator_memory_mb",
 )  # fmt: skip
-"""Fields that are above 0."""
+"""Fields that must be above 0."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one run; names as in TRL where TRL has the same thing.
+    """Settings of one run. The names are those of TRL where TRL has the same setting.
 
     Attributes:
-        method: what to train with, a key of ``config.RECIPES``, which `iapo-mini methods` lists.
+        method: training method, a key of ``recipes.RECIPES``; `iapo-mini methods` lists them.
         model: ``"embedded"``, a model folder or a hub id.
         data: ``"stories"`` or a data set: gsm8k, math500, dapo_math, commonsense_qa.
-        data_file: local file with the problems (.jsonl, .json or .parquet); empty asks the hub.
+        data_file: local file with the problems (.jsonl, .json or .parquet); if empty, the data is
+            loaded from the hub.
         split: part of the data to train on: train, tune, test, or all of a local file.
-        alpha: weight of the informativeness term (paper's symbol); of the entropy in gtpo, of the
-            length in grpo_kimi and grpo_efficient; share of the group kept in gfpo, factor of the
-            thresholds in sgrpo.
+        alpha: weight of the informativeness term (paper's symbol). In gtpo the weight of the
+            entropy, in grpo_kimi and grpo_efficient the weight of the length, in gfpo the share of
+            the group that is kept, in sgrpo the factor of the thresholds.
         beta: weight of the exploration term (paper's symbol; not the KL weight).
         learning_rate: AdamW step size after warm-up (betas 0.9 and 0.99 as in the paper).
         warmup_steps: steps of linear warm-up.
         max_steps: optimisation steps, one batch of rollouts each.
-        prompts_per_step: prompts sampled in a step.
+        prompts_per_step: number of prompts sampled in a step.
         num_generations: completions per prompt, G, at least 2.
         num_iterations: passes over each batch of rollouts.
-        max_completion_length: tokens at which a completion is cut.
+        max_completion_length: number of tokens at which a completion is cut.
         temperature: sampling temperature.
         epsilon: clip range of the importance ratio below 1.
-        epsilon_high: clip range above 1; where the method clips alike on both sides, ``epsilon``.
+        epsilon_high: clip range above 1; defaults to ``epsilon`` in methods with equal clip ranges.
         kl_coef: weight of KL(pi || pi_ref), nats per token (the paper's beta_KL).
         aggregation: mean of the loss over each completion first (``"sequence"``) or over all tokens
             of the batch at once (``"token"``).
         lora_rank: rank of the adapter; 0 trains all weights.
-        micro_batch_size: completions per forward and backward pass (rounded up to whole groups,
-            whose prompt is run once; not so with gradient checkpointing).
-        max_grad_norm: gradient clipping.
+        micro_batch_size: completions per forward and backward pass. It is rounded up to whole
+            groups, whose prompt is run once, except with gradient checkpointing.
+        max_grad_norm: largest norm of the gradient, which is clipped to it.
         save_steps: steps between checkpoints.
         seed: one seed for LoRA initialisation, prompts and sampling.
-        estimator_memory_mb: memory the estimator may take beside the model, MiB.
-        estimator_stride: ask for an early answer after every so many tokens (1, as in the paper, or
-            more) or ``"sentence"``; the information between two questions is exact and spread
-            evenly over the tokens between.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"`` is the first CUDA device, else the
-            CPU.
+        estimator_memory_mb: memory in MiB, beside the model, for the estimator.
+        estimator_stride: number of tokens between early answers (1 as in the paper, or more), or
+            ``"sentence"`` for one at each end of a sentence. The information between two early
+            answers is exact and is spread evenly over the tokens between them.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; ``"auto"`` is the first CUDA device, or the
+            CPU if there is none.
         threads: CPU threads; two runs are identical only with the same number.
         four_bit: keep the weights under the adapter in 4 bits (NF4); needs bitsandbytes.
         gradient_checkpointing: compute activations twice instead of keeping them.
-        engine: who samples: ``"native"`` (``iapo_mini.sampling``) or, where installed, ``"vllm"``.
-        reward: ``"strict"`` (an answer counts in a well-formed completion only) or ``"released"``
-            (format and answer are judged apart, as in the paper's released code).
+        engine: engine for sampling: ``"native"`` (``iapo_mini.sampling``) or, if installed,
+            ``"vllm"``.
+        eval_every: judge the policy after every so many steps, on problems that are neither
+            trained on nor reported (:mod:`iapo_mini.held_out`); 0 never does.
+        eval_problems: number of these problems, four completions each.
+        best_by: measure of the best policy, which ``best/`` keeps: ratio@1, pass@1 or length.
+        patience: stop after so many evaluations without a better one; 0 never stops.
+        reward: ``"strict"`` (an answer counts only in a well-formed completion) or ``"released"``
+            (format and answer are judged separately, as in the paper's released code).
 
     Raises:
         ValueError: for a value out of range, naming it and what is allowed.
@@ -261,12 +153,17 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     engine: str = "native"
     reward: str = "strict"
+    eval_every: int = 0
+    eval_problems: int = 64
+    best_by: str = "ratio@1"
+    patience: int = 0
 
     def __post_init__(self) -> None:
         self._check_types()
         check_choice("method", self.method, RECIPES)
         check_choice("engine", self.engine, ENGINES)
         check_choice("reward", self.reward, REWARDS)
+        check_choice("best_by", self.best_by, MEASURES)
         if self.aggregation is not None:
             check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_data(self.data, self.split, self.data_file)
@@ -276,7 +173,7 @@ class TrainConfig:
         if self.temperature == 0:
             raise ValueError(
                 f"temperature must be above 0, got {self.temperature}: greedy completions of a "
-                "prompt are all equal and teach nothing"
+                "prompt are all equal, so their advantages are 0"
             )
         for name in _POSITIVE:
             if getattr(self, name) is not None:
@@ -289,7 +186,7 @@ class TrainConfig:
         if self.four_bit and self.lora_rank == 0:
             raise ValueError(
                 "lora_rank must be at least 1 with four_bit, got 0: 4-bit weights can't be trained "
-                "themselves"
+                "without an adapter"
             )
 
     def _check_types(self) -> None:
@@ -303,7 +200,7 @@ class TrainConfig:
                 raise ValueError(f"{field} must be of type {names}, got {shown(value)}")
 
     def recipe(self) -> Recipe:
-        """The method's recipe with the fields that were given in place of its own."""
+        """The method's recipe, with the fields that were given replacing its own."""
         own = RECIPES[self.method]
         given = {name: getattr(self, name) for name in FROM_RECIPE}
         given = {name: value for name, value in given.items() if value is not None}
@@ -312,23 +209,23 @@ class TrainConfig:
         return dataclasses.replace(own, **given)
 
     def settings(self) -> dict[str, Any]:
-        """Every field by name, those of the recipe filled in: what a run's config.json holds."""
+        """Every field by name, with the recipe's values filled in, as in a run's config.json."""
         recipe = self.recipe()
         return dataclasses.asdict(self) | {name: getattr(recipe, name) for name in FROM_RECIPE}
 
     def from_recipe(self) -> list[str]:
-        """Names of the fields that were not given and came from the recipe."""
+        """Names of the fields that were not given and are taken from the recipe."""
         return [name for name in FROM_RECIPE if getattr(self, name) is None]
 
     def early_exit(self) -> EarlyExit:
-        """How the estimator asks."""
+        """The estimator's settings of early exit."""
         return EarlyExit(stride=self.estimator_stride, memory_mb=self.estimator_memory_mb)
 
 
 def with_defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run as saved; fields that its version did not have are at their defaults.
+    """Saved settings of a run; fields that its version did not have get their defaults.
 
-    What else config.json tells (which fields came from the recipe) is left out.
+    Other entries of config.json, such as the list of fields from the recipe, are left out.
     """
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     kept = {k: v for k, v in saved.items() if k in names and v is not None}
@@ -343,8 +240,8 @@ _REAL: dict[str, Any] = {
     "max_steps": 200,
     "warmup_steps": 10,
     "save_steps": 10,
-    # The paper trains all weights with 1e-6. An adapter starts at zero and takes about ten times
-    # the step of full fine-tuning.
+    # The paper trains all weights with 1e-6. An adapter starts at zero and needs about ten times
+    # the learning rate of full fine-tuning.
     "learning_rate": 1e-5,
     "kl_coef": 0.001,
     "lora_rank": 16,
@@ -357,31 +254,5 @@ CARDS: dict[str, dict[str, Any]] = {
     "12gb": {**_REAL, "model": "Qwen/Qwen2.5-1.5B-Instruct", "micro_batch_size": 8},
     "24gb": {**_REAL, "model": "Qwen/Qwen2.5-7B-Instruct", "micro_batch_size": 4},
 }
-"""Fields of TrainConfig for a real model on one card: the paper's three sizes, from the smallest
-card that has room for each. Memory of each by part: docs/real_models.md."""
-
-
-def use_methods(module: str) -> None:
-    """Add the methods of a module of yours, its dictionary ``RECIPES``, to the library's.
-
-    Args:
-        module: name of an importable module (docs/methods.md shows one).
-
-    Raises:
-        ValueError: when there is no such module, it has no ``RECIPES``, or a name is taken.
-    """
-    try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(
-            "methods must be the name of a Python module in this folder or on the path, got "
-            f"'{module}', which can't be imported ({first_line(error)})"
-        ) from error
-    theirs = getattr(found, "RECIPES", None)
-    if not isinstance(theirs, dict) or not all(isinstance(x, Recipe) for x in theirs.values()):
-        raise ValueError(
-            f"methods is '{module}', which has no dictionary RECIPES of config.Recipe."
-        )
-    for name, recipe in theirs.items():
-        if RECIPES.setdefault(name, recipe) is not recipe:
-            raise ValueError(f"methods is '{module}', whose name '{name}' is taken already.")
+"""Fields of TrainConfig for real models of the paper's three sizes, each on the smallest GPU with
+enough memory for it. docs/real_models.md lists the memory of each part."""

@@ -1,4 +1,4 @@
-"""Where a model runs, and what arithmetic is fast there."""
+"""The device that a model runs on, and the dtype that is fast there."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from iapo_mini.errors import AUTO, check_device
 
 
 def chosen_device(device: str) -> str:
-    """The device of this name; ``"auto"`` is the first CUDA device, else the CPU.
+    """Resolve the name of a device; ``"auto"`` is the first CUDA device, else the CPU.
 
     Raises:
-        ValueError: for a name that is none, or a CUDA device that this machine does not have.
+        ValueError: for an invalid name, or a CUDA device that this machine does not have.
     """
     check_device(device)
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -25,10 +25,9 @@ def chosen_device(device: str) -> str:
 
 
 def compute_dtype(device: str | torch.device) -> torch.dtype:
-    """What 4-bit weights are computed with: bf16 where the card has it, else fp16; fp32 on a CPU.
+    """Dtype for computing with 4-bit weights: bf16 if the GPU has it, else fp16; fp32 on a CPU.
 
-    A T4 answers that it supports bf16 because CUDA emulates it, slowly; hence the question without
-    emulation.
+    A T4 reports support for bf16 because CUDA emulates it slowly, so emulation is excluded here.
     """
     if torch.device(device).type != "cuda":
         return torch.float32

@@ -1,7 +1,7 @@
-"""What is wrong, told in one sentence: arguments out of range, and errors of other libraries.
+"""Checks of arguments, with errors of one sentence, and the limits of numbers.
 
-Upper bounds stand here, too. They are far above what anybody needs: they are there so that a slip
-of the finger ends in a sentence, not in a process that dies or never ends.
+The upper limits are far above anything that is needed. They turn a typing error into a clear
+message instead of a process that crashes or never ends.
 """
 
 from __future__ import annotations
@@ -11,40 +11,40 @@ import re
 from collections.abc import Iterable
 
 MOST_REAL = 1e9
-"""Of weights and rates: beyond it nothing else is left of the seven digits of fp32."""
+"""Largest weight or rate; beyond it fp32, with its seven digits, would lose all other terms."""
 
 LEAST_TEMPERATURE = 1e-6
-"""Of a temperature that is not 0: below it logits overflow."""
+"""Smallest temperature besides 0; below it logits overflow."""
 
 MOST_SEED = 2**32 - 1
-"""Of a seed, as in NumPy: a seed of ours times a million still is one of torch's."""
+"""Largest seed, as in NumPy; a million times this is still a valid seed for torch."""
 
 MOST_STEPS = 10**9
-"""Of steps and of what is counted in steps."""
+"""Largest number of steps."""
 
 MOST_ROWS = 65_536
-"""Of problems and completions at a time."""
+"""Largest number of problems or completions at a time."""
 
 MOST_PROBLEMS = 10**6
-"""Of problems that are judged one after the other."""
+"""Largest number of problems that are judged one after the other."""
 
 MOST_TOKENS = 2**20
-"""Of tokens in a sequence: the longest contexts there are."""
+"""Largest number of tokens in a sequence, as in the models with the longest contexts."""
 
 MOST_RANK = 16_384
-"""Of an adapter's rank, and of a hidden size: the widest models there are."""
+"""Largest rank of an adapter and largest hidden size, as in the widest models."""
 
 MOST_THREADS = 1024
-"""Of threads and processes: far more end the process, without a word of Python's."""
+"""Largest number of threads or processes; with far more, the process ends without a message."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, short enough to be part of our own sentence."""
+    """The first line of a library's error message, for use in our own message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":. ")
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: on one line, and not longer than one."""
+    """A value as shown in messages: on one line, and shortened if it is long."""
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # Python does not write out a number of more than 4,300 digits
@@ -53,10 +53,10 @@ def shown(value: object) -> str:
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
-    """Refuse what is not among the allowed words.
+    """Refuse a value that is not one of the allowed words.
 
     Raises:
-        ValueError: naming the argument, the words, the value, and the word that is nearest to it.
+        ValueError: naming the argument, the allowed words, the value, and the most similar word.
     """
     words = list(allowed)
     if value in words:
@@ -74,7 +74,7 @@ def check_number(
     *,
     above: float | None = None,
 ) -> None:
-    """Refuse a number outside ``least`` to ``most``, or not above ``above``; NaN is outside.
+    """Refuse NaN and numbers outside ``least`` to ``most`` or not above ``above``.
 
     Raises:
         ValueError: naming the argument, the bound and the value.
@@ -90,11 +90,11 @@ def check_number(
 
 
 AUTO = "auto"
-"""The device of a model where none is named."""
+"""The default device: the first CUDA device, or the CPU if there is none."""
 
 
 def check_device(device: str) -> None:
-    """Refuse what is no name of a device.
+    """Refuse a value that is not the name of a device.
 
     Raises:
         ValueError: naming what is allowed and the value.
@@ -107,7 +107,7 @@ def check_temperature(value: float) -> None:
     """Refuse a temperature that is neither 0 (greedy) nor a number that logits can be divided by.
 
     Raises:
-        ValueError: as :func:`check_number`.
+        ValueError: the same errors as :func:`check_number`.
     """
     if value != 0:
         check_number("temperature", value, 0, MOST_REAL)

@@ -30,10 +30,10 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased Pass@k of one problem: 1 - C(n - c, k) / C(n, k).
 
     Args:
-        n: completions sampled; c: how many of them are correct; k: at most n.
+        n: number of completions; c: number of correct ones among them; k: at most n.
 
     Returns:
-        The chance that k of the n, drawn without replacement, hold a correct one; 0 to 1.
+        Probability, 0 to 1, that k completions drawn without replacement contain a correct one.
 
     Raises:
         ValueError: for a k that is not 1 to n.
@@ -51,7 +51,7 @@ def ratio_at_k(pass_at_k: float, length_at_k: float) -> float:
         length_at_k: mean length of the k completions, tokens.
 
     Returns:
-        Right answers per token. Tables and figures show 1,000 times as much.
+        Right answers per token. Tables and figures show right answers per 1,000 tokens.
 
     Raises:
         ValueError: for a length that is not above 0.
@@ -82,15 +82,15 @@ def evaluate(
         problems: at least one problem.
         ks: values of k, each at most ``num_generations``.
         num_generations: completions per problem.
-        max_completion_length: tokens at which a completion is cut.
+        max_completion_length: number of tokens at which a completion is cut.
         temperature: sampling temperature.
         batch_size: completions sampled at once.
         seed: sampling seed.
         progress: show a progress bar.
-        save_to: JSONL file of the completions, written batch by batch. If it holds some already,
-            made by this policy on these problems with these settings (kept beside it in
-            ``*.settings.json``), sampling goes on after the last whole batch, to the same numbers:
-            every batch has a seed of its own.
+        save_to: JSONL file of the completions, written batch by batch. The settings are kept beside
+            it in ``*.settings.json``. If the file holds completions by the same policy for the same
+            problems and settings, sampling continues after the last complete batch. The numbers are
+            the same as without a break, because every batch has its own seed.
         lenient: also judge answers in whatever format (:func:`iapo_mini.rewards.lenient_answer`).
 
     Returns:
@@ -130,21 +130,21 @@ def evaluate(
 
 
 def summary(right: Sequence[int], tokens: torch.Tensor, ks: Sequence[int]) -> dict[str, Any]:
-    """The three metrics with 95% intervals, from counts alone.
+    """Compute the three metrics with 95% intervals from counts alone.
 
     Args:
         right: N numbers of right completions, one for each problem.
-        tokens: (N, G) fp64, lengths of the G completions of each problem, as they were drawn.
+        tokens: (N, G) fp64, lengths of the G completions of each problem, in sampling order.
         ks: values of k, each 1 to G.
 
     Returns:
-        What :func:`evaluate` does, the completions left out.
+        The dictionary of :func:`evaluate`, without the completions.
 
     Raises:
         ValueError: for a k out of range, or a mean length that is not above 0.
     """
     problems, group = tokens.shape
-    # One bootstrap of the problems serves all metrics, so their intervals belong together.
+    # All metrics use the same bootstrap samples, so their intervals are comparable.
     generator = torch.Generator().manual_seed(0)
     resample = torch.randint(problems, (1000, problems), generator=generator)
     result: dict[str, Any] = {"problems": problems, "intervals": {}}
@@ -169,7 +169,7 @@ def summary(right: Sequence[int], tokens: torch.Tensor, ks: Sequence[int]) -> di
 
 @dataclass(frozen=True)
 class _Sampling:
-    """How completions are sampled; those in a file are gone on with in the same way only."""
+    """Settings of sampling. Sampling into a file continues only with the same settings."""
 
     num_generations: int
     max_completion_length: int
@@ -183,10 +183,10 @@ class _Sampling:
 
 
 def check_out(out: Path, data_file: str = "") -> None:
-    """Refuse a results file that would be a folder or write over something else, before any work.
+    """Refuse, before any work, a results file that is a folder or would overwrite something else.
 
     Raises:
-        ValueError: naming it, and what is allowed.
+        ValueError: naming the file, and what is allowed.
     """
     if out.suffix != ".json" or out.is_dir():
         raise ValueError(
@@ -194,7 +194,7 @@ def check_out(out: Path, data_file: str = "") -> None:
         )
     data = Path(data_file).expanduser().resolve() if data_file else None
     if data in (out.resolve(), out.with_suffix(".jsonl").resolve()):
-        raise ValueError(f"out is '{out}', which would write over data_file; name another file.")
+        raise ValueError(f"out is '{out}', which would overwrite data_file; name another file.")
     completions, settings = out.with_suffix(".jsonl"), _settings_beside(out)
     for path, what, names in (
         (out, "results", {"intervals", "config"}),
@@ -202,17 +202,17 @@ def check_out(out: Path, data_file: str = "") -> None:
     ):
         if path.exists() and not _holds(path, names):
             raise ValueError(
-                f"out is '{out}', but '{path}' holds something else than {what}; name another file"
+                f"out is '{out}', but '{path}' does not hold {what}; name another file"
             )
     if completions.is_dir() or (_has_content(completions) and not settings.exists()):
         raise ValueError(
-            f"out is '{out}', but '{completions}' holds something else than completions of an "
-            "evaluation; name another file"
+            f"out is '{out}', but '{completions}' does not hold completions of an evaluation; "
+            "name another file"
         )
 
 
 def _holds(path: Path, names: set[str]) -> bool:
-    """Whether this is a file with a JSON object that has these names."""
+    """Whether this file holds a JSON object with these names."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
@@ -229,7 +229,7 @@ def _settings_beside(path: Path) -> Path:
 
 
 def evaluation_table(result: dict[str, Any], ks: Sequence[int]) -> str:
-    """Pass@k, Length@k and Ratio@k of :func:`evaluate` with their intervals, in Markdown."""
+    """Markdown table of Pass@k, Length@k and Ratio@k of :func:`evaluate`, with intervals."""
     columns = [
         ("pass", "Pass@k", 3, 1), ("length", "Length@k (tokens)", 1, 1),
         ("ratio", "Ratio@k (1/1000 tokens)", 2, 1000), ("lenient pass", "Pass@k, any format", 3, 1),
@@ -253,7 +253,7 @@ def _sample_all(
     save_to: Path | None,
     progress: bool,
 ) -> list[dict[str, Any]]:
-    """Completions of every problem, G for each; ``save_to`` is gone on with and written."""
+    """Sample G completions for every problem, continuing and extending ``save_to`` if given."""
     completions = [] if save_to is None else _saved(save_to, policy, problems, how)
     size, done = how.problems_at_once, len(completions) // how.num_generations
     bar = tqdm(
@@ -282,7 +282,7 @@ def _sample_batch(
     how: _Sampling,
     on_token: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
-    """Completions of the problems that begin at ``start``, judged; each batch has its own seed."""
+    """Sample and judge a batch of problems from number ``start``; each batch has its own seed."""
     rollouts = sample(
         policy,
         part,
@@ -308,7 +308,7 @@ def _sample_batch(
 def _saved(
     path: Path, policy: Policy, problems: Sequence[Problem], how: _Sampling
 ) -> list[dict[str, Any]]:
-    """Completions in a file that were made in the same way, whole batches of them."""
+    """The completions in a file, if made with the same settings; only complete batches."""
     settings = {
         **asdict(how),
         "number of problems": len(problems),
@@ -321,9 +321,9 @@ def _saved(
 
 
 def _restore(path: Path, settings: dict[str, Any], sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Completions of the whole batches in a file; a batch that a kill cut short is dropped.
+    """Completions of the complete batches in a file; a batch that a kill cut short is dropped.
 
-    ``sizes``: how many completions there are after 0, 1, 2, ... batches.
+    ``sizes`` holds the number of completions after 0, 1, 2, ... batches.
     """
     saved = _settings_beside(path)
     found: list[dict[str, Any]] = []
@@ -333,7 +333,7 @@ def _restore(path: Path, settings: dict[str, Any], sizes: Sequence[int]) -> list
             if before.get(name) != value:
                 raise ValueError(
                     f"{name} is {value!r}, but the completions in '{path}' were made with "
-                    f"{before.get(name)!r}; go on with the same settings or name another file."
+                    f"{before.get(name)!r}; use the same settings, or name another file."
                 )
         found = read_completions(path, settings["num_generations"])
         found = found[: max(n for n in sizes if n <= len(found))]
@@ -343,10 +343,10 @@ def _restore(path: Path, settings: dict[str, Any], sizes: Sequence[int]) -> list
 
 
 def read_completions(path: Path, num_generations: int) -> list[dict[str, Any]]:
-    """Completions as :func:`evaluate` has written them; a last line cut short is left out.
+    """Read the completions that :func:`evaluate` has written, without an incomplete last line.
 
     Raises:
-        ValueError: naming the first line that does not hold the completion that belongs there.
+        ValueError: naming the first line that does not hold the expected completion.
     """
     *lines, rest = path.read_bytes().split(b"\n")
     found = []
@@ -362,8 +362,8 @@ def read_completions(path: Path, num_generations: int) -> list[dict[str, Any]]:
         elif number <= len(lines):
             raise ValueError(
                 f"'{path}' is damaged: line {number} does not hold a completion of problem "
-                f"{(number - 1) // num_generations}; restore the file, or remove it to have all "
-                "completions sampled anew."
+                f"{(number - 1) // num_generations}; restore the file, or remove it to sample all "
+                "completions again."
             )
     return found
 

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or as they were, and what a number depends on."""
+"""Writing files and folders completely or not at all, and the versions of packages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ then refuses to rename it. Elsewhere a file that is open can be renamed."""
 
 
 def writable_folder(folder: Path, name: str) -> None:
-    """Make a folder and make sure that something can be written there, before any long work.
+    """Create a folder and check, before any long work, that it can be written to.
 
     Raises:
         ValueError: naming the argument ``name`` and the reason.
@@ -37,7 +37,7 @@ def writable_folder(folder: Path, name: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename, so that it is whole or as it was.
+    """Write a file under a temporary name and rename it, so it is never left incomplete.
 
     The bytes are the same on every system: UTF-8, lines that end in a line feed.
     """
@@ -64,7 +64,7 @@ def rename(path: Path, target: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a number depends on."""
+    """Versions of Python and of the packages that results depend on."""
     packages = ("torch", "transformers", "peft", "tokenizers", "iapo-mini")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
@@ -80,17 +80,17 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write JSON whole or not at all (temporary name, then rename)."""
+    """Write a JSON file completely or not at all (temporary name, then rename)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: Path, default: dict | None = None, needs: Iterable[str] = ()) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read the object in a JSON file.
 
     Args:
-        default: what a file that is not there stands for; without one it must be there.
-        needs: keys that a file must have.
+        default: result if the file does not exist; without it the file must exist.
+        needs: keys that the object must have.
 
     Raises:
         ValueError: naming a file that is damaged, and why.
@@ -110,14 +110,14 @@ def read_json(path: Path, default: dict | None = None, needs: Iterable[str] = ()
 
 
 def _umask() -> int:
-    """What a new file's rights lack; it can only be read by setting it."""
+    """The umask of this process, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder under a temporary name, then rename, so that it is whole or absent."""
+    """Write a folder under a temporary name and rename it, so it is never left incomplete."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     remove(temporary)
     try:
@@ -126,17 +126,17 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
         usual = 0o666 & ~_umask()
         for file in filter(Path.is_file, temporary.rglob("*")):
             with file.open("rb+") as opened:
-                os.fsync(opened.fileno())  # the rename must not reach the disk before what it names
-            file.chmod(usual)  # safetensors writes for the owner alone
+                os.fsync(opened.fileno())  # the content must reach the disk before the rename
+            file.chmod(usual)  # safetensors gives rights to the owner alone
     except BaseException:
-        remove(temporary)  # a full disk gets its room back
+        remove(temporary)  # frees the space on a full disk
         raise
     remove(folder)
     rename(temporary, folder)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if there; a folder first loses its name, so that none is half."""
+    """Remove a file or folder if it exists; a folder is renamed first, so no part of it stays."""
     if path.is_dir():
         doomed = path.with_name(f".{path.name.strip('.')}.old.tmp")
         if path != doomed:

@@ -35,11 +35,13 @@ GROUP = 4
 
 
 def held_out_problems(config: TrainConfig) -> list[Problem]:
-    """The problems that a run is judged on.
+    """The problems that a run is judged on; none with ``eval_every`` 0.
 
     Raises:
         ValueError: when the run trains on that stream itself, or its data has too few problems.
     """
+    if config.eval_every == 0:
+        return []
     if config.split in (STREAM, "all"):
         raise ValueError(
             f"split must be train or test with eval_every, got '{config.split}': the policy is "
@@ -75,17 +77,18 @@ def exhausted(rows: Sequence[Mapping[str, Any]], by: str, patience: int) -> bool
 
 
 class HeldOut:
-    """The evaluations of one run, gone on with where it is resumed.
+    """The evaluations of one run; a resumed run continues them.
 
     Args:
-        folder: of the run; config: with ``eval_every`` above 0.
+        folder: of the run; config: its settings; problems: from :func:`held_out_problems`.
         done: steps that the run has already made. Later lines are dropped: those steps, and their
             evaluations, are made again to the same numbers.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, done: int) -> None:
-        self.folder, self.config = folder, config
-        self.problems = held_out_problems(config)
+    def __init__(
+        self, folder: Path, config: TrainConfig, problems: list[Problem], done: int
+    ) -> None:
+        self.folder, self.config, self.problems = folder, config, problems
         path = folder / EVALUATIONS
         kept = [(line, row) for line, row in logged(path) if row["step"] <= done]
         self.rows = [row for _, row in kept]
@@ -97,9 +100,9 @@ class HeldOut:
         """Whether patience is at an end."""
         return exhausted(self.rows, self.config.best_by, self.config.patience)
 
-    def judge(self, step: int, policy: Policy) -> dict[str, Any] | None:
+    def __call__(self, step: int, policy: Policy) -> dict[str, Any] | None:
         """Evaluate after this step, if it is due; keep the result, and the policy if it is best."""
-        if step % self.config.eval_every:
+        if self.config.eval_every == 0 or step % self.config.eval_every:
             return None
         found = evaluate(
             policy, self.problems, ks=(1,), num_generations=GROUP, seed=self.config.seed,

@@ -1,7 +1,7 @@
-"""The hub of models and data: asked where it answers, else what is in its cache is taken.
+"""Access to the hub of models and data, or to its cache when the hub does not answer.
 
-The hub's libraries try again and again, one file after the other, for minutes. Whether there is
-anybody to talk to is therefore found out first.
+The hub's libraries retry for minutes, one file after the other. So this module first finds out
+whether the hub can be reached.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from huggingface_hub import constants
 from iapo_mini.policies import EMBEDDED, looks_local
 
 PATIENCE = 4.0
-"""Seconds in which the hub must answer."""
+"""Seconds within which the hub must answer."""
 
 
 def answers() -> bool:
-    """Whether the hub (``HF_ENDPOINT``) answers within ``PATIENCE`` seconds; not if in trouble."""
+    """Whether the hub (``HF_ENDPOINT``) answers within ``PATIENCE`` seconds, without an error."""
     answered = threading.Event()
 
     def ask() -> None:
-        with contextlib.suppress(Exception):  # whatever the client may raise: there is no answer
+        with contextlib.suppress(Exception):  # the client may raise anything; it means no answer
             answer = huggingface_hub.get_session().head(constants.ENDPOINT, timeout=PATIENCE)
             if answer.status_code < 500:
                 answered.set()
 
-    # In a thread, since looking up a name knows no time limit.
+    # In a thread, because looking up a host name has no time limit.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(PATIENCE)
@@ -39,13 +39,13 @@ def answers() -> bool:
 
 @contextlib.contextmanager
 def reaching(source: str) -> Iterator[str]:
-    """Where the hub does not answer, its libraries look into their cache alone, within.
+    """Make the hub's libraries use only their cache inside this context if the hub is silent.
 
     Args:
-        source: what is to be loaded, a folder or a hub id. For a folder nobody is asked.
+        source: the folder or hub id to load. For a folder the hub is not asked.
 
-    Gives the reason why a hub id that is not whole in the cache can't be loaded; empty where the
-    hub was there to ask, or was not to be asked (``HF_HUB_OFFLINE``).
+    Yields the reason why a hub id that is not complete in the cache can't be loaded. It is empty if
+    the hub answers or must not be asked (``HF_HUB_OFFLINE``).
     """
     if Path(source).is_dir() or constants.HF_HUB_OFFLINE or answers():
         yield ""
@@ -58,13 +58,13 @@ def reaching(source: str) -> Iterator[str]:
 
 
 def check_in_reach(model: str | None) -> None:
-    """Ask for a model before anything heavy is imported, which alone takes seconds.
+    """Check that a model can be reached, before imports that take seconds.
 
     Args:
-        model: as for ``load_policy``; None and whatever is no hub id pass.
+        model: as for ``load_policy``; None and names that are not hub ids always pass.
 
     Raises:
-        ValueError: for a hub id of which the cache holds nothing, while the hub does not answer.
+        ValueError: for a hub id that is not in the cache, when the hub does not answer.
     """
     if model is None or looks_local(model):
         return
@@ -75,7 +75,7 @@ def check_in_reach(model: str | None) -> None:
 
 
 def not_loaded(model: str, reason: str, within: str = "") -> ValueError:
-    """What is said of a model, whatever a library says; ``within``: which one of a repository."""
+    """The error for a model that can't be loaded; ``within`` names a subfolder or revision."""
     return ValueError(
         f"model must be '{EMBEDDED}', a folder written by save_pretrained, or a hub id that this "
         f"machine can reach, got '{model}'{within}, which can't be loaded ({reason})"

@@ -1,4 +1,4 @@
-"""How much each token tells about the answer: informativeness by early exit (paper, Section 4).
+"""How much each token says about the answer: informativeness by early exit (paper, Section 4).
 
 The conditional mutual information s_{i,t} = I(y_i; o_{i,t} | q, o_{i,<t}) is estimated by its
 realised value
@@ -6,23 +6,23 @@ realised value
     s_{i,t} = H(y | q, o_{i,<t}) - H(y | q, o_{i,<=t})   [nats, can be negative],
 
 where H(y | prefix) is the entropy of the policy's next-token distribution after the prefix is
-closed by a postfix that forces an answer now, ``</think><answer>``. Its mean over o_t is the
-conditional mutual information, and the values of one completion telescope to H at its start minus
-H at its end (chain rule).
+closed by the postfix ``</think><answer>``, which makes the policy answer now. The mean of s_{i,t}
+over o_t is the conditional mutual information, and the values of one completion add up to H at its
+start minus H at its end (chain rule).
 
-The same holds for every potential U_t that is known before and after a token, and this module
-offers four; :func:`informativeness` turns each into values per token:
+Such differences can be taken of every potential U_t that is known before and after a token. This
+module offers four; :func:`informativeness` turns each into values per token:
 
-* :func:`answer_entropies`: entropy of the answer's first token (the paper's);
-* :func:`answer_surprisals`: -log p(y | q, o_<=t) of the whole answer string the completion ends
-  with, so that the drop is the pointwise information;
+* :func:`answer_entropies`: entropy of the answer's first token (the paper's estimate);
+* :func:`answer_surprisals`: -log p(y | q, o_<=t) of the whole answer string at the end of the
+  completion, whose drop is the pointwise information;
 * :func:`candidate_logprobs`: the distribution over a given set of answers, and its entropy;
-* next-token entropy, :func:`next_token_informativeness` (the paper's IAPO-NE): not about the
-  answer at all.
+* :func:`next_token_informativeness`: next-token entropy (the paper's IAPO-NE), which is not about
+  the answer at all.
 
-:func:`belief_shift` is a fifth: how far a token moves the distribution over candidates. The
-estimates mean something only if the policy is calibrated when it is forced to answer early
-(:mod:`iapo_mini.calibration`). What each measures, and when it lies: docs/estimators.md.
+:func:`belief_shift` is a fifth: the distance that a token moves the distribution over candidates.
+The estimates are meaningful only if the policy is calibrated when it is forced to answer early
+(:mod:`iapo_mini.calibration`). docs/estimators.md says what each measures and when it misleads.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from iapo_mini.tasks import POSTFIX
 
 
 def encode_postfix(policy: Policy, postfix: str = POSTFIX) -> torch.Tensor:
-    """Token ids of the postfix as it goes on behind a completion, shape (K,) long."""
+    """Token ids of the postfix when it follows a completion, shape (K,) long."""
     ids = continuation_ids(policy.tokenizer, postfix)
     if not ids:
         raise ValueError(f"postfix must be text of at least one token, got {shown(postfix)}")
@@ -55,7 +55,7 @@ def encode_postfix(policy: Policy, postfix: str = POSTFIX) -> torch.Tensor:
 def _potential(
     policy: Policy, rollouts: Rollouts, question: Question, how: EarlyExit
 ) -> torch.Tensor:
-    """One number (nats) for every prefix, (B, L + 1); padding 0."""
+    """The first value of a question (nats) after every prefix, (B, L + 1); padding 0."""
     asked = None if how.stride == 1 else prefixes_asked(policy, rollouts, how.stride)
     found = prefixes.ask(policy.for_inference(), rollouts, question, how, asked)[..., 0]
     t = torch.arange(found.shape[1], device=found.device)
@@ -72,11 +72,11 @@ def answer_entropies(
     Args:
         policy: the policy that is forced to answer.
         rollouts: B completions in whole groups.
-        how: postfix, stride, way and memory; by default as the paper asks.
+        how: postfix, stride, way and memory; the default is that of the paper.
 
     Returns:
-        (B, L + 1) fp32 nats; column t is the entropy after t completion tokens, column 0 before
-        any. Columns past a row's length are 0.
+        (B, L + 1) fp32 nats; column t is the entropy after t completion tokens. Columns past a
+        row's length are 0.
 
     Raises:
         ValueError: for a postfix without tokens.
@@ -90,14 +90,14 @@ def answer_entropies(
 
 
 def answer_in(text: str) -> str | None:
-    """The text between the last ``<answer>`` and its ``</answer>``, spaces kept; None if blank."""
+    """The text between the last ``<answer>`` and its ``</answer>``, with spaces; None if blank."""
     _, opened, rest = text.rpartition("<answer>")
     answer, closed, _ = rest.partition("</answer>")
     return answer if opened and closed and answer.strip() else None
 
 
 def final_answers(policy: Policy, rollouts: Rollouts) -> list[str | None]:
-    """The answer that each row ends with (:func:`answer_in`), None where it gives none."""
+    """The answer at the end of each row (:func:`answer_in`); None if the row has no answer."""
     return [answer_in(text) for text in rollouts.texts(policy.tokenizer)]
 
 
@@ -110,21 +110,21 @@ def answer_surprisals(
     """-log p(y | q, o_<=t) of a whole answer string after every prefix, teacher-forced.
 
     The drop at a token, ``informativeness(surprisals, mask)``, is the pointwise information
-    log p(y | q, o_<=t) - log p(y | q, o_<t). All tokens of an answer count, so an answer of several
-    tokens costs one more branch token for each beyond the first; one of a single token costs
-    nothing over the entropy.
+    log p(y | q, o_<=t) - log p(y | q, o_<t). All tokens of an answer count. An answer of one token
+    costs no more than the entropy, and each further token adds one token to every branch.
 
     Args:
         policy, rollouts, how: as for :func:`answer_entropies`.
-        answers: B texts, as they stand after the postfix (leading space included); None leaves a
-            row at 0. Default: the answer each completion ends with (:func:`final_answers`). To tell
-            "7" from the beginning of "72", let the texts end with ``</answer>``.
+        answers: B texts as they follow the postfix, with their leading space; None leaves a row at
+            0. Default: the answer at the end of each completion (:func:`final_answers`). To
+            distinguish "7" from the beginning of "72", end the texts with ``</answer>``.
 
     Returns:
         (B, L + 1) fp32 nats, 0 past a row's length.
 
     Raises:
-        ValueError: for a wrong number of answers, one without tokens, or as above.
+        ValueError: for a wrong number of answers, an answer without tokens, or a postfix without
+            tokens.
     """
     answers = final_answers(policy, rollouts) if answers is None else list(answers)
     if len(answers) != len(rollouts.lengths):
@@ -155,17 +155,17 @@ def candidate_logprobs(
 ) -> torch.Tensor:
     """Log-distribution over a given set of answers after every prefix, renormalised over the set.
 
-    Its entropy, ``logits_entropy(candidate_logprobs(...))``, is the answer entropy without the mass
-    that the policy puts on things that are no answers. Candidates of one token each are read from
-    one pass; otherwise there is a pass for each candidate. Every prefix is asked, whatever the
-    stride.
+    Its entropy, ``logits_entropy(candidate_logprobs(...))``, is the answer entropy without the
+    probability that the policy gives to texts outside the set. If every candidate has one token,
+    one pass is enough; otherwise there is a pass for each candidate. Every prefix is asked,
+    whatever the stride.
 
     Args:
         policy, rollouts, how: as for :func:`answer_entropies`.
-        candidates: C >= 2 different texts, as they stand after the postfix.
+        candidates: C >= 2 different texts, as they follow the postfix.
 
     Returns:
-        (B, L + 1, C) fp32 nats; past a row's length, uniform.
+        (B, L + 1, C) fp32 nats; uniform past a row's length.
 
     Raises:
         ValueError: for fewer than two candidates, or two with the same tokens.
@@ -212,8 +212,9 @@ def informativeness(potential: torch.Tensor, completion_mask: torch.Tensor) -> t
 def belief_shift(logprobs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
     """KL(p(y | q, o_<=t) || p(y | q, o_<t)): how far each token moves the belief about the answer.
 
-    Its mean over o_t is the conditional mutual information, as that of the entropy drop is, but it
-    is never negative: a step that turns one guess into another, equally unsure one counts here.
+    Its mean over o_t is the conditional mutual information, like that of the entropy drop, but it
+    is never negative. A token that replaces one guess by another, equally uncertain guess has no
+    entropy drop, but it does have a belief shift.
 
     Args:
         logprobs: (B, L + 1, C) from :func:`candidate_logprobs`.
@@ -232,8 +233,8 @@ def next_token_informativeness(
     """H(o_t | q, o_<t) - H(o_{t+1} | q, o_<=t): the paper's ablation IAPO-NE.
 
     Args:
-        entropies: (B, L) nats, entropy of the distribution each token was drawn from, from
-            ``logprobs.token_logprobs``. Nothing follows the last token: its second term is 0.
+        entropies: (B, L) nats, entropy of the distribution that each token was drawn from, as given
+            by ``logprobs.token_logprobs``. The second term of the last token is 0.
         completion_mask: (B, L) bool.
 
     Returns:
@@ -244,7 +245,7 @@ def next_token_informativeness(
 
 
 Information = Callable[[Policy, Rollouts, EarlyExit], torch.Tensor]
-"""(policy, rollouts, how to ask) -> s_{i,t}, (B, L) nats."""
+"""(policy, rollouts, settings of early exit) -> s_{i,t}, (B, L) nats."""
 
 
 def _of_entropies(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
@@ -265,21 +266,20 @@ INFORMATION: dict[str, Information] = {
     "answer_surprisal": _of_surprisals,
     "next_token_entropy": _of_next_tokens,
 }
-"""What a method may ask for, by the name that its recipe gives (:mod:`iapo_mini.config`).
-``answer_surprisal`` gives zeros to a completion without an answer; ``next_token_entropy`` asks the
-policy nothing."""
+"""Estimates of s by their names in recipes (:mod:`iapo_mini.config`). ``answer_surprisal`` gives
+zeros to a completion without an answer; ``next_token_entropy`` needs no early answers."""
 
 
 def inform(
     policy: Policy, rollouts: Rollouts, information: str | Information, how: EarlyExit
 ) -> Rollouts:
-    """Rollouts with ``informativeness`` filled in and without their cache, stale after an update.
+    """Fill in ``informativeness`` and drop the cache, which an update would invalidate.
 
     Args:
-        policy: the policy that wrote them.
+        policy: the policy that wrote the completions.
         rollouts: B completions in whole groups.
-        information: a key of ``INFORMATION``, or a function like those in it.
-        how: how to ask.
+        information: a key of ``INFORMATION``, or a function of the same form.
+        how: settings of early exit.
     """
     estimate = INFORMATION[information] if isinstance(information, str) else information
     return replace(rollouts.filled(informativeness=estimate(policy, rollouts, how)), cache=None)

@@ -1,4 +1,4 @@
-"""Numbers with intervals: means over seeds, tests, bootstrap, ROC AUC, ranks, calibration."""
+"""Statistics with intervals: means over seeds, tests, bootstrap, ROC AUC, ranks, calibration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _T95 = (
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean and its 95% t-interval over seeds: ``(mean, low, high)``.
 
-    With a single value the interval is not known and both ends are NaN.
+    With a single value there is no interval, and both ends are NaN.
     """
     mean = statistics.fmean(values)
     if len(values) < 2:
@@ -32,16 +32,17 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def p_above(values: Sequence[float], border: float) -> float:
-    """One-sided p-value of Student's t-test that the mean over seeds lies above ``border``.
+    """One-sided p-value of Student's t-test that the mean over seeds is above ``border``.
 
-    Values without any spread give 0 above the border, and 1 on it or below. A mean that lies below
-    is tested with both signs turned: ``p_above([-x for x in values], -border)``.
+    Values without any spread give 0 above the border, and 1 on it or below. To test for a mean
+    below the border, change both signs: ``p_above([-x for x in values], -border)``.
 
     Args:
         values: one for each seed; border: in their unit, or infinite.
 
     Returns:
-        The chance of a mean this far above, were it at the border; NaN for fewer than two values.
+        The probability of a sample mean at least this high if the true mean were at the border;
+        NaN for fewer than two values.
     """
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.nan
@@ -53,9 +54,9 @@ def p_above(values: Sequence[float], border: float) -> float:
 
 
 def _t_tail(t: float, df: int) -> float:
-    """Chance that Student's t with ``df`` degrees of freedom exceeds ``t``.
+    """Probability that Student's t with ``df`` degrees of freedom exceeds ``t``.
 
-    The finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4, for the chance within -t and t.
+    Abramowitz and Stegun, 26.7.3 and 26.7.4, give the probability between -t and t by finite sums.
     """
     angle = math.atan(t / math.sqrt(df))
     cosine = math.cos(angle)
@@ -71,11 +72,11 @@ def _t_tail(t: float, df: int) -> float:
 
 
 def holm(p_values: Sequence[float], level: float) -> list[bool]:
-    """Which of several tests stand when all of them together may err with chance ``level`` only.
+    """Which of several tests are significant if the chance of any false one must be ``level``.
 
-    Holm's correction: the least of m p-values is held against level / m, the next one against
-    level / (m - 1), and so on to the first that fails. It fails with all that are larger. NaN, of a
-    test that was not made, is not counted and does not stand.
+    This is Holm's correction. The smallest of m p-values is compared with level / m, the next one
+    with level / (m - 1), and so on until one fails. That one and all larger ones fail. NaN means
+    that a test was not made: it is not counted and not significant.
     """
     order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     stands = [False] * len(p_values)
@@ -87,7 +88,7 @@ def holm(p_values: Sequence[float], level: float) -> list[bool]:
 
 
 def format_interval(interval: Sequence[float], digits: int = 3) -> str:
-    """``(mean, low, high)`` as text: ``0.500 [0.400, 0.600]``; NaN ends are those of one seed."""
+    """``(mean, low, high)`` as text: ``0.500 [0.400, 0.600]``; NaN ends mean a single seed."""
     mean, low, high = interval
     if math.isnan(low):
         return f"{mean:.{digits}f} (one seed)"
@@ -95,7 +96,7 @@ def format_interval(interval: Sequence[float], digits: int = 3) -> str:
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """ROC AUC: chance that a random positive scores above a random negative, ties half."""
+    """ROC AUC: chance that a random positive scores above a random negative; ties count half."""
     order = np.unique(scores, return_inverse=True)[1]
     up = np.bincount(order, weights=positive)
     down = np.bincount(order, weights=~positive)
@@ -104,7 +105,7 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation; equal values share the mean of their ranks."""
+    """Spearman's rank correlation; equal values get the mean of their ranks."""
 
     def ranks(x: np.ndarray) -> np.ndarray:
         _, index, counts = np.unique(x, return_inverse=True, return_counts=True)

@@ -1,8 +1,8 @@
-"""Log-probabilities of what was sampled, and the pass over prompts and completions behind them.
+"""Log-probabilities of sampled tokens, and the pass over prompts and completions that gives them.
 
-Rows of one prompt stand next to each other, so every pass here runs the prompt once per *group* and
-repeats its keys and values: with eight completions to a prompt that saves seven prompt passes. The
-estimator hangs its early answers behind the same pass (:mod:`iapo_mini.early_exit.prefixes`).
+The rows of one prompt are adjacent, so every pass here runs the prompt once per *group* and repeats
+its keys and values. With eight completions per prompt that saves seven prompt passes. The estimator
+appends its early answers to the same pass (:mod:`iapo_mini.early_exit.prefixes`).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 
 NEVER = -1e30
-"""Takes the place of -inf, the logit of a token that can't be drawn (a padded row of the head, a
-banned token): its probability is 0, and 0 times it is 0, where 0 times -inf is no number."""
+"""Replaces -inf as the logit of a token that can't be drawn (a padded row of the head, a banned
+token). Its probability is 0 as well, and 0 times NEVER is 0, whereas 0 times -inf is NaN."""
 
 
 @dataclass
 class Trunk:
-    """A block of rows after prompt and completion have been run once.
+    """A block of rows after the model has run prompt and completion once.
 
     Attributes:
-        rows: (b,) long, which rows of the rollouts these are.
-        logits: (b, l + 1, V), entry t predicts completion token t (entry l follows the last one);
-            None when not asked for. l is the longest completion of the block. On request hidden
-            states (b, l + 1, d), ready for the vocabulary head, stand in their place.
+        rows: (b,) long, the numbers of these rows in the rollouts.
+        logits: (b, l + 1, V), where l is the longest completion of the block; entry t predicts
+            completion token t, and entry l comes after the last one. None when not requested. On
+            request they are the inputs of the vocabulary head instead, (b, l + 1, d).
         cache: keys and values of all P + l positions.
         mask: (b, P + l) bool; position_ids: (b, P + l) long.
     """
@@ -55,8 +55,8 @@ _HEAD_ALONE: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 def head_alone(model: Any) -> bool:
     """Whether the logits of this causal LM are its vocabulary head applied to its decoder's output.
 
-    Gemma2 caps its logits, Granite and Cohere scale them, others scale what goes in. Rather than
-    trusting a list of names this looks, once per model, at what enters and leaves the head.
+    Gemma2 caps its logits, Granite and Cohere scale them, and others scale the head's input. So
+    the input and output of the head are compared once per model; a list of names could be wrong.
     """
     if model not in _HEAD_ALONE:
         decoder, head = model.get_decoder(), model.get_output_embeddings()
@@ -81,9 +81,10 @@ def head_alone(model: Any) -> bool:
 
 
 def _forward(model: Any, hidden: bool) -> Callable[..., torch.Tensor]:
-    """``f(ids, keep, **inputs)``: logits at the last ``keep`` positions (0: all), (b, keep, V).
+    """A function ``f(ids, keep, **inputs)`` for the logits at the last ``keep`` positions (0: all).
 
-    With ``hidden`` the states that :func:`head_alone` says lead to them, (b, keep, d).
+    They have shape (b, keep, V). With ``hidden`` it returns the inputs of the vocabulary head
+    instead, (b, keep, d); that needs a model for which :func:`head_alone` is True.
     """
     if not hidden:
         return lambda ids, keep, **inputs: model(ids, logits_to_keep=keep, **inputs).logits
@@ -92,7 +93,7 @@ def _forward(model: Any, hidden: bool) -> Callable[..., torch.Tensor]:
 
 
 def plain_model(model: Any) -> Any:
-    """The causal LM itself, its adapter layers in place, out of peft's wrapper."""
+    """The causal LM without peft's wrapper, but with its adapter layers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -106,16 +107,16 @@ def trunk_blocks(
 ) -> Iterator[Trunk]:
     """Run every prompt once per group and every completion once, in blocks of similar length.
 
-    Sorting rows by length keeps a long completion from padding all others. Gradients flow through
-    everything, the shared prompts included.
+    Rows are sorted by length, so a long completion does not cause padding in all others. Gradients
+    flow through everything, including the shared prompts.
 
     Args:
         model: any causal LM with a KV cache and 4-D attention masks.
         rollouts: whole groups.
         rows_per_block: completions per forward pass.
-        need_logits: whether to make logits of all positions.
+        need_logits: whether to compute logits at all positions.
         rows: numbers of the rows to run; default all.
-        hidden: give hidden states in place of the logits.
+        hidden: return hidden states instead of logits.
 
     Raises:
         ValueError: for a model whose sliding window is shorter than the sequences.
@@ -166,19 +167,19 @@ def _predictions(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Rows (b,) and the logits or hidden states that predict their tokens, (b, l, V) or (b, l, d).
 
-    A layer under gradient checkpointing is run again in the backward pass and can't read a cache
-    that has grown since, so there every row has its prompt to itself.
+    Under gradient checkpointing a layer is run again in the backward pass. It can't use a cache
+    that has grown in between, so in that case the prompt is run once for every row.
     """
     checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if not (model.training and checkpointed):
         for block in trunk_blocks(model, rollouts, rows_per_block, hidden=hidden):
-            assert block.logits is not None  # asked for
+            assert block.logits is not None  # requested above
             yield block.rows, block.logits[:, :-1]
         return
     forward = _forward(model, hidden)
     for rows in rollouts.lengths.argsort(stable=True).split(rows_per_block):
         length = max(1, int(rollouts.lengths[rows].max()))
-        start = int(rollouts.prompt_mask[rows].long().argmax(1).min())  # what is padding in all
+        start = int(rollouts.prompt_mask[rows].long().argmax(1).min())  # padding in all rows
         ids, mask = (
             torch.cat([prompt[rows, start:], completion[rows, :length]], dim=1)
             for prompt, completion in (
@@ -195,11 +196,11 @@ def _predictions(
 def _read(
     logits: torch.Tensor, ids: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of the tokens ``ids`` (...) under ``logits`` (..., V), and the entropy."""
+    """Log-probabilities of tokens ``ids`` (...) under ``logits`` (..., V), and the entropies."""
     log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
     with torch.no_grad():
         drawn = log_p.clamp(min=NEVER)
-        entropy = -drawn.exp().mul_(drawn).sum(-1)  # in place: this is where memory peaks
+        entropy = -drawn.exp().mul_(drawn).sum(-1)  # in place, because memory peaks here
     return log_p.gather(-1, ids[..., None])[..., 0], entropy
 
 
@@ -211,9 +212,9 @@ def _read_in_chunks(
     temperature: float,
     size: int,
 ) -> Iterator[torch.Tensor]:
-    """As :func:`_read` after the head, for ``size`` real tokens at a time; padding 0.
+    """Apply the head and :func:`_read` to ``size`` real tokens at a time; padding gets 0.
 
-    The logits of a chunk are dropped once read and made again for its gradients.
+    The logits of a chunk are dropped after use and computed again for its gradients.
     """
 
     def read(hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,19 +235,19 @@ def token_logprobs(
     rows_per_block: int = 16,
     memory_mb: float = LOGITS_MB,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of every completion token and entropy of its distribution.
+    """Log-probability of every completion token, and entropy of its distribution.
 
-    Where the logits of a block of rows would take more than ``memory_mb``, the vocabulary head is
-    run on a few hundred tokens at a time, with the same results and gradients; no tensor of shape
-    (B, L, V) ever exists then. Not so for models whose logits are more than their head
+    If the logits of a block of rows would take more than ``memory_mb``, the vocabulary head is run
+    on a few hundred tokens at a time, with the same results and gradients. Then no tensor of shape
+    (B, L, V) ever exists. This is not possible for models that change the output of their head
     (:func:`head_alone`).
 
     Args:
         model: any causal LM with a KV cache; gradients flow through it when enabled.
-        rollouts: whole groups; any rows where the model is under gradient checkpointing.
-        temperature: the sampling temperature, so that both are those of the sampled distribution.
+        rollouts: whole groups; with gradient checkpointing any rows.
+        temperature: the sampling temperature, to get values of the sampled distribution.
         rows_per_block: completions per forward pass.
-        memory_mb: memory for logits and what is made of them, gradients included, in MiB.
+        memory_mb: memory in MiB for logits and tensors of their size, including gradients.
 
     Returns:
         ``(logprobs, entropies)``, each (B, L) fp32 nats, 0 at padding; entropies carry no gradient.

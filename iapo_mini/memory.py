@@ -1,17 +1,17 @@
-"""How much is held at a time: what sampling, log-probabilities and early exits work within.
+"""Sizes of buffers and chunks in sampling, log-probabilities and early exits.
 
-Numbers alone, so that the planner can predict with them without loading a model.
+This module holds only numbers, so the planner can use them without loading a model.
 """
 
 CACHE_BLOCK = 128
-"""Tokens by which the buffers of sampling grow beyond what is needed at once."""
+"""Number of extra tokens that sampling allocates each time its buffers grow."""
 
 LOGIT_BYTES = 14
-"""Peak bytes that reading one logit takes, gradient included, as measured: the logit as the model
-makes it, in fp32, tempered, log-softmax."""
+"""Measured peak of bytes per logit, including its gradient: the logit in the model's dtype, in
+fp32, divided by the temperature, and its log-softmax."""
 
 LOGITS_MB = 512.0
-"""MiB that logits and what is made of them may take; above it the head runs in chunks."""
+"""MiB for logits and tensors of their size; if they need more, the head runs in chunks."""
 
 CARD_BLOCK = 2**25
-"""Numbers inside the MLP at a time on a card; they take about ten bytes each."""
+"""Number of activations inside the MLP at a time on a GPU, each of about ten bytes."""

@@ -1,6 +1,6 @@
-"""What is logged of a step, and how a log is read.
+"""The metrics of a training step, and reading and writing a run's log.
 
-What each number means: README.md, "What the metrics mean".
+docs/metrics.md says what each number means.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LOG = "metrics.jsonl"
-"""Name of a run's log: a line of JSON for each step, from 1."""
+"""Name of a run's log, which has a line of JSON for each step, from step 1 on."""
 
 
 class Stopwatch:
-    """Seconds of the parts of a step, by name."""
+    """Measures the seconds of the parts of a step, by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """The time since the last lap belongs to ``name``."""
+        """Record the time since the last lap under ``name``."""
         now = time.perf_counter()
         self.seconds[name], self._last = now - self._last, now
 
@@ -42,12 +42,12 @@ class Stopwatch:
 def step_metrics(
     rollouts: Rollouts, advantages: torch.Tensor, stats: Mapping[str, float], watch: Stopwatch
 ) -> dict[str, Any]:
-    """One number for everything worth watching.
+    """The metrics of one step, for problems of every kind.
 
     Args:
-        rollouts: scored.
+        rollouts: scored rollouts.
         advantages: (B, L).
-        stats: of the update: loss, entropy (nats), kl (nats), clip_ratio, grad_norm.
+        stats: numbers of the update: loss, entropy (nats), kl (nats), clip_ratio, grad_norm.
         watch: with a lap for sampling, information and update.
     """
     mask, s = rollouts.completion_mask, rollouts.known.get("informativeness")
@@ -76,7 +76,7 @@ def role_metrics(
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
 ) -> dict[str, float | None]:
-    """Tokens per completion, mean advantage and mean s (nats) by role; nothing but for stories."""
+    """Tokens per completion, mean advantage and mean s (nats) by role; empty if not stories."""
     if not problems[0].steps:
         return {}
     mask, s = rollouts.completion_mask, rollouts.known.get("informativeness")
@@ -98,7 +98,7 @@ def role_metrics(
 
 
 def row_of(line: str | bytes) -> dict | None:
-    """The metrics in a line of a log; None for what is none, as a kill leaves it."""
+    """The metrics in a line of a log, or None if the line is not whole, as after a kill."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -107,13 +107,13 @@ def row_of(line: str | bytes) -> dict | None:
 
 
 def logged(log: Path) -> list[tuple[str, dict]]:
-    """Lines of a run's log and the metrics in them; a line that a kill cut short is passed over."""
+    """Lines of a run's log with their metrics; a line that a kill cut short is skipped."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     return [(line, row) for line in text.splitlines() if (row := row_of(line)) is not None]
 
 
 def trim_log(log: Path, done: int) -> None:
-    """Drop metrics of steps that will be made again, and a line that a kill cut short."""
+    """Drop the metrics of steps that will be repeated, and a line that a kill cut short."""
     kept, before = [], 0
     for line, row in logged(log):
         if before < row["step"] <= done:
@@ -139,10 +139,10 @@ def whole_log(log: Path, steps: int, checksum: str | None = None) -> list[dict]:
     """Metrics of steps 1 to ``steps``, in order.
 
     Args:
-        checksum: of these lines as they were written, if known.
+        checksum: checksum of these lines when they were written, if known.
 
     Raises:
-        ValueError: naming the first line that is not what was written.
+        ValueError: naming the first damaged line.
     """
     lines, rows = _lines(log), []
     for number in range(1, steps + 1):

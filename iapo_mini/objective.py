@@ -12,8 +12,8 @@ def aggregate(values: torch.Tensor, mask: torch.Tensor, how: str) -> torch.Tenso
 
     Args:
         values: (B, L); mask: (B, L) bool.
-        how: ``"sequence"``: 1/B sum_i 1/|o_i| sum_t (GRPO; TRL's ``loss_type="grpo"``), or
-            ``"token"``: over all tokens of the batch (DAPO; TRL's ``"bnpo"``).
+        how: ``"sequence"`` for 1/B sum_i 1/|o_i| sum_t (GRPO; TRL's ``loss_type="grpo"``), or
+            ``"token"`` for the mean over all tokens of the batch (DAPO; TRL's ``"bnpo"``).
     """
     if how == "sequence":
         return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
@@ -40,10 +40,11 @@ def clipped_surrogate(
     Args:
         logprobs, old_logprobs: (B, L) nats; rho = exp(logprobs - old_logprobs).
         advantages: (B, L), without gradient.
-        epsilon, epsilon_high: clip range below and above 1; above defaults to below.
+        epsilon, epsilon_high: clip range below and above 1; ``epsilon_high`` defaults to
+            ``epsilon``.
 
     Returns:
-        ``(surrogate, clipped)``: (B, L) values and (B, L) bool, whether the clip binds.
+        ``(surrogate, clipped)``: (B, L) values, and (B, L) bool, where clipping lowers the value.
     """
     high = epsilon if epsilon_high is None else epsilon_high
     ratio = (logprobs - old_logprobs).exp()

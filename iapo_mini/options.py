@@ -1,4 +1,4 @@
-"""What a command line is made of: a parser that says in one line what is wrong, shared options."""
+"""Parts of the command line: a parser with errors of one line, and options of several commands."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import typing
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from iapo_mini.config import CARDS, FROM_RECIPE, RECIPES, TrainConfig
+from iapo_mini.config import CARDS, TrainConfig
 from iapo_mini.errors import AUTO, check_choice, first_line, shown
+from iapo_mini.recipes import FROM_RECIPE, RECIPES
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of whole option names, whose errors are one sentence instead of the whole usage."""
+    """A parser without abbreviated options whose errors are one sentence, without the usage."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
-        """End with status 2: ``argument --k: must be ...`` is told as ``--k must be ...``."""
+        """Exit with status 2; ``argument --k: must be ...`` is printed as ``--k must be ...``."""
         if message.startswith("argument "):
             message = message.removeprefix("argument ").replace(": ", " ", 1)
         if " must be " not in message:
@@ -40,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(text: str) -> int:
-    """An option's whole number."""
+    """Parse an option that is a whole number."""
     try:
         return int(text)
     except ValueError:
@@ -48,7 +49,7 @@ def whole(text: str) -> int:
 
 
 def number(text: str) -> float:
-    """An option's number; whether it is one to work with is told by who works with it."""
+    """Parse an option that is a number; the code that uses it checks its range."""
     try:
         return float(text)
     except ValueError:
@@ -73,13 +74,13 @@ def print_any_text() -> None:
 
 @contextlib.contextmanager
 def in_one_sentence(program: str) -> Iterator[None]:
-    """End with status 2 and one sentence on stderr for what is wrong with input or machine."""
+    """Turn errors of input or machine into one sentence on stderr and exit status 2."""
     try:
         yield
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         told = str(error) if "\n" not in str(error).strip() else first_line(error)
     except MemoryError:
-        told = "these settings need more memory than there is"
+        told = "these settings need more memory than this machine has"
     else:
         return
     print(f"{program}: {told}", file=sys.stderr)
@@ -90,7 +91,7 @@ _TYPES: dict[type, Any] = {int: whole, float: number, str: str}
 
 
 def _field_help(cls: type) -> dict[str, str]:
-    """Field name -> sentence, from the ``Attributes:`` block of a dataclass docstring."""
+    """Field name -> help text, from the ``Attributes:`` block of a dataclass docstring."""
     text = (cls.__doc__ or "").split("Attributes:")[1]
     found = re.findall(r"^ {8}([\w, ]+): (.*(?:\n {10,}.*)*)", text, re.MULTILINE)
     return {
@@ -101,7 +102,7 @@ def _field_help(cls: type) -> dict[str, str]:
 
 
 def _default(name: str, value: object) -> str:
-    """The default of a field of TrainConfig in words; that of a recipe by method."""
+    """The default of a field of TrainConfig in words; a recipe's field has one for each method."""
     if name not in FROM_RECIPE:
         return f"default: {value}"
     by_value: dict[Any, list[str]] = {}
@@ -109,11 +110,11 @@ def _default(name: str, value: object) -> str:
         by_value.setdefault(getattr(recipe, name), []).append(method)
     common = max(by_value, key=lambda v: len(by_value[v]))
     others = [f"{v} for {', '.join(names)}" for v, names in by_value.items() if v != common]
-    return f"default: the method's own: {'; '.join([*others, f'{common} for the others'])}"
+    return f"default by method: {'; '.join([*others, f'{common} for the others'])}"
 
 
 def add_train_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of TrainConfig; one that is not given leaves no trace."""
+    """Add an option for each field of TrainConfig. Options that are not given set nothing."""
     sentences, types = _field_help(TrainConfig), typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         kinds = set(typing.get_args(types[field.name]) or (types[field.name],)) - {type(None)}
@@ -135,20 +136,21 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--card", choices=tuple(CARDS),
-        help="settings for a real model on one card; options given beside it take precedence "
-        "(default: none, the settings below)",
+        help="settings for a real model on one GPU; other options override them (default: none, "
+        "use the defaults of the options)",
     )  # fmt: skip
 
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
-    """Which policy a command looks at."""
+    """Add the options that choose the policy of a command."""
     add = parser.add_argument
     add("--model",
-        help="'embedded', a folder, or a hub id (default: the adapter's, or embedded)")  # fmt: skip
+        help="'embedded', a folder, or a hub id (default: the adapter's model, or embedded)",
+    )  # fmt: skip
     add("--adapter", help="folder of a trained adapter (PEFT format)")
     add("--subfolder", default="", help="folder of the model in its repository (default: the top)")
     add("--revision", help="branch, tag or commit of a hub id (default: the newest)")
     add("--four-bit", action="store_true", help="load the weights in 4 bits (NF4; bitsandbytes)")
     add("--device", default=AUTO,
-        help="cpu, cuda, cuda:1; auto is the first CUDA device, else the CPU (%(default)s)",
+        help="cpu, cuda or cuda:1; auto is the first CUDA device, else the CPU (%(default)s)",
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Figures: readable in print, safe for the colour-blind, units on every axis.
+"""Figures that are readable in print and by colour-blind readers, with units on every axis.
 
-Every function returns a ``matplotlib.figure.Figure``; nothing is shown or saved here.
+Every function returns a ``matplotlib.figure.Figure`` and does not show or save it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from iapo_mini.intervals import expected_calibration_error, mean_interval
 
-# Okabe and Ito's palette, and a second cue (line style, hatch) wherever colour tells things apart.
+# Okabe and Ito's palette. Line styles or hatches repeat every distinction made by colour.
 COLORS = {
     "start": "#7f7f7f", "grpo": "#0072B2", "iapo": "#D55E00",
     "dapo": "#56B4E9", "gfpo": "#009E73", "gtpo_iapo": "#CC79A7", "sgrpo": "#8C6D1F",
@@ -56,11 +56,13 @@ def band(
     alpha: float = 0.2,
     **line: Any,
 ) -> None:
-    """Means joined by a line, their intervals as a band; a single seed is drawn alone.
+    """Draw means as a line and their intervals as a band; a single seed has no band.
 
     Args:
-        x: as many numbers as there are intervals, each ``(mean, low, high)``.
-        style, color, label, line: of the line, as for ``Axes.plot``; alpha: of the band.
+        x: one number for each interval.
+        intervals: one ``(mean, low, high)`` for each number of ``x``.
+        style, color, label, line: properties of the line, as for ``Axes.plot``.
+        alpha: opacity of the band.
     """
     mean, low, high = np.array(intervals).T
     ax.plot(x, mean, style, color=color, label=label, **line)
@@ -69,10 +71,10 @@ def band(
 
 
 def _by_step(ax: Axes, runs: Sequence[np.ndarray], method: str, beside: float) -> None:
-    """Mean over seeds by step with its 95% interval; a single seed is drawn alone.
+    """Draw the mean over seeds by step, with its 95% interval; a single seed has no interval.
 
-    The interval is a band, or where many lines would bury each other (``beside`` above 0) a bar of
-    the last step, so many steps to the right of it.
+    The interval is a band. For figures with many lines, ``beside`` above 0 draws it as a bar for
+    the last step only, ``beside`` steps to the right of it.
     """
     intervals = [mean_interval(values) for values in zip(*runs)]
     color, style = COLORS.get(method, "black"), STYLES.get(method, "-.")
@@ -96,12 +98,12 @@ def _smooth(values: Sequence[float], width: int = 5) -> np.ndarray:
 
 
 def training_curves(curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]]) -> Figure:
-    """Length, accuracy and entropy of the training rollouts by step.
+    """Plot length, accuracy and entropy of the training rollouts by step.
 
     Args:
         curves: method -> one mapping per seed, with ``"length"`` (tokens), ``"accuracy"`` (share)
-            and ``"entropy"`` (nats per token), a value per step. Of a method whose seeds have
-            more and fewer steps the longest runs are drawn.
+            and ``"entropy"`` (nats per token), a value per step. If the seeds of a method have
+            different numbers of steps, only the longest runs are drawn.
     """
     many = len(curves) > 4
     fig = Figure(figsize=(12 if many else 10, 3.6 if many else 3.2), layout="constrained")
@@ -130,7 +132,7 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]
 
 
 def comparison(methods: Mapping[str, Mapping], k: int = 8) -> Figure:
-    """Length, Pass@k and Ratio@k of each method as bars with 95% intervals, seeds as dots.
+    """Plot length, Pass@k and Ratio@k of each method as bars with 95% intervals, seeds as dots.
 
     Args:
         methods: method -> ``{"length": [per seed], "pass@k": [...], "ratio@k": [...]}``; with one
@@ -162,17 +164,17 @@ def comparison(methods: Mapping[str, Mapping], k: int = 8) -> Figure:
 
 
 def interval_of(result: Mapping, name: str) -> tuple[float, float, float]:
-    """``(mean, low, high)`` of a metric: over seeds, or over problems when there is one seed."""
+    """``(mean, low, high)`` of a metric over seeds, or over problems if there is one seed."""
     values = result[name]
     mean, low, high = mean_interval(values)
     if len(values) == 1:
         low, high = result["intervals"][0][name]
-    # Student's t knows no bounds, a share does.
+    # Student's t-interval may leave the range of a share, 0 to 1.
     return (mean, max(low, 0.0), min(high, 1.0)) if name.startswith("pass") else (mean, low, high)
 
 
 def role_composition(methods: Mapping[str, Mapping[str, float | Sequence[float]]]) -> Figure:
-    """Tokens per completion by role, stacked, one bar for each method.
+    """Plot tokens per completion by role, as one stacked bar for each method.
 
     Args:
         methods: method -> role -> mean tokens per completion, or one such mean per seed.
@@ -204,15 +206,15 @@ def token_heatmap(
     columns: int = 84,
     unit: str = "informativeness s (nats): blue lowers the answer entropy, red raises it",
 ) -> Figure:
-    """A completion as text, each token on a patch coloured by its value (paper, Fig. 14).
+    """Plot a completion as text, with each token coloured by its value (paper, Fig. 14).
 
     Args:
-        tokens: token texts, spaces included.
+        tokens: token texts, with their spaces.
         values: one value per token.
         roles: one role per token, drawn as a coloured line below it; optional.
         title: figure title.
         columns: characters per line.
-        unit: what the values are, below the colour bar.
+        unit: description of the values, below the colour bar.
     """
     limit = max(0.1, float(np.quantile(np.abs(values), 0.99)) if len(values) else 0.1)
     norm, cmap = Normalize(-limit, limit), colormaps["RdBu"]
@@ -256,7 +258,7 @@ def token_heatmap(
 
 
 def reliability(sets: Mapping[str, Mapping], bins: int = 10) -> Figure:
-    """Reliability diagram of forced answers, calibration error and answer entropy along the chain.
+    """Plot reliability of forced answers, and calibration error and entropy along the chain.
 
     Args:
         sets: label -> ``confidence``, ``correct`` and ``entropy``, each (B, parts + 1), from

@@ -1,7 +1,8 @@
-"""The policy: tokenizer + causal language model, LoRA by default, reference = adapter switched off.
+"""The policy: a tokenizer and a causal language model, with LoRA by default.
 
-``load_policy()`` gives the embedded policy that ships with the package; any causal LM folder or hub
-id goes the same way, with ``four_bit=True`` on weights in bitsandbytes' NF4 (QLoRA, arXiv
+Under LoRA the reference policy is the same model with the adapter switched off. ``load_policy()``
+loads the embedded policy that ships with the package. It also loads a folder or hub id of any
+causal LM, and with ``four_bit=True`` it keeps the weights in bitsandbytes' NF4 (QLoRA, arXiv
 2305.14314). Nothing is unpickled and no remote code runs.
 """
 
@@ -51,22 +52,22 @@ from iapo_mini.model_files import (
 )
 from iapo_mini.policies import EMBEDDED
 
-# Below this many parameters a second, merged copy of the weights is cheap and makes sampling and
-# the estimator about twice as fast as going through the adapter's extra layers.
+# Up to this many parameters, a second, merged copy of the weights is cheap. Sampling and the
+# estimator run about twice as fast on it as through the adapter's extra layers.
 _MERGED_COPY_LIMIT = 50_000_000
 
 
 @dataclass
 class Policy:
-    """A policy pi_theta with what is needed to talk to it.
+    """A policy pi_theta: the model, its tokenizer and its reference.
 
     Attributes:
-        model: causal LM; a ``PeftModel`` when LoRA is used. (The two share no type that knows what
-            both can do, hence ``Any`` here and where it is handed out.)
-        tokenizer: its tokenizer, padding on the left.
+        model: causal LM; a ``PeftModel`` when LoRA is used. (The two share no type with the
+            methods of both, hence ``Any`` here and where the model is returned.)
+        tokenizer: the model's tokenizer, which pads on the left.
         frozen: copy of the start weights for full fine-tuning with a KL term, else None.
-        name: what it was loaded by.
-        asked: the subfolder and revision that the hub was asked for, where they were given.
+        name: the name, folder or hub id that it was loaded by.
+        asked: the subfolder and revision of the hub repository, where they were given.
     """
 
     model: Any
@@ -83,20 +84,20 @@ class Policy:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights that are neither quantised nor the adapter's."""
+        """Dtype of the base weights that are not quantised."""
         return self.model.get_input_embeddings().weight.dtype
 
     @property
     def uses_lora(self) -> bool:
-        """Whether only adapter weights are trained."""
+        """Whether only the adapter's weights are trained."""
         return isinstance(self.model, PeftModel)
 
     @property
     def eos_ids(self) -> torch.Tensor:
-        """Token ids that end a completion, shape (E,), the one that ends a turn first.
+        """Token ids that end a completion, shape (E,); the token that ends a turn comes first.
 
-        Those of the generation config (the tokenizer's where it has none) and the token that
-        follows an assistant's turn in the chat template, which some models do not name.
+        These are the ids of the generation config (or of the tokenizer, if it has none) and the
+        token after an assistant's turn in the chat template, which some configs do not name.
 
         Raises:
             ValueError: when there is none.
@@ -116,10 +117,10 @@ class Policy:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[Any]:
-        """The reference policy pi_ref: the start weights, without a second copy under LoRA.
+        """The reference policy pi_ref, which has the start weights. LoRA needs no copy of them.
 
         Raises:
-            ValueError: under full fine-tuning when no frozen copy was kept at load.
+            ValueError: under full fine-tuning, when no frozen copy was kept at load.
         """
         if self.uses_lora:
             with self.model.disable_adapter():
@@ -128,17 +129,17 @@ class Policy:
             yield self.frozen
         else:
             raise ValueError(
-                "the policy is fully fine-tuned and kept no reference; "
+                "the policy is fully fine-tuned and has no copy of its start weights; "
                 "load it with keep_reference=True."
             )
 
     def for_inference(self) -> Any:
         """The model to sample and estimate with, in eval mode.
 
-        Small fp32 LoRA policies are merged into a plain copy, dequantised where they are in 4 bits,
-        that is refreshed on every call (equal to the adapter's forward up to rounding). Others are
-        returned as they are: a copy would be large, and rounding base plus adapter to 16 bits
-        loses most of a young adapter.
+        A small fp32 LoRA policy is merged into a plain copy, which is refreshed on every call and
+        equals the adapter's forward pass up to rounding; 4-bit weights are dequantised for it.
+        Other policies are returned as they are: a copy would be large, and rounding base plus
+        adapter to 16 bits would lose most of an adapter that has changed little so far.
         """
         self.model.eval()
         if not self.uses_lora:
@@ -157,11 +158,11 @@ class Policy:
 
     @torch.no_grad()
     def merged_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and value of every weight of the plain model that this policy amounts to.
+        """Name and value of every weight of the plain model that computes the same as this policy.
 
-        Names are those of the architecture without adapter; base weights are dequantised, the
-        adapter's product is added in fp32 and the sum rounded to :attr:`dtype`. Merging into the
-        quantised weights instead would round each sum to one of 16 values.
+        The names are those of the architecture without an adapter. Base weights are dequantised,
+        the adapter's product is added in fp32, and the sum is rounded to :attr:`dtype`. Merging
+        into the quantised weights instead would round each sum to one of 16 values.
         """
         if self.uses_lora and not is_plain_lora(self.model):
             yield from self.merged().state_dict().items()
@@ -185,11 +186,11 @@ class Policy:
                     yield prefix + key, value
 
     def merged(self, device: str | torch.device | None = None) -> PreTrainedModel:
-        """A plain model, without adapter and in :attr:`dtype`, that computes what this one does.
+        """A plain model in :attr:`dtype`, without adapter, that computes the same as this policy.
 
         Args:
-            device: where it is built, default where the policy is. On the CPU a model is merged
-                that would not fit beside its 4-bit self on the card.
+            device: where it is built; default is the device of the policy. Choose the CPU for a
+                model that does not fit on the GPU beside its 4-bit version.
 
         Raises:
             ValueError: when the two differ by more than rounding (:func:`adapters.check_merge`).
@@ -214,12 +215,12 @@ class Policy:
         return plain
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """Parameters that are trained, by name."""
+        """The trained parameters by name."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter in PEFT format (LoRA) or the whole model, and the tokenizer."""
-        # Of an adapter peft would ask the hub, at the end of a run, whether the vocabulary changed.
+        # For an adapter, peft would otherwise ask the hub whether the vocabulary changed.
         settings = {"save_embedding_layers": False} if self.uses_lora else {}
         self.model.save_pretrained(folder, **settings)
         self.tokenizer.save_pretrained(folder)
@@ -229,14 +230,14 @@ class Policy:
 
 @contextlib.contextmanager
 def _by_older_names() -> Iterator[None]:
-    """peft and we ask transformers about gradient checkpointing by its older name."""
+    """Silence transformers' warning about an old name of checkpointing that peft and we use."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
 def quiet_libraries() -> None:
-    """Loading bars, retries and advice lines of the libraries would drown our own output."""
+    """Switch off the libraries' progress bars, retry notes and advice, to keep output readable."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()
@@ -262,25 +263,27 @@ def load_policy(
     Args:
         model: ``"embedded"``, ``"embedded-calibrated"``, ``"embedded-uncalibrated"``, a folder
             written by ``save_pretrained``, or a hub id. Default: the model that the adapter was
-            trained on, ``"embedded"`` without an adapter.
-        subfolder: folder of the model within a repository that holds several.
+            trained on, or ``"embedded"`` without an adapter.
+        subfolder: folder of the model within a repository that holds several models.
         revision: branch, tag or commit of a hub id.
         adapter: folder of a trained PEFT adapter to continue from or to evaluate.
         lora_rank: rank of new LoRA matrices on all linear layers; 0 trains every weight.
         lora_alpha: LoRA scale numerator, default ``2 * lora_rank``.
         keep_reference: keep a frozen copy of the weights (full fine-tuning with a KL term).
         seed: seed of the LoRA initialisation.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"``: first CUDA device, else the CPU.
-        dtype: dtype of the weights, and with ``four_bit`` of all that is not quantised and of the
-            arithmetic; default fp32, with ``four_bit`` what the device is good at
-            (:func:`compute_dtype`). Adapters are fp32 in any case.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; ``"auto"`` is the first CUDA device, or the
+            CPU if there is none.
+        dtype: dtype of the weights; with ``four_bit``, dtype of the weights that are not quantised
+            and of the arithmetic. Default: fp32; with ``four_bit``, a dtype that is fast on the
+            device (:func:`compute_dtype`). Adapters are always fp32.
         four_bit: keep linear layers in NF4 with double quantisation (needs bitsandbytes).
-        gradient_checkpointing: keep only the input of every decoder layer for the backward pass and
-            compute the rest again: a tenth of the activations for a third more arithmetic.
+        gradient_checkpointing: keep only the input of every decoder layer for the backward pass
+            and compute the rest again. This needs a tenth of the memory for activations and a third
+            more arithmetic.
 
     Raises:
         ValueError: when ``model`` or ``adapter`` can't be loaded, naming it and what is allowed, or
-            when ``four_bit`` is asked for where bitsandbytes does not work.
+            when ``four_bit`` is set on a machine where bitsandbytes does not work.
     """
     check_number("lora_rank", lora_rank, 0, MOST_RANK)
     if model is None:
@@ -330,7 +333,7 @@ def _load(
     four_bit: bool,
     checkpointing: bool,
 ) -> tuple[transformers.PreTrainedTokenizerBase, Any]:
-    """Tokenizer and causal LM; whatever is wrong with them is told in one sentence."""
+    """Load tokenizer and causal LM; any fault of theirs becomes a ValueError of one sentence."""
     within = "".join(f", {name} '{value}'" for name, value in asked.items())
     with reaching(source) as unreached:
         try:
@@ -339,11 +342,11 @@ def _load(
             raise not_loaded(model, unreached or first_line(error), within) from error
         check_quantised(model, config, four_bit)
         try:
-            # False, not unset: transformers would ask on the terminal and wait.
+            # If it were unset, transformers would ask on the terminal and wait.
             tokenizer = AutoTokenizer.from_pretrained(
                 source, padding_side="left", trust_remote_code=False, **asked
             )
-            tokenizer("1 + 1 = 2", padding=True)  # some settings are first read here
+            tokenizer("1 + 1 = 2", padding=True)  # some settings are not read before this call
             causal_lm: Any
             if four_bit:
                 causal_lm, told = load_four_bit(source, device, dtype, **asked)
@@ -363,10 +366,10 @@ def _load(
 
 
 def _with_trained_adapter(causal_lm: Any, adapter: str | Path, model: str) -> PeftModel:
-    """The model with a trained adapter from a folder; ``model`` names it in messages."""
+    """Load a trained adapter from a folder onto the model; ``model`` is its name in messages."""
     if not os.path.isfile(Path(adapter) / "adapter_model.safetensors"):
         raise ValueError(
-            "adapter must be a folder in PEFT format, such as the one a training run writes, got "
+            "adapter must be a folder in PEFT format, such as a training run writes, got "
             f"'{adapter}', which has no adapter_model.safetensors"
         )
     try:
@@ -380,11 +383,11 @@ def _with_trained_adapter(causal_lm: Any, adapter: str | Path, model: str) -> Pe
 
 
 def _with_new_adapter(causal_lm: Any, rank: int, alpha: int, seed: int) -> Any:
-    """The model with a fresh adapter, which changes nothing yet; the global seed is left alone."""
+    """Add a new adapter, which does not change the output yet, without using the global seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # Every linear layer of every block but the vocabulary head, whatever their names in this
-        # architecture: with QLoRA that matters more than the rank (arXiv 2305.14314, figure 2).
+        # "all-linear" takes every linear layer except the vocabulary head, whatever their names.
+        # With QLoRA that matters more than the rank (arXiv 2305.14314, figure 2).
         config = LoraConfig(
             r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
         )

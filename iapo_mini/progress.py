@@ -1,4 +1,4 @@
-"""What a bar shows of a batch that is not finished yet: a batch may take half an hour."""
+"""Progress within a batch, shown behind a progress bar, since a batch may take half an hour."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 EVERY = 1.0
-"""Seconds between two things shown."""
+"""Seconds between two updates of the bar."""
 
 
 @contextlib.contextmanager
 def tokens_shown(bar: Any) -> Iterator[Callable[[int, int], None]]:
-    """Show tokens behind a tqdm bar while a batch is sampled; afterwards the bar is as it was.
+    """Show the number of tokens behind a tqdm bar while a batch is sampled, then restore the bar.
 
-    Gives what :func:`iapo_mini.sampling.sample` calls after every token.
+    Yields a function that :func:`iapo_mini.sampling.sample` calls after every token.
     """
     before, last = getattr(bar, "postfix", None) or "", time.monotonic()
 

@@ -19,18 +19,18 @@ _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-# No dot here matches a line break, so a thought of two lines has a bad format.
+# The dots here do not match line breaks, so a thought of two lines has a bad format.
 _PLAIN = r"(?:(?!<think>|<answer>).)*"
 _RELEASED_FORMAT = re.compile(rf"{_PLAIN}<think>{_PLAIN}</think>\n<answer>{_PLAIN}</answer>\n?")
 
 
 def parse_answer(completion: str) -> str | None:
-    """The answer of a well-formed completion, else None.
+    """The answer of a well-formed completion, or None.
 
-    Well-formed: exactly one ``<think>...</think>`` followed by exactly one ``<answer>...</answer>``
-    and nothing else; a tag inside either of them makes it ill-formed.
+    A well-formed completion is exactly one ``<think>...</think>``, followed by exactly one
+    ``<answer>...</answer>``, and nothing else. Neither may contain another tag.
     """
-    # Counted first: on a text of many tags the pattern would try every pair of them.
+    # The tags are counted first, because the pattern would try every pair of many tags.
     if any(completion.count(tag) != 1 for tag in _TAGS):
         return None
     match = _FORMAT.fullmatch(completion)
@@ -38,15 +38,15 @@ def parse_answer(completion: str) -> str | None:
 
 
 def reward(completion: str, reference: str) -> tuple[float, bool]:
-    """Reward of one completion and whether its answer is right.
+    """Reward of one completion, and whether its answer is right.
 
     Args:
         completion: text with its tags.
         reference: reference answer.
 
     Returns:
-        ``(format + correctness, correct)``: 1.5 right, -0.5 well-formed but wrong, -1.5 ill-formed
-        (an answer is only read from a well-formed completion).
+        ``(format + correctness, correct)``: 1.5 if right, -0.5 if well-formed but wrong, -1.5 if
+        ill-formed (the answer is read only from a well-formed completion).
     """
     answer = parse_answer(completion)
     if answer is None:
@@ -56,14 +56,14 @@ def reward(completion: str, reference: str) -> tuple[float, bool]:
 
 
 def released_reward(completion: str, reference: str) -> tuple[float, bool]:
-    """Reward of one completion by the paper's released code, and whether its answer is right.
+    """Reward of one completion as in the paper's released code, and whether its answer is right.
 
-    Format (+0.5 or -0.5) and correctness (+1 or -1) are judged apart (``compute_reward.py``, lines
-    31 to 46), so a right answer in a bad format earns +0.5 where :func:`reward` has -1.5. The
-    answer is what follows the last ``<answer>``, all of the text where there is no tag; a
-    ``\\boxed{}`` in it is opened. The format wants a line break between ``</think>`` and
-    ``<answer>`` and none within the thought: a pay for writing one line. Answers are compared by
-    our verifier; the released code compares normalised strings.
+    Format (+0.5 or -0.5) and correctness (+1 or -1) are judged separately (``compute_reward.py``,
+    lines 31 to 46). So a right answer in a bad format earns +0.5, where :func:`reward` gives -1.5.
+    The answer is the text after the last ``<answer>``, or the whole text if there is no tag; a
+    ``\\boxed{}`` around it is removed. The format needs a line break between ``</think>`` and
+    ``<answer>`` and none within the thought, so it rewards thoughts of a single line. Answers are
+    compared by our verifier; the released code compares normalised strings.
 
     Args:
         completion: text with its tags; reference: reference answer.
@@ -99,17 +99,17 @@ JUDGES: dict[str, Callable[[str, str], tuple[float, bool]]] = {
     "strict": reward,
     "released": released_reward,
 }
-"""Rewards by the name that ``TrainConfig.reward`` gives."""
+"""Reward functions by their names in ``TrainConfig.reward``."""
 
 
 def check_completion(policy: Policy, problem: Problem) -> None:
-    """Make sure that this policy can earn the full reward, before any long work.
+    """Check, before any long work, that this policy can earn the full reward.
 
-    A perfect completion is written as its tokenizer writes it, and read back as rollouts are.
-    Model families differ in what ends a turn, and in what their tokenizers leave out.
+    A perfect completion is encoded with the policy's tokenizer and read back as rollouts are.
+    Model families differ in the token that ends a turn and in the text that their tokenizers drop.
 
     Raises:
-        ValueError: when the perfect completion scores less than 1.5, or does not end its row.
+        ValueError: when the perfect completion scores less than 1.5, or ends too early.
     """
     text = f"<think>\nThe answer is {problem.answer}.\n</think>\n<answer>{problem.answer}</answer>"
     rollouts = score(from_texts(policy, [problem], [text]), policy.tokenizer, [problem])
@@ -121,7 +121,7 @@ def check_completion(policy: Policy, problem: Problem) -> None:
         read = rollouts.texts(policy.tokenizer)[0]
         raise ValueError(
             f"model is '{policy.tokenizer.name_or_path}', with which a perfect completion can't be "
-            f"written: {told}, and is read as {read!r}; look at its special and stop tokens "
+            f"written: {told}, and it is read as {read!r}; check its special and stop tokens "
             "(generation_config.json, tokenizer_config.json)."
         )
 
@@ -132,7 +132,7 @@ def score(
     problems: Sequence[Problem],
     how: str = "strict",
 ) -> Rollouts:
-    """Rollouts with ``rewards`` (B,) fp32, ``correct`` (B,) bool and ``references`` filled in.
+    """Fill in ``rewards`` (B,) fp32, ``correct`` (B,) bool and ``references``.
 
     Args:
         rollouts: B completions; problem j owns rows j*G to (j+1)*G.

@@ -1,10 +1,10 @@
-"""Rollouts: what was sampled and what is known of it; the one object that flows through.
+"""Rollouts: sampled completions and what is computed from them, passed from stage to stage.
 
 Shapes: B = prompts x num_generations, P prompt length (left-padded), L completion length
-(right-padded, the end-of-sequence token included), V vocabulary. Masks are bool.
+(right-padded, including the end-of-sequence token), V vocabulary size. Masks are bool.
 
-Rows of one prompt stand next to each other: sampling runs every prompt once per *group*, and so do
-the passes over what was sampled (:mod:`iapo_mini.logprobs`).
+The rows of one prompt are adjacent. So sampling runs every prompt once per *group*, and so do the
+later passes over the completions (:mod:`iapo_mini.logprobs`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Cache = list[list[tuple[torch.Tensor, torch.Tensor]]]
-"""For each row and layer the keys and values of its prompt and completion, each
-(S, key-value heads, D), rotated as the model does."""
+"""The keys and values of prompt and completion for each row and layer, each of shape
+(S, key-value heads, D), with the model's rotary embedding applied."""
 
 FILLED_BY = {
     "token_entropies": "sampling.sample",
@@ -28,12 +28,12 @@ FILLED_BY = {
     "correct": "rewards.score",
     "informativeness": "information.inform",
 }
-"""What may be known of rollouts, and who finds it out."""
+"""Name of each quantity that can be filled in -> the function that computes it."""
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Completions of a batch of prompts. Nothing is written into them: :meth:`filled` makes a copy.
+    """Completions of a batch of prompts. Immutable: :meth:`filled` returns a copy.
 
     Attributes:
         prompt_ids, prompt_mask: (B, P) long and bool, left-padded.
@@ -41,13 +41,13 @@ class Rollouts:
         old_logprobs: (B, L) fp32 nats, log pi_old(o_t | q, o_<t) of the tempered policy; padding 0.
         num_generations: G, completions per prompt; rows of one prompt are adjacent.
         finished: (B,) bool, whether the row ended by itself (False: cut at the length limit).
-        known: what has been filled in so far, by name; read it through the properties below.
-        prefill: what the chat template wrote of every completion (``<think>`` and a line break, or
-            nothing): it stands in the prompt, and before the texts.
-        limit: tokens at which a completion was cut; 0 where no limit is known.
+        known: the quantities filled in so far, by name. Use the properties below to read them.
+        prefill: the start of every completion that the chat template writes (``<think>`` and a line
+            break, or nothing). Its tokens are in the prompt; :meth:`texts` puts it in front.
+        limit: number of tokens at which completions were cut; 0 if no limit is known.
         references: B reference answers; empty until ``rewards.score`` fills them in.
-        cache: kept by ``sample`` on request, so that the estimator need not run the trunk again.
-            Stale once the policy has changed.
+        cache: keys and values, kept by ``sample`` on request so the estimator can skip the pass
+            over prompt and completion. Not valid after the policy has changed.
     """
 
     prompt_ids: torch.Tensor
@@ -64,10 +64,10 @@ class Rollouts:
     cache: Cache | None = None
 
     def filled(self, **values: torch.Tensor) -> Rollouts:
-        """A copy that knows more: any of the names in ``FILLED_BY``.
+        """A copy with further quantities, under names of ``FILLED_BY``.
 
         Raises:
-            TypeError: for another name.
+            TypeError: for any other name.
         """
         for name in values:
             if name not in FILLED_BY:
@@ -105,11 +105,11 @@ class Rollouts:
         return self.completion_mask.sum(1)
 
     def seed(self) -> int:
-        """A seed made of the tokens: what is drawn for a batch is drawn again after a resume."""
+        """A seed computed from the tokens, so a resumed run makes the same random choices."""
         return int(self.completion_ids[self.completion_mask].sum())
 
     def rows(self, start: int, stop: int) -> Rollouts:
-        """Rows ``start`` to ``stop`` (whole groups), completions cut to their longest."""
+        """Rows ``start`` to ``stop`` (whole groups), padded only to their longest completion."""
         rows = slice(start, stop)
         width = max(1, int(self.lengths[rows].max()))
         return replace(
@@ -126,12 +126,12 @@ class Rollouts:
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor by name, what has been filled in included; the cache left out."""
+        """Every tensor by name, including the quantities filled in, but not the cache."""
         own = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
         return {**own, **self.known}
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Completions as text, prefill and tags included, the token that ended the row left out."""
+        """Completions as text, with prefill and tags, without the token that ended the row."""
         out = []
         lengths = (self.lengths - self.finished.long()).tolist()
         for ids, length in zip(self.completion_ids.tolist(), lengths):
@@ -141,11 +141,11 @@ class Rollouts:
 
 
 def joined(parts: Sequence[Rollouts]) -> Rollouts:
-    """Rollouts of several batches as one, padded to the longest prompt and completion.
+    """Join the rollouts of several batches, padded to the longest prompt and completion.
 
     Args:
-        parts: batches with equal ``num_generations``, ``limit`` and ``prefill``, which know the
-            same things; their caches are left out.
+        parts: batches with equal ``num_generations``, ``limit`` and ``prefill`` and with the same
+            quantities filled in. Their caches are left out.
     """
     if len(parts) == 1:
         return parts[0]
@@ -158,7 +158,7 @@ def joined(parts: Sequence[Rollouts]) -> Rollouts:
             return torch.cat(list(values))
         left = name.startswith("prompt")
         size = prompt if left else width
-        # What stands at padding is never read: the masks are False there.
+        # The values at padding are never read, since the masks are False there.
         grown = [
             torch.nn.functional.pad(v, (size - v.shape[1], 0) if left else (0, size - v.shape[1]))
             for v in values

@@ -1,10 +1,11 @@
-"""The folder of a training run, and how nothing in it is lost to a fault.
+"""The folder of a training run, which loses nothing when something fails.
 
-* What is written has another name until it is whole, so a kill leaves the old or the new.
-* A checkpoint carries the checksums of its files; one that does not match is passed over.
-* A folder belongs to one process at a time; the system takes the lock from one that was killed.
-* A full or read-only disk ends in one sentence that names the last whole checkpoint.
-* Ctrl-C, SIGTERM and SIGHUP ask for the end of the step; a second one interrupts at once.
+* Files are written under another name and renamed when complete, so a kill leaves the old or the
+  new version.
+* A checkpoint holds the checksums of its files. A checkpoint that does not match is skipped.
+* A folder belongs to one process at a time; the lock is released if the process is killed.
+* On a full or read-only disk the error names the last complete checkpoint.
+* Ctrl-C, SIGTERM and SIGHUP end the run after the current step; a second one ends it at once.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ _LOCK = ".lock"
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether this is what a killed run leaves: its lock, or something it had not yet renamed."""
+    """Whether a killed run left this behind: its lock, or something that it did not yet rename."""
     return path.name == _LOCK or (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 @contextlib.contextmanager
 def writing(run: Path) -> Iterator[None]:
-    """Turn a failed write into one sentence that says what is safe and what to do."""
+    """Turn a failed write into one sentence that names the last checkpoint and says what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -79,9 +80,9 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def save_checkpoint(run: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Checkpoint of trained weights and optimizer moments; the two newest are kept.
+    """Write a checkpoint of trained weights and optimizer moments; the two newest are kept.
 
-    With it goes the checksum of what is logged up to this step.
+    It also holds the checksum of the log up to this step.
     """
 
     def write(folder: Path) -> None:
@@ -100,18 +101,18 @@ def save_checkpoint(run: Path, step: int, policy: Policy, optimizer: torch.optim
 
     replace_folder(run / f"checkpoint-{step}", write)
     for old in checkpoints(run)[:-2]:
-        if _step_of(old) != step:  # damaged newer ones may be left from before a resume
+        if _step_of(old) != step:  # a resume may have left damaged checkpoints with a higher step
             remove(old)
 
 
 def restore_checkpoint(run: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint that is whole; return the steps done, 0 without one.
+    """Load the newest undamaged checkpoint and return its number of steps; 0 if there is none.
 
-    Where the log is damaged, the steps since an older checkpoint are made again.
+    If the log is damaged, the steps since an older checkpoint are repeated.
 
     Raises:
-        ValueError: for a checkpoint that can't be read, or a log that is damaged from before the
-            oldest one: nothing is begun anew over checkpoints that are whole.
+        ValueError: for a checkpoint that can't be read, or a log whose damage begins before the
+            oldest checkpoint. The run does not start again over undamaged checkpoints.
     """
     told = None
     for checkpoint in reversed(checkpoints(run)):
@@ -124,12 +125,12 @@ def restore_checkpoint(run: Path, policy: Policy, optimizer: torch.optim.Optimiz
             moments = load_file(checkpoint / "optimizer.safetensors")
         except (FileNotFoundError, ValueError, AttributeError, SafetensorError) as error:
             warnings.warn(
-                f"'{checkpoint}' is damaged ({error}) and is not used; the one before it is, or "
-                "the run starts anew.",
+                f"'{checkpoint}' is damaged ({error}) and is not used; the run continues from the "
+                "checkpoint before it, or from the start.",
                 stacklevel=2,
             )
             continue
-        except OSError as error:  # what can't be read need not be damaged: nothing is begun anew
+        except OSError as error:  # it may be undamaged, so the run must not start again over it
             raise ValueError(
                 f"output_dir is '{run}', whose '{checkpoint.name}' can't be read "
                 f"({error.strerror or error}); make it readable, then resume."
@@ -141,7 +142,7 @@ def restore_checkpoint(run: Path, policy: Policy, optimizer: torch.optim.Optimiz
             continue
         if told:
             warnings.warn(
-                f"{told}; the steps after '{checkpoint.name}' are made again.", stacklevel=2
+                f"{told}; the steps after '{checkpoint.name}' are repeated.", stacklevel=2
             )
         with torch.no_grad():
             for name, parameter in policy.trainable().items():
@@ -155,27 +156,27 @@ def restore_checkpoint(run: Path, policy: Policy, optimizer: torch.optim.Optimiz
         return _step_of(checkpoint)
     if told:
         raise ValueError(
-            f"{told}, and no checkpoint is as old as what is left of it; restore the file, or "
+            f"{told}, and every checkpoint is newer than the undamaged part; restore the file, or "
             "start a new run in another folder."
         )
     return 0
 
 
 class Run:
-    """The folder of one run from its claim to its end, as a context manager.
+    """The folder of one run, as a context manager.
 
-    Entering takes the folder for this process and refuses one that is not fit; nothing is written
-    into it before :meth:`restore`, so a run whose model can't be loaded leaves nothing behind.
+    Entering locks the folder for this process and refuses an unsuitable one. Nothing is written
+    before :meth:`restore`, so a run whose model can't be loaded leaves nothing behind.
 
     Args:
         folder: must be empty or absent unless ``resume``.
-        config: its settings are what ``config.json`` holds.
-        resume: go on with the run that is there, which must have the same settings.
+        config: its settings are written to ``config.json``.
+        resume: continue the run in the folder, which must have the same settings.
         wait: seconds to wait for another process to leave the folder.
 
     Raises:
-        ValueError: when the folder is in use, can't be written, is not empty, or holds a run with
-            other settings or more steps (or none, with ``resume``).
+        ValueError: when the folder is in use, can't be written or is not empty, or, with
+            ``resume``, when it holds no run or a run with other settings or more steps.
     """
 
     def __init__(
@@ -207,7 +208,7 @@ class Run:
         if not self.resume:
             if not all(map(is_leftover, run.iterdir())):
                 raise ValueError(
-                    f"output_dir is '{run}', which is not empty; resume the run in it or name a "
+                    f"output_dir is '{run}', which is not empty; resume the run in it, or name a "
                     "new folder."
                 )
             return
@@ -223,7 +224,7 @@ class Run:
         data = saved.get("data_fingerprint")
         if data is not None and data != fingerprint(self.config.data_file):
             raise ValueError(
-                f"data_file is '{self.config.data_file}', whose content is not that of "
+                f"data_file is '{self.config.data_file}', whose content differs from "
                 f"'{before['data_file']}' when the run in '{run}' was started; resume with the "
                 "same problems, or start a new run."
             )
@@ -239,12 +240,12 @@ class Run:
         done = max([*made, *map(_step_of, checkpoints(run))], default=0)
         if done > self.config.max_steps:
             raise ValueError(
-                f"max_steps must be at least {done}, the steps that the run in '{run}' has made, "
+                f"max_steps must be at least {done}, the number of steps of the run in '{run}', "
                 f"got {self.config.max_steps}; name a new folder for a shorter run"
             )
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-        """Write the settings, load the newest whole checkpoint; steps done, 0 without one."""
+        """Write the settings, load the newest undamaged checkpoint, return its steps (or 0)."""
         with writing(self.folder):
             for path in self.folder.glob(".*.tmp"):
                 remove(path)
@@ -255,18 +256,18 @@ class Run:
         done = restore_checkpoint(self.folder, policy, optimizer)
         with writing(self.folder):
             trim_log(self.folder / LOG, done)
-        self._interrupted = self._stack.enter_context(asked_to_end())  # until here it ends at once
+        self._interrupted = self._stack.enter_context(asked_to_end())  # signals wait from here on
         return done
 
     def _model_fingerprint(self, policy: Policy) -> dict[str, str]:
-        """Of the start weights, which must be those that the run began with."""
+        """Fingerprint of the start weights, which must be those that the run began with."""
         start = policy.model if policy.frozen is None else policy.frozen
         now = {
             "dtype": str(policy.dtype),
             "weights": fingerprint_of_weights(base_weights(start).items()),
         }
         before = self._before.get("model_fingerprint") or now
-        # In another dtype, as another card may ask for, weights are rounded otherwise.
+        # Another GPU may need another dtype, in which the weights are rounded differently.
         if before["dtype"] == now["dtype"] and before != now:
             raise ValueError(
                 f"model is '{self.config.model}', whose weights are not those that the run in "
@@ -283,11 +284,11 @@ class Run:
             log.write(json.dumps(metrics) + "\n")
 
     def save(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-        """A checkpoint if one is due, or if the run was asked to end, which it then does.
+        """Save a checkpoint if one is due; after a signal, save one and end the run.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, once all is saved.
-            FloatingPointError: for weights that are not finite; the checkpoints before are whole.
+            KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, when everything is saved.
+            FloatingPointError: for weights that are not finite. Earlier checkpoints are kept.
         """
         if step % self.config.save_steps == 0 or self._interrupted.is_set():
             _check_weights(policy, step)
@@ -295,11 +296,11 @@ class Run:
                 save_checkpoint(self.folder, step, policy, optimizer)
         if self._interrupted.is_set():
             raise KeyboardInterrupt(
-                f"step {step} is saved in '{self.folder}'; --resume (resume=True) goes on from it"
+                f"step {step} is saved in '{self.folder}'; --resume (resume=True) continues from it"
             )
 
     def finish(self, policy: Policy) -> None:
-        """Save the trained policy to ``final/``. Raises as :meth:`save`."""
+        """Save the trained policy to ``final/``. Raises the same errors as :meth:`save`."""
         policy.model.eval()
         _check_weights(policy, self.config.max_steps)
         with writing(self.folder):
@@ -311,7 +312,7 @@ class Run:
     def keeping(
         self, step: int, rollouts: Rollouts, advantages: torch.Tensor, policy: Policy
     ) -> Iterator[None]:
-        """Keep what an update was made of in ``failed-step-<n>/`` if it turns out not finite."""
+        """Save the inputs of an update in ``failed-step-<n>/`` if its result is not finite."""
         try:
             yield
         except FloatingPointError as error:
@@ -331,36 +332,36 @@ class Run:
             with writing(self.folder):
                 replace_folder(kept, write)
             raise FloatingPointError(
-                f"step {step}: {error}; the run has stopped before the update and the batch is in "
-                f"'{kept}'. Often the remedy is a new run with a lower learning_rate (now "
+                f"step {step}: {error}; the run has stopped before the update, and the batch is in "
+                f"'{kept}'. A new run with a lower learning_rate often helps (now "
                 f"{self.config.learning_rate})."
             ) from error
 
 
 def _check_weights(policy: Policy, step: int) -> None:
-    """An update too large leaves weights that no step before it could have been refused for."""
+    """Refuse weights that are not finite, as a too large update can leave them."""
     for name, parameter in policy.trainable().items():
         if not parameter.isfinite().all():
             raise FloatingPointError(
-                f"after step {step} the weight '{name}' is not finite and is not saved; often the "
-                "remedy is a new run with a lower learning_rate."
+                f"after step {step} the weight '{name}' is not finite and is not saved; a new run "
+                "with a lower learning_rate often helps."
             )
 
 
 @contextlib.contextmanager
 def _locked(run: Path, wait: float) -> Iterator[None]:
-    """The run folder for this process alone; the lock is released if the process is killed."""
+    """Lock the run folder for this process; the lock is released if the process is killed."""
     lock = filelock.FileLock(run / _LOCK)
     try:
         lock.acquire(timeout=wait)
     except filelock.Timeout as error:
         raise ValueError(
-            f"output_dir is '{run}', where another process is training; wait for its end or name "
-            "a new folder."
+            f"output_dir is '{run}', where another process is training; wait until it ends, or "
+            "name a new folder."
         ) from error
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows keeps an open file; a read-only disk keeps all
+        with contextlib.suppress(OSError):  # fails on Windows (open file) or a read-only disk
             os.unlink(run / _LOCK)
         lock.release()

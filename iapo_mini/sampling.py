@@ -1,6 +1,6 @@
-"""Batched sampling with a KV cache, and rollouts made of given texts.
+"""Batched sampling with a KV cache, and rollouts made from given texts.
 
-Rows of one prompt stand next to each other, so every prompt is run once per group.
+The rows of one prompt are adjacent, so every prompt is run once per group.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from iapo_mini.tasks import Problem
 
 
 class _GrowingLayer(DynamicLayer):
-    """Cache layer whose buffer grows in blocks: a decoding step writes one column in place.
+    """Cache layer whose buffer grows in blocks, so a decoding step writes one column in place.
 
-    ``DynamicLayer`` concatenates, which copies the whole cache at every token. Rows are retired by
-    swapping them behind the running ones, where their keys and values stay readable.
+    ``DynamicLayer`` concatenates, which copies the whole cache at every token. Finished rows are
+    swapped behind the running ones, where their keys and values can still be read.
     """
 
     block = CACHE_BLOCK
@@ -39,7 +39,7 @@ class _GrowingLayer(DynamicLayer):
             self._used = 0
         new = self._used + key_states.shape[-2]
         if self._buffers is None or new > self._buffers[0].shape[-2]:
-            # Their last dimensions may differ (multi-head latent attention).
+            # Keys and values may differ in the last dimension (multi-head latent attention).
             grown = [
                 x.new_empty((*x.shape[:-2], new + self.block, x.shape[-1]))
                 for x in (key_states, value_states)
@@ -55,7 +55,7 @@ class _GrowingLayer(DynamicLayer):
         return keys, values
 
     def show(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Go on with the first ``rows`` rows; the others stay in the buffer."""
+        """Use only the first ``rows`` rows from now on; the others stay in the buffer."""
         assert self._buffers is not None  # something has been written
         keys, values = (b[:rows, :, : self._used] for b in self._buffers)
         self.keys, self.values = keys, values
@@ -75,7 +75,7 @@ class _GrowingLayer(DynamicLayer):
 
 
 def encode_prompts(policy: Policy, problems: list[Problem]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompt ids (N, P) long and mask (N, P) bool, left-padded, by the chat template."""
+    """Encode prompts with the chat template: ids (N, P) long and mask (N, P) bool, left-padded."""
     texts = [render_prompt(policy.tokenizer, problem) for problem in problems]
     batch = policy.tokenizer(
         texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
@@ -84,13 +84,13 @@ def encode_prompts(policy: Policy, problems: list[Problem]) -> tuple[torch.Tenso
 
 
 def check_length(policy: Policy, problems: Sequence[Problem], tokens: int) -> None:
-    """Make sure, before any long work, that the model has positions for these problems.
+    """Check, before any long work, that the model has enough positions for these problems.
 
     Args:
-        tokens: those of a completion, and of what is asked after it.
+        tokens: number of tokens of a completion and of the forced answer after it.
 
     Raises:
-        ValueError: for a prompt that leaves fewer.
+        ValueError: for a prompt that leaves fewer positions.
     """
     texts = [render_prompt(policy.tokenizer, problem) for problem in problems]
     ids = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -100,7 +100,7 @@ def check_length(policy: Policy, problems: Sequence[Problem], tokens: int) -> No
 def check_sampling(
     problems: list[Problem], num_generations: int, max_completion_length: int, temperature: float
 ) -> None:
-    """Refuse what can't be sampled.
+    """Refuse arguments that can't be sampled with.
 
     Raises:
         ValueError: when an argument is out of range or ``problems`` is empty.
@@ -113,7 +113,7 @@ def check_sampling(
 
 
 class _Rows:
-    """The rows of a batch that are still in the cache: all at first, then those not yet retired."""
+    """The rows of a batch that are still in use: all at first, then those that are not retired."""
 
     def __init__(
         self, prompt_mask: torch.Tensor, num_generations: int, longest: int, keep_cache: bool
@@ -125,13 +125,13 @@ class _Rows:
             total, 1, 1, self.width + longest, dtype=torch.bool, device=mask.device
         )
         self.attend[:, 0, 0, : self.width] = mask
-        self.active = torch.arange(total, device=mask.device)  # (b,) long, in the full batch
+        self.active = torch.arange(total, device=mask.device)  # (b,) long, rows of the full batch
         self.running = torch.ones(total, dtype=torch.bool, device=mask.device)  # (b,) not ended
         self.padding = (self.width - self.positions).tolist()  # of the full batch
         self.kept: list[Any] | None = [None] * total if keep_cache else None
 
     def keep_keys(self, slots: range, cache: Any, lengths: torch.Tensor) -> None:
-        """Remember where in the cache the real columns of these rows are."""
+        """Keep views of the real columns (not padding) that these rows have in the cache."""
         if self.kept is None:
             return
         for j in slots:
@@ -143,10 +143,10 @@ class _Rows:
             ]
 
     def retire(self, staying: torch.Tensor, cache: Any, lengths: torch.Tensor) -> torch.Tensor:
-        """Swap the rows that do not stay behind those that do and go on without them.
+        """Swap the rows that do not stay behind the others, and continue without them.
 
         Returns:
-            (rows that stay,) long, where each of them stood before.
+            (rows that stay,) long, the old index of each of them.
         """
         count = int(staying.sum())
         holes = (~staying[:count]).nonzero()[:, 0]
@@ -168,14 +168,14 @@ class _Rows:
 def _draw(
     logits: torch.Tensor, uniform: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One token for each row by inverse CDF, or the likeliest at temperature 0.
+    """Draw one token for each row by inverse CDF, or take the most likely at temperature 0.
 
     Args:
         logits: (b, V); uniform: (b,) in 0..1.
 
     Returns:
-        Tokens (b, 1) long, their log-probability (b,) and the entropy of what they were drawn from
-        (b,), both fp32 nats.
+        Tokens (b, 1) long, their log-probabilities (b,) and the entropies (b,) of the distributions
+        they were drawn from, both fp32 nats.
     """
     log_p = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     p = log_p.exp()
@@ -183,7 +183,7 @@ def _draw(
         token = log_p.argmax(-1, keepdim=True)
         return token, log_p.gather(1, token)[:, 0], -p.mul_(log_p.clamp_(min=NEVER)).sum(-1)
     cdf = p.cumsum(-1)
-    # Scaling by the last entry keeps rounding from pointing past the vocabulary.
+    # Rounding could point past the vocabulary; scaling by the last entry prevents that.
     token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)
     token = token.clamp(max=cdf.shape[1] - 1)
     return token, log_p.gather(1, token)[:, 0], -p.mul_(log_p.clamp_(min=NEVER)).sum(-1)
@@ -192,7 +192,7 @@ def _draw(
 def _first_logits(
     model: Any, cache: Cache, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, group: int
 ) -> torch.Tensor:
-    """Run every prompt once into the cache; (N * group, V) logits of the first tokens."""
+    """Run every prompt once into the cache and return logits (N * group, V) of the first tokens."""
     logits = model(
         prompt_ids,
         attention_mask=prompt_mask,
@@ -217,20 +217,21 @@ def sample(
 ) -> Rollouts:
     """Sample ``num_generations`` completions for each problem from the policy.
 
-    One uniform number per row and step decides the token, so a row does not depend on when others
-    stop: finished rows are dropped from the batch on the way.
+    One uniform number per row and step decides the token, so a row does not depend on the lengths
+    of the others. Finished rows are dropped from the batch during sampling.
 
     Args:
         policy: the policy to sample from.
-        problems: N problems; B = N * num_generations rows come back.
+        problems: N problems; the result has B = N * num_generations rows.
         num_generations: completions per problem, at least 1.
-        max_completion_length: tokens after which a row is cut.
-        temperature: of the softmax and of ``old_logprobs``; 0 takes the likeliest token.
+        max_completion_length: number of tokens after which a row is cut.
+        temperature: temperature of the softmax and of ``old_logprobs``; 0 takes the most likely
+            token.
         seed: equal seeds give equal completions on the same machine.
         keep_cache: keep the keys and values of every row in ``Rollouts.cache``.
-        on_token: called with the tokens that a row has by now and the rows that are running.
+        on_token: called after each step with the number of tokens so far and of running rows.
 
-    Raises as :func:`check_sampling`.
+    Raises the same errors as :func:`check_sampling`.
     """
     check_sampling(problems, num_generations, max_completion_length, temperature)
     return sample_after(
@@ -253,10 +254,11 @@ def sample_after(
     keep_cache: bool = False,
     on_token: Callable[[int, int], object] = lambda tokens, running: None,
 ) -> Rollouts:
-    """As :func:`sample`, after given tokens: prompts, or prompts and what was written so far.
+    """Sample after given tokens: prompts, or prompts with the start of a completion.
 
     Args:
-        prompt_ids, prompt_mask: (N, P) long and bool, left-padded; the others as for ``sample``.
+        prompt_ids, prompt_mask: (N, P) long and bool, left-padded. The other arguments are those
+            of :func:`sample`.
     """
     model, device = policy.for_inference(), policy.device
     total, longest = len(prompt_ids) * num_generations, max_completion_length
@@ -284,7 +286,7 @@ def sample_after(
         if done and not keep_cache:
             break
         if left <= 0.8 * len(rows.active) and not done:
-            # A row whose keys are kept stays until its last token has been through the model.
+            # A row whose keys are kept stays until the model has processed its last token.
             staying = rows.running | ended if keep_cache else rows.running
             token = token[rows.retire(staying, cache, lengths)]
         logits = model(
@@ -311,12 +313,12 @@ def sample_after(
 
 
 def from_texts(policy: Policy, problems: list[Problem], completions: list[str]) -> Rollouts:
-    """Rollouts made of given completions, one for each problem, as if the policy had written them.
+    """Make rollouts from given completions, one for each problem, as if the policy wrote them.
 
     Args:
         policy: its tokenizer is used; the token that ends a turn is appended to each completion.
         problems: N problems.
-        completions: N texts; a beginning that the chat template writes itself is taken off.
+        completions: N texts. A start that the chat template writes itself is removed.
 
     Returns:
         Rollouts with B = N rows, ``num_generations`` 1 and ``old_logprobs`` all zero.
@@ -335,12 +337,12 @@ def from_ids(
     rows: list[list[int]],
     num_generations: int,
 ) -> Rollouts:
-    """Rollouts made of token ids, with ``old_logprobs`` all zero.
+    """Make rollouts from token ids, with ``old_logprobs`` all zero.
 
     Args:
-        policy: its tokenizer pads, its stop tokens tell which rows are ``finished``.
-        prompt_ids, prompt_mask: (N, P) long and bool, a row for each prompt.
-        rows: N * num_generations completions of at least one token, rows of one prompt adjacent.
+        policy: its tokenizer pads, and its stop tokens decide which rows are ``finished``.
+        prompt_ids, prompt_mask: (N, P) long and bool, one row for each prompt.
+        rows: N * num_generations completions of at least one token; rows of one prompt adjacent.
         num_generations: completions for each prompt.
     """
     lengths = torch.tensor([len(row) for row in rows], device=policy.device)

@@ -1,4 +1,4 @@
-"""What asks a run to end: Ctrl-C, a cluster's time limit, a closed terminal."""
+"""Signals that ask a run to end: Ctrl-C, a cluster's time limit, a closed terminal."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _ASKING = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 def asked_to_end() -> Iterator[threading.Event]:
     """An event that the first such signal sets; a second one ends the process at once.
 
-    A handler that somebody else has set, or none (a job in the background), is left alone; so are
-    all of them in threads other than the main one.
+    A signal that other code handles, or that is ignored (as in a background job), is left alone.
+    In threads other than the main one, all signals are left alone.
     """
     asked = threading.Event()
     defaults = {
@@ -34,8 +34,8 @@ def asked_to_end() -> Iterator[threading.Event]:
     def ask(number: int, frame: object) -> None:
         asked.set()
         restore()
-        with contextlib.suppress(RuntimeError, OSError):  # in the middle of a write; no terminal
-            print("\nThis step will be finished and saved; a second signal does not wait.",
+        with contextlib.suppress(RuntimeError, OSError):  # during another write; no terminal
+            print("\nThis step will be finished and saved; a second signal ends the run at once.",
                   file=sys.stderr, flush=True)  # fmt: skip
 
     for number in defaults:

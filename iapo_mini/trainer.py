@@ -1,12 +1,12 @@
-"""The training loop: sample, score, inform, weigh, update, log, save. Readable top to bottom.
+"""The training loop: sample, score, estimate information, compute advantages, update, log, save.
 
-A run lives in one folder: ``config.json``, ``metrics.jsonl`` (a line per step, flushed at once),
+A run has one folder with ``config.json``, ``metrics.jsonl`` (a line per step, flushed at once),
 ``checkpoint-<step>/`` and, at the end, ``final/`` (the adapter in PEFT format, or the whole model).
-How nothing in it is lost to a fault: :mod:`iapo_mini.run_folder`.
+:mod:`iapo_mini.run_folder` makes sure that nothing in it is lost when something fails.
 
 There is no hidden random state. Everything random in step n is drawn from generators seeded with
-(seed, n), and the prompts of step n are a fixed slice of the train stream, so a killed run resumes
-to the same numbers from weights, optimizer state and the step count alone.
+(seed, n), and the prompts of step n are a fixed slice of the train stream. So a killed run resumes
+to the same numbers from weights, optimizer state and step count alone.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import torch
 from tqdm.auto import tqdm
 
 from iapo_mini.advantages import ADVANTAGES, COUNTED
-from iapo_mini.callbacks import Watcher, ending, together
-from iapo_mini.config import Recipe, TrainConfig
+from iapo_mini.callbacks import Watcher, ending
+from iapo_mini.config import TrainConfig
 from iapo_mini.engines.vllm import sampler_of
 from iapo_mini.errors import MOST_STEPS, check_number
+from iapo_mini.held_out import HeldOut, held_out_problems
 from iapo_mini.information import encode_postfix, inform
 from iapo_mini.kept_completions import keep
 from iapo_mini.logprobs import token_logprobs
@@ -33,6 +34,7 @@ from iapo_mini.objective import policy_loss
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.datasets import training_problems
 from iapo_mini.progress import tokens_shown
+from iapo_mini.recipes import Recipe
 from iapo_mini.rewards import check_completion, score
 from iapo_mini.rollouts import Rollouts, joined
 from iapo_mini.run_folder import Run
@@ -40,9 +42,9 @@ from iapo_mini.sampling import check_length
 from iapo_mini.tasks import Problem
 
 _FP16_LOSS_SCALE = 1024.0
-"""Factor of the loss under fp16 (cards without bf16), where a token's gradient, about one over the
-tokens of the batch, would come near the smallest number there is. A power of two, so that taking it
-back from the fp32 gradients of the adapter is exact."""
+"""Factor of the loss in fp16 (on GPUs without bf16). The gradient of a token is about one over the
+number of tokens in the batch, which is near the smallest number of fp16. The factor is a power of
+two, so dividing the adapter's fp32 gradients by it is exact."""
 
 
 def train(
@@ -57,17 +59,16 @@ def train(
     progress: bool = True,
     wait: float = 0.0,
 ) -> Policy:
-    """Train a policy with GRPO, IAPO or another method of ``config.RECIPES``.
+    """Train a policy with GRPO, IAPO or another method of ``recipes.RECIPES``.
 
     Args:
         config: validated settings.
         output_dir: folder of the run; must be empty or absent unless ``resume``.
-        resume: go on from the newest checkpoint, to the same numbers as an uninterrupted run.
+        resume: continue from the newest checkpoint, with the same numbers as an uninterrupted run.
         policy: start policy; default is ``config.model`` with a new adapter.
         problems: training problems, cycled; default is the endless stream of ``config.data``.
-        callbacks: told of every step and of the end (:mod:`iapo_mini.callbacks`).
-        keep_completions: write the completions of every so many steps into
-            ``output_dir/completions`` (:mod:`iapo_mini.kept_completions`); 0: of none.
+        callbacks: called after every step and evaluation, and at the end.
+        keep_completions: keep the completions of every n-th step in ``output_dir``; 0 keeps none.
         progress: show a progress bar.
         wait: seconds to wait for another process to leave the folder.
 
@@ -75,47 +76,40 @@ def train(
         The trained policy, also saved to ``output_dir/final``.
 
     Raises:
-        ValueError: an empty problem list, a folder in use or not to be written, data that can't be
-            read, or a resume with another config.
-        OSError: the disk is full or has become read-only; the last checkpoint is left as it was.
-        FloatingPointError: log-probabilities, informativeness, loss or gradient of a step are not
-            finite. Its batch is in ``output_dir/failed-step-<n>``; that update was not made.
-        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, once the step is done and saved; a
-            second one does not wait. (Only in the main thread, which alone they reach.)
+        ValueError: for no problems, a folder in use or read-only, bad data, or another config.
+        OSError: when the disk is full or has become read-only; the last checkpoint is unchanged.
+        FloatingPointError: when log-probabilities, informativeness, loss or gradient are not
+            finite. The update is not made, and its batch is in ``output_dir/failed-step-<n>``.
+        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, when the step is saved.
     """
     check_number("keep_completions", keep_completions, 0, MOST_STEPS)
-    stream = _problem_stream(config, problems)
+    stream, held_out = _problem_stream(config, problems), held_out_problems(config)
     torch.set_num_threads(config.threads)
     recipe, how = config.recipe(), config.early_exit()
-    watcher = together(callbacks)
-    with Run(output_dir, config, resume=resume, wait=wait) as run, ending(watcher):
+    with Run(output_dir, config, resume=resume, wait=wait) as run, ending(callbacks) as watcher:
         policy = start_policy(config) if policy is None else policy
         stream = _checked(policy, stream, config)
-        optimizer = torch.optim.AdamW(
-            policy.trainable().values(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
-        )
+        optimizer = _optimizer(policy, config)
         done = run.restore(policy, optimizer)
+        judge = HeldOut(run.folder, config, held_out, done)
         size = config.prompts_per_step * recipe.sampling_rounds
         stream = itertools.islice(stream, done * size, None)
-        weigh = ADVANTAGES[recipe.rule] if isinstance(recipe.rule, str) else recipe.rule
-        sample = sampler_of(config.engine, config.model)
-        bar = tqdm(
-            range(done, config.max_steps), initial=done, total=config.max_steps,
-            desc=config.method, unit="step", disable=not progress,
-        )  # fmt: skip
-        for step in bar:
+        weigh, sample = _rule(recipe), sampler_of(config.engine, config.model)
+        for step in (bar := _bar(config, done, progress)):
+            if judge.ended:
+                break
             watch = Stopwatch()
-            # Sample G completions for each prompt from the current policy, now "old"; score them.
+            # Sample G completions for each prompt from the current ("old") policy and score them.
+            asked = list(itertools.islice(stream, size))
             with tokens_shown(bar) as seen:
                 drawn = functools.partial(sample, on_token=seen)
-                asked = list(itertools.islice(stream, size))
                 rollouts, batch, sampled = collect(policy, asked, drawn, config, step)
             watch.lap("sampling")
-            # Estimate what each token tells about the answer, if the method asks for it.
+            # Estimate how much each token says about the answer, if the method uses it.
             if recipe.information is not None:
                 rollouts = inform(policy, rollouts, recipe.information, how)
             watch.lap("information")
-            # Weigh every token, then one or more clipped-surrogate updates.
+            # Compute the advantage of every token, then make one or more clipped updates.
             advantages = weigh(rollouts, recipe.alpha, recipe.beta)
             with run.keeping(step + 1, rollouts, advantages, policy):
                 stats = update(policy, optimizer, rollouts, advantages, config, step)
@@ -128,9 +122,27 @@ def train(
             if keep_completions and (step + 1) % keep_completions == 0:
                 keep(run.folder, step + 1, rollouts, advantages, policy.tokenizer)
             watcher.on_step(metrics)
+            if (found := judge(step + 1, policy)) is not None:
+                watcher.on_evaluate(found)
             run.save(step + 1, policy, optimizer)
         run.finish(policy)
     return policy
+
+
+def _rule(recipe: Recipe) -> Callable[..., torch.Tensor]:
+    return ADVANTAGES[recipe.rule] if isinstance(recipe.rule, str) else recipe.rule
+
+
+def _optimizer(policy: Policy, config: TrainConfig) -> torch.optim.Optimizer:
+    weights = policy.trainable().values()
+    return torch.optim.AdamW(weights, config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def _bar(config: TrainConfig, done: int, progress: bool) -> tqdm:
+    return tqdm(
+        range(done, config.max_steps), initial=done, total=config.max_steps, desc=config.method,
+        unit="step", disable=not progress,
+    )  # fmt: skip
 
 
 def _problem_stream(config: TrainConfig, problems: list[Problem] | None) -> Iterator[Problem]:
@@ -142,7 +154,7 @@ def _problem_stream(config: TrainConfig, problems: list[Problem] | None) -> Iter
 
 
 def start_policy(config: TrainConfig) -> Policy:
-    """The policy that a run with these settings begins with: its model under a new adapter."""
+    """The start policy of a run with these settings: its model with a new adapter."""
     recipe = config.recipe()
     return load_policy(
         config.model,
@@ -156,7 +168,7 @@ def start_policy(config: TrainConfig) -> Policy:
 
 
 def _checked(policy: Policy, stream: Iterator[Problem], config: TrainConfig) -> Iterator[Problem]:
-    """The stream, once it is seen that the policy can earn the full reward and has room for it."""
+    """The same stream, after checking that the policy can earn full reward and has positions."""
     first = list(itertools.islice(stream, config.prompts_per_step))
     check_completion(policy, first[0])
     asked = 0
@@ -172,12 +184,13 @@ def collect(
 ) -> tuple[Rollouts, list[Problem], int]:  # fmt: skip
     """Sample and score the rollouts of a step.
 
-    With dynamic sampling (``Recipe.sampling_rounds`` above 1) a group that is all right or all
-    wrong is left out and further prompts are sampled in its place, until there are enough groups
-    or no round is left. If every group is of that kind, those of the last round are taken.
+    With dynamic sampling (``Recipe.sampling_rounds`` above 1), groups that are all right or all
+    wrong are left out, and further prompts are sampled instead, until there are enough groups or
+    no round is left. If all groups are left out, those of the last round are used.
 
     Args:
-        problems: ``prompts_per_step`` for each round; sample: as ``sampling.sample``.
+        problems: ``prompts_per_step`` for each round.
+        sample: a function like ``sampling.sample``.
 
     Returns:
         ``(rollouts, their problems, number of completions sampled)``.
@@ -208,10 +221,10 @@ def collect(
 
 
 def check_finite(rollouts: Rollouts, advantages: torch.Tensor) -> None:
-    """Refuse a batch that would spread NaN or infinity into the weights, naming where it began.
+    """Refuse a batch that would bring NaN or infinity into the weights, and name its origin.
 
     Raises:
-        FloatingPointError: with the first of log-probabilities, informativeness and advantages
+        FloatingPointError: naming the first of log-probabilities, informativeness and advantages
             that is not finite.
     """
     for name, values in (
@@ -234,17 +247,18 @@ def update(
     config: TrainConfig,
     step: int,
 ) -> dict[str, float]:
-    """The updates of one step: ``config.num_iterations`` passes over its rollouts.
+    """Make the updates of one step: ``config.num_iterations`` passes over its rollouts.
 
     Args:
-        advantages: (B, L); step: from 0, for the warm-up of the learning rate.
+        advantages: (B, L).
+        step: number of the step from 0, for the warm-up of the learning rate.
 
     Returns:
-        Of the last pass: loss, clip_ratio (share of tokens), kl and entropy (nats per token),
-        grad_norm.
+        Numbers of the last pass: loss, clip_ratio (share of tokens), kl and entropy (nats per
+        token), grad_norm.
 
     Raises:
-        FloatingPointError: when something is not finite; the weights are as they were.
+        FloatingPointError: when something is not finite; that update is not made.
     """
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
     for group in optimizer.param_groups:
@@ -277,11 +291,11 @@ def _counted(rollouts: Rollouts, recipe: Recipe) -> torch.Tensor:
 def _gradient(
     policy: Policy, rollouts: Rollouts, advantages: torch.Tensor, config: TrainConfig
 ) -> dict[str, float]:
-    """Gradient of the loss over all rollouts, in micro-batches of whole groups, and its numbers."""
+    """Accumulate the gradient over micro-batches of whole groups; return loss and statistics."""
     policy.model.train()
     recipe, rows = config.recipe(), len(rollouts.completion_ids)
     counted = _counted(rollouts, recipe)
-    # Completions of a group share the pass over their prompt, but not under checkpointing.
+    # Completions of a group share the pass over their prompt, except with checkpointing.
     group = 1 if config.gradient_checkpointing else config.num_generations
     scale = _FP16_LOSS_SCALE if policy.dtype == torch.float16 else 1.0
     size = math.ceil(config.micro_batch_size / group) * group
@@ -291,7 +305,7 @@ def _gradient(
         part = rollouts.rows(start, start + size)
         share = len(part.completion_ids) / rows
         mask = counted[start : start + size, : part.completion_mask.shape[1]]
-        # Token means are weighed by tokens, the loss as its aggregation asks.
+        # Statistics are weighted by tokens; the loss is weighted according to its aggregation.
         weight = int(mask.sum()) / max(1, tokens)
         if recipe.aggregation == "token":
             share = weight

@@ -272,5 +272,5 @@ def test_a_lambda_out_of_range_is_refused(lora_policy, td_lambda):
 
 def test_problems_without_a_chain_are_refused(lora_policy):
     problems = [Problem("1 + 1?", "2")] * 4
-    with pytest.raises(ValueError, match="no stories and texts is None"):
+    with pytest.raises(ValueError, match="not stories, but texts is None"):
         calibrate(lora_policy, problems, steps=1, batch_size=2, exits=1, progress=False)

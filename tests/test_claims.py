@@ -92,10 +92,10 @@ def test_a_weight_is_followed_until_training_collapses():
     kept, told = claims._trained(points, "alpha")
     assert kept == points[:2]
     assert told == (
-        "; alpha up to 0.2, since training collapses at 0.4 (90 tokens, Pass@1 0.390), "
+        "; for alpha up to 0.2, because training collapses at 0.4 (90 tokens, Pass@1 0.390), "
         "1 (30 tokens, Pass@1 0.800)"
     )
-    assert claims._trained(points[:2], "alpha") == (points[:2], "; alpha up to 0.2")
+    assert claims._trained(points[:2], "alpha") == (points[:2], "; for alpha up to 0.2")
 
 
 def test_equal_accuracy_can_be_tested_only_where_the_start_policy_leaves_room():

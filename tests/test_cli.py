@@ -10,7 +10,7 @@ import pytest
 from helpers import PATIENCE
 
 from iapo_mini.cli import COMMANDS
-from iapo_mini.config import RECIPES
+from iapo_mini.recipes import RECIPES
 from iapo_mini.tools.methods import recipe_line
 
 SMALL = ["--max-steps", "1", "--prompts-per-step", "2", "--num-generations", "2", "--threads", "1"]
@@ -223,7 +223,7 @@ BAD = [
     (["evaluate", "--max-completion-length", "0"], "max_completion_length"),
     (["evaluate", "--data", "gsm8k"], "--data-file"),
     (["evaluate", "--data", "gsm8k", "--data-file", "file"], "data_file must be a file of type"),
-    (["evaluate", "--data", "gsm8k", "--data-file", "bad.jsonl"], "line 1 (no valid JSON)"),
+    (["evaluate", "--data", "gsm8k", "--data-file", "bad.jsonl"], "line 1 (not valid JSON)"),
     (["train", "--out", "x", "--data", "gsm8k"], "--data-file"),
     (["train", "--out", "x", "--data", "trivia"], "data must be one of"),
     (["train", "--out", "x", "--data", "math500"], "split must be one of"),

@@ -9,8 +9,8 @@ from helpers import content, make_rollouts, metrics, run
 from iapo_mini import trainer
 from iapo_mini.advantages import sgrpo, sgrpo_tokens
 from iapo_mini.callbacks import Callback
-from iapo_mini.config import RECIPES, Recipe
 from iapo_mini.objective import policy_loss
+from iapo_mini.recipes import RECIPES, Recipe
 from iapo_mini.sampling import sample
 from iapo_mini.tasks import Problem
 from iapo_mini.trainer import collect

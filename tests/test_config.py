@@ -9,9 +9,10 @@ from helpers import make_rollouts, run
 
 from iapo_mini import config, objective
 from iapo_mini.advantages import ADVANTAGES, COUNTED
-from iapo_mini.config import CARDS, FROM_RECIPE, RECIPES, TrainConfig, with_defaults
+from iapo_mini.config import CARDS, TrainConfig, with_defaults
 from iapo_mini.engines.vllm import sampler_of
 from iapo_mini.information import INFORMATION
+from iapo_mini.recipes import FROM_RECIPE, RECIPES
 from iapo_mini.rewards import JUDGES
 
 # What each method's source asks for: mean of the loss, clip range below and above, weights.

@@ -132,9 +132,9 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path):
         load_problems("gsm8k", "all", str(path))
     message = str(raised.value)
     assert "4 of 8 rows can't be used" in message and str(path) in message
-    assert "line 2 (no valid JSON)" in message and "line 5 (no text under 'answer')" in message
+    assert "line 2 (not valid JSON)" in message and "line 5 (no text under 'answer')" in message
     assert "line 6 (no text under 'question')" in message
-    assert "line 7 (the answer 'five' is no number)" in message
+    assert "line 7 (the answer 'five' is not a number)" in message
     assert "\n" not in message
 
 
@@ -143,10 +143,10 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path):
     [
         ("math500", {"problem": "p", "answer": " "}, "no text under 'answer'"),
         ("dapo_math", {"prompt": DAPO_PREFIX + DAPO_SUFFIX, "solution": "4"}, "no question"),
-        ("dapo_math", {"prompt": "p", "solution": "x"}, "'x' is no number"),
+        ("dapo_math", {"prompt": "p", "solution": "x"}, "'x' is not a number"),
         ("dapo_math", {"prompt": [{"content": "p"}]}, "no text under 'ground_truth'"),
         ("commonsense_qa", {**ROWS["commonsense_qa"], "answerKey": ""}, "under 'answerKey'"),
-        ("commonsense_qa", {**ROWS["commonsense_qa"], "answerKey": "E"}, "none of the choices"),
+        ("commonsense_qa", {**ROWS["commonsense_qa"], "answerKey": "E"}, "not one of the choices"),
         ("commonsense_qa", {**ROWS["commonsense_qa"], "choices": ["a"]}, "under 'choices'"),
         ("gsm8k", {"question": True, "answer": "5"}, "no text under 'question'"),
     ],
@@ -159,12 +159,12 @@ def test_what_is_wrong_with_a_row_is_said(data, row, reason, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.json", b'[{"question": "q",\n', "no valid JSON.*line 2"),
-        ("a.json", b'{"question": "q"}', "holds no list"),
-        ("a.jsonl", b"\xff\xfe", "no UTF-8 text"),
-        ("a.jsonl", b"\n\n", "no problem at all"),
-        ("a.json", b"[]", "no problem at all"),
-        ("a.parquet", b"PAR1", "no Parquet file"),
+        ("a.json", b'[{"question": "q",\n', "not valid JSON.*line 2"),
+        ("a.json", b'{"question": "q"}', "has no list"),
+        ("a.jsonl", b"\xff\xfe", "not UTF-8 text"),
+        ("a.jsonl", b"\n\n", "there are no problems"),
+        ("a.json", b"[]", "there are no problems"),
+        ("a.parquet", b"PAR1", "not a Parquet file"),
     ],
 )
 def test_files_that_cannot_be_read_are_refused(name, content, reason, tmp_path):
@@ -190,7 +190,7 @@ def test_a_byte_order_mark_and_line_separators_within_strings_do_no_harm(tmp_pat
         (("stories", "all"), "split must be one of train, tune, test, got 'all'"),
         (("stories", "train", "a.jsonl"), "data is 'stories'"),
         (("gsm8k", "train", "a.csv"), "data_file must be a file of type .jsonl, .json, .parquet"),
-        (("gsm8k", "train", "none.jsonl"), "data_file is 'none.jsonl', which is no file"),
+        (("gsm8k", "train", "none.jsonl"), "data_file is 'none.jsonl', which is not a file"),
     ],
 )
 def test_settings_that_name_no_problems_are_refused(arguments, named):
@@ -241,7 +241,7 @@ def test_a_cut_is_disjoint_complete_and_does_not_depend_on_the_order(numbers, rn
     problems = [Problem(f"{n}?", str(n)) for n in numbers]
     different = len(set(numbers))
     if different < 3:
-        with pytest.raises(ValueError, match=f"at least three different ones .*, got {different};"):
+        with pytest.raises(ValueError, match=f"three different questions .*, got {different};"):
             cut(problems, "train")
         return
     parts = {split: cut(problems, split) for split in ("train", "tune", "test")}
@@ -340,7 +340,7 @@ def test_the_question_of_a_chat_is_its_last_user_turn(tmp_path, kept_as):
 
 def test_a_chat_without_a_user_turn_is_refused(tmp_path):
     rows = [{"prompt": CHAT[:1], "reward_model": {"ground_truth": "3"}}]
-    with pytest.raises(ValueError, match="no turn of a user"):
+    with pytest.raises(ValueError, match="no user turn"):
         load_problems("dapo_math", "all", str(write(tmp_path / "d.jsonl", rows)))
 
 

@@ -42,14 +42,14 @@ def test_a_healthy_run_needs_no_look(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "what", "advice"),
     [
-        ({"format": 0.5}, "format", "look at completions"),
+        ({"format": 0.5}, "format", "read some completions"),
         ({"truncated": 0.4}, "truncated", "max_completion_length"),
         ({"zero_variance_groups": 0.9}, "zero_variance_groups", "num_generations"),
         ({"grad_norm": 0.0}, "grad_norm", "nothing is learnt"),
         ({"grad_norm": 50.0}, "grad_norm", "learning_rate"),
         ({"kl": 2.0}, "kl", "kl_coef"),
         ({"clip_ratio": 0.5}, "clip_ratio", "num_iterations"),
-        ({"entropy": 0.001}, "entropy", "nearly alike"),
+        ({"entropy": 0.001}, "entropy", "nearly equal"),
         ({"informativeness": 0.0001}, "informativeness", "calibrate"),
         ({"reward": lambda step: -0.02 * step}, "reward", "worse"),
         ({"loss": lambda step: float("nan") if step == 7 else 0.0}, "finite", "step 7"),

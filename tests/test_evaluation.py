@@ -288,7 +288,7 @@ def test_fewer_values_of_k_are_read_off_the_same_completions(policy, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [("folder", "must be a .json file"), ("e.jsonl", "must be a .json file"),
-     ("data.json", "would write over data_file"), ("config.json", "else than results"),
+     ("data.json", "would overwrite data_file"), ("config.json", "else than results"),
      ("text.json", "else than results"), ("result.json", "else than results"),
      ("metrics.json", "metrics.jsonl' holds something else than completions"),
      ("mine.json", "mine.settings.json' holds something else than the settings"),
@@ -318,7 +318,7 @@ def test_results_of_before_may_be_written_over(policy, tmp_path):
 
 
 def test_completions_do_not_write_over_the_data(tmp_path):
-    with pytest.raises(ValueError, match="would write over data_file"):
+    with pytest.raises(ValueError, match="would overwrite data_file"):
         check_out(tmp_path / "data.json", str(tmp_path / "data.jsonl"))
 
 

@@ -411,7 +411,7 @@ def test_chains_of_another_story_are_refused(change):
     segments = (
         segments[:at] + segments[at + 1 :] if change < 0 else [*segments, Segment(" 3.", "compute")]
     )
-    with pytest.raises(ValueError, match="not one computing segment for each"):
+    with pytest.raises(ValueError, match="must hold one computing segment for each"):
         true_drops(problem, segments)
 
 

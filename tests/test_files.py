@@ -49,6 +49,6 @@ def test_damaged_results_are_told_before_anything_is_made_of_them(tmp_path):
 
 
 def test_a_policy_without_the_log_of_its_pretraining_is_not_assessed(tmp_path):
-    with pytest.raises(ValueError, match="folder must hold the log of a pretraining"):
+    with pytest.raises(ValueError, match="folder must hold the log of pretraining"):
         assess(tmp_path, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -112,7 +112,7 @@ CANARY = "from pathlib import Path\nPath(r'{}').touch()\n"
 def test_a_folder_that_asks_for_code_of_its_own_is_refused(folder, tmp_path, name):
     (folder / "evil.py").write_text(CANARY.format(tmp_path / "ran"), encoding="utf-8")
     edit(folder / name, auto_map={"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.T", None]})
-    with pytest.raises(ValueError, match=rf"whose {name} asks for code of its own .*never run"):
+    with pytest.raises(ValueError, match=rf"whose {name} needs code from .* files .*never run"):
         load_policy(str(folder))
     assert not (tmp_path / "ran").exists()
 
@@ -128,7 +128,7 @@ def test_an_unknown_architecture_with_code_is_refused_without_a_question(folder,
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 def test_a_kernel_from_the_hub_is_refused(folder, key):
     edit(folder / "config.json", **{key: "kernels-community/flash-attn3"})
-    with pytest.raises(ValueError, match="asks for a kernel from the hub"):
+    with pytest.raises(ValueError, match="needs a kernel from the hub"):
         load_policy(str(folder))
 
 
@@ -157,7 +157,7 @@ def test_pickled_weights_are_refused(folder):
 def test_an_index_that_names_other_than_safetensors_beside_it_is_refused(folder, shard):
     index = {"metadata": {}, "weight_map": {"model.norm.weight": shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"which is no safetensors beside it"):
+    with pytest.raises(ValueError, match=r"which is not a safetensors file beside it"):
         load_policy(str(folder))
 
 
@@ -171,12 +171,12 @@ GOOD = {"question": "What is 1 + 1?", "answer": "#### 2"}
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"question": "cut', "no valid JSON"),
-        ("[" * 100_000, "no valid JSON"),
+        ('{"question": "cut', "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ('{"question": "q", "answer": ' + "9" * 5000 + "}", "digits"),
         ('{"question": NaN, "answer": "#### 2"}', "no text under 'question'"),
         ('{"question": "\\ud800", "answer": "#### 2"}', "broken text under 'question'"),
-        ('{"question": "\\u0000\\u0000", "answer": "nothing"}', "is no number"),
+        ('{"question": "\\u0000\\u0000", "answer": "nothing"}', "is not a number"),
         ("null", "no text under 'question'"),
         ("42", "no text under 'question'"),
     ],

@@ -76,7 +76,7 @@ def test_a_whole_model_loads(folder):
 
 def test_an_adapter_given_as_a_model_says_what_to_say_instead(tiny_folder, tmp_path):
     load_policy(tiny_folder, lora_rank=2).save(tmp_path / "final")
-    with pytest.raises(ValueError, match=r"which is an adapter; say --adapter '.*final'"):
+    with pytest.raises(ValueError, match=r"which is an adapter; use --adapter '.*final'"):
         load_policy(str(tmp_path / "final"))
 
 
@@ -113,7 +113,7 @@ def test_weights_that_were_saved_in_four_bits_are_loaded_in_four_bits_alone(tiny
     pytest.importorskip("bitsandbytes")
     policy = load_policy(tiny_folder, lora_rank=0, four_bit=True)
     policy.save(tmp_path / "four")
-    assert "four_bit=True, --four-bit" in refusal(tmp_path / "four")
+    assert "four_bit=True (--four-bit" in refusal(tmp_path / "four")
     again = load_policy(str(tmp_path / "four"), lora_rank=0, four_bit=True)
     ids = torch.arange(3, 19)[None]
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_settings_that_make_no_sense_are_one_sentence(folder, name, changes):
 
 def test_a_folder_without_a_tokenizer_is_refused(folder):
     (folder / "tokenizer.json").unlink()
-    assert "whose tokenizer knows no token" in refusal(folder)
+    assert "whose tokenizer has no tokens" in refusal(folder)
     (folder / "tokenizer_config.json").unlink()
     assert "which holds no tokenizer" in refusal(folder)
 
@@ -191,7 +191,7 @@ def test_weights_that_are_no_safetensors_are_refused(folder, content):
 def test_an_index_that_names_no_file_is_refused(folder, index, told):
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    told = told.replace("which is no", "which is not there") if "model-2" in told else told
+    told = told.replace("which is not", "which is missing") if "model-2" in told else told
     assert told in refusal(folder)
 
 
@@ -201,16 +201,16 @@ def test_weights_that_give_nan_are_refused(folder):
 
 
 OTHERS = {
-    "encoder": ("bert", {}, "no causal language model"),
+    "encoder": ("bert", {}, "not a causal language model"),
     "positions from a mask": ("bloom", {"n_layer": 2, "n_head": 4}, "(bloom) can't be run"),
     "state": ("mamba", {"state_size": 8}, "(mamba) can't be run"),
     "another state": (
         "mamba2", {"state_size": 8, "num_heads": 4, "head_dim": 32, "n_groups": 1},
-        "(mamba2) says something else",
+        "(mamba2) gives other logits",
     ),
     "windows and states": (
         "recurrent_gemma", {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 32},
-        "(recurrent_gemma) says something else",
+        "(recurrent_gemma) gives other logits",
     ),
 }  # fmt: skip
 

@@ -139,11 +139,11 @@ def test_a_heat_map_writes_over_heat_maps_alone(name, tmp_path):
     Figure().savefig(figure)
     check_figure(figure)
     figure.write_bytes(b"a photograph")
-    with pytest.raises(ValueError, match="which is no figure of before"):
+    with pytest.raises(ValueError, match="which exists and is not a figure"):
         check_figure(figure)
     figure.unlink()
     figure.mkdir()
-    with pytest.raises(ValueError, match="which is no figure of before"):
+    with pytest.raises(ValueError, match="which exists and is not a figure"):
         check_figure(figure)
 
 
@@ -160,7 +160,7 @@ def test_memory_that_is_not_there_is_told(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr("iapo_mini.policy.load_policy", load)
     arguments = ["explain", "-", "--out", str(tmp_path / "h.png")]
-    assert told(capsys, cli.main, arguments).endswith("need more memory than there is")
+    assert told(capsys, cli.main, arguments).endswith("need more memory than this machine has")
 
 
 @pytest.mark.parametrize("value", [2, 3.5, 9, 10**400])

@@ -124,12 +124,12 @@ def test_evaluate_takes_a_model_of_a_repository(repository, hub_home, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"subfolder": "GSM8K"}, r"no model folder \(it has no config.json\)"),
-        ({"subfolder": "../other"}, "subfolder is '../other'; allowed is the path of a folder in"),
-        ({"subfolder": "/tmp"}, "subfolder is '/tmp'; allowed is the path of a folder inside"),
-        ({"revision": "main"}, "revision is 'main', but model is .* which is no hub id"),
+        ({"subfolder": "GSM8K"}, r"not a model folder \(it has no config.json\)"),
+        ({"subfolder": "../other"}, "subfolder is '../other'; it must be the path of a folder in"),
+        ({"subfolder": "/tmp"}, "subfolder is '/tmp'; it must be the path of a folder inside"),
+        ({"revision": "main"}, "revision is 'main', but model is .* only hub ids have revisions"),
         ({"model": "embedded", "subfolder": "x"}, "'embedded', which has none"),
-        ({"model": "embedded", "revision": "x"}, "'embedded', which is no hub id"),
+        ({"model": "embedded", "revision": "x"}, "'embedded'; only hub ids have revisions"),
     ],
     ids=str,
 )

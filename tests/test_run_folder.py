@@ -41,7 +41,7 @@ def test_other_problems_under_the_same_name_are_refused(config, questions, tmp_p
     questions.write_text(
         questions.read_text(encoding="utf-8").replace("+ 1?", "+ 2?"), encoding="utf-8"
     )
-    with pytest.raises(ValueError, match=r"data_file is .*, whose content is not that of"):
+    with pytest.raises(ValueError, match=r"data_file is .*, whose content differs from"):
         run(replace(config, max_steps=2), tmp_path / "run", resume=True)
 
 
@@ -68,7 +68,7 @@ def test_fewer_steps_than_are_done_are_refused(config, tmp_path):
         (tmp_path / "run" / "config.json").read_text(encoding="utf-8"),
     )
     for fewer in (1, 2):
-        message = rf"max_steps must be at least 3, the steps that .* has made, got {fewer}"
+        message = rf"max_steps must be at least 3, the number of steps of .*, got {fewer}"
         with pytest.raises(ValueError, match=message):
             run(replace(config, max_steps=fewer, save_steps=2), tmp_path / "run", resume=True)
     assert content(tmp_path / "run") == before

@@ -13,7 +13,6 @@ import pytest
 import torch
 from helpers import PATIENCE
 
-from iapo_mini.config import RECIPES, Recipe, use_methods
 from iapo_mini.lab import ledger, table1
 from iapo_mini.lab.figures import methods
 from iapo_mini.lab.judging import SHOWN_OPERATIONS, _answers, policy_of
@@ -21,12 +20,13 @@ from iapo_mini.lab.runs import START, collect, make_jobs, run_all, run_job
 from iapo_mini.lab.sizes import Size
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import stories
+from iapo_mini.recipes import RECIPES, Recipe, use_methods
 
 TINY = Size(seeds=(0, 1), max_steps=1, problems=2, prompts_per_step=1, num_generations=2, ks=(1, 2))
 
 MODULE = """
 from iapo_mini.advantages import grpo
-from iapo_mini.config import Recipe
+from iapo_mini.recipes import Recipe
 
 def priced(rollouts, alpha, beta):
     return grpo(rollouts) - alpha * (rollouts.informativeness < beta) * rollouts.completion_mask
@@ -63,7 +63,7 @@ def test_methods_of_a_module_are_added_once(own_methods):
         ("X = 1", "no dictionary RECIPES"),
         ("RECIPES = {'mine': len}", "no dictionary RECIPES"),
         (
-            "from iapo_mini.config import Recipe\nRECIPES = {'grpo': Recipe('grpo')}",
+            "from iapo_mini.config import Recipe\nRECIPES = {'grpo': Recipe('grpo')}"
             "'grpo' is taken already",
         ),
     ],
@@ -171,7 +171,7 @@ def test_a_damaged_line_of_the_ledger_is_named(tmp_path, line):
         json.dumps({"name": "a", "job": {}, "result": {}, "curve": None}) + "\n" + line,
         encoding="utf-8",
     )
-    with pytest.raises(ValueError, match=r"line 2 of .* is no record of a run"):
+    with pytest.raises(ValueError, match=r"line 2 of .* is not a record of a run"):
         ledger.read(kept)
 
 

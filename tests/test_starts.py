@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from iapo_mini.config import RECIPES
 from iapo_mini.lab import starts as module
 from iapo_mini.lab.sizes import Size
 from iapo_mini.lab.starts import METRICS, TRAINED, starts, starts_table
+from iapo_mini.recipes import RECIPES
 
 TINY = Size(seeds=(0, 1), max_steps=1, problems=2, prompts_per_step=1, num_generations=4, ks=(1, 4))
 

@@ -168,7 +168,7 @@ def test_data_that_cannot_be_is_refused_with_the_settings(changes, named):
 def test_data_that_cannot_be_read_leaves_no_folder_behind(config, tmp_path):
     (tmp_path / "bad.jsonl").write_text("{", encoding="utf-8")
     config = replace(config, data="gsm8k", data_file=str(tmp_path / "bad.jsonl"))
-    with pytest.raises(ValueError, match=r"line 1 .no valid JSON"):
+    with pytest.raises(ValueError, match=r"line 1 .not valid JSON"):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

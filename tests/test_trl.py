@@ -17,7 +17,6 @@ from helpers import PATIENCE, TRIVIAL, explicit_entropies, perturb_lora
 from trl import GRPOConfig, GRPOTrainer
 
 from iapo_mini.advantages import ADVANTAGES, COUNTED, iapo
-from iapo_mini.config import RECIPES
 from iapo_mini.early_exit.question import EVERY_PREFIX
 from iapo_mini.engines import trl
 from iapo_mini.engines.trl import IAPOConfig, IAPOTrainer, answer_reward
@@ -26,6 +25,7 @@ from iapo_mini.logprobs import token_logprobs
 from iapo_mini.objective import policy_loss
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import stories
+from iapo_mini.recipes import RECIPES
 from iapo_mini.rollouts import Rollouts
 
 CPU = dict(

@@ -1,18 +1,18 @@
-"""Flat packing: early answers after every prefix without one padded token.
+"""Flat packing: early answers after every prefix, without padded tokens.
 
 All real trunk tokens of a block of rows (each prompt once per group, then every completion) and all
-branch tokens (a suffix after every asked prefix) are walked through the decoder together, layer by
-layer, so keys and values of only one layer exist at a time and no cache is copied per prefix.
+branch tokens (a suffix after every chosen prefix) go through the decoder together, layer by layer.
+So the keys and values of only one layer exist at a time, and no cache is copied per prefix.
 
 The attention of a branch token has two parts: over the trunk up to the branch's own prefix (a fused
 call per row, whose mask is a view of one triangle), and over the branch itself (at most K x K).
-Each part is normalised on its own and they are merged by their log-sum-exps, which is exact. Work
-that nobody reads is left out: of the last layer only the keys and values of the trunk and the
-queries of the kept positions are needed, and when sampling has kept its keys and values
-(``rollouts.cache``) the trunk is not run at all.
+Each part is normalised separately, and the two are merged exactly by their log-sum-exps. Work that
+is not needed is left out. The last layer computes only the keys and values of the trunk and the
+queries of the kept positions. If sampling has kept its keys and values (``rollouts.cache``), the
+trunk is not run at all.
 
-The walk spells out the decoder layer of the Llama family (pre-norm, rotary positions, gated MLP).
-Other causal LMs are served by ``iapo_mini.early_exit.prefixes``.
+The code computes the decoder layer of the Llama family (pre-norm, rotary positions, gated MLP).
+``iapo_mini.early_exit.prefixes`` handles other causal LMs.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from iapo_mini.memory import CARD_BLOCK
 from iapo_mini.rollouts import Cache, Rollouts
 
 FAMILIES = ("qwen2", "qwen3", "llama", "gemma")
-"""Values of ``config.model_type`` whose decoder layers the walk spells out."""
+"""Values of ``config.model_type`` whose decoder layers this module can compute."""
 
 Turns = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of rotary positions."""
 
 Call = tuple[slice, int, torch.Tensor]
-"""One attention call of a row: its slice of branches, how many trunk tokens they see, the mask."""
+"""One attention call of a row: its slice of branches, number of trunk tokens they see, the mask."""
 
-_QUERIES = 128  # per attention call: later keys, which none of them sees, are left out
+_QUERIES = 128  # per attention call; keys after the last of them are left out of the call
 
 
 def walkable(model: Any) -> bool:
@@ -61,10 +61,10 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Te
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention and the log-sum-exp of its scores, which merging with another part needs.
+    """Attention, and the log-sum-exp of its scores, which is needed to merge it with another part.
 
     Args:
-        query: (N, Q, heads, D): N queries in each of Q sets, heads a multiple of key heads.
+        query: (N, Q, heads, D): N queries in each of Q sets; heads is a multiple of key heads.
         key, value: (S, key heads, D), shared by all sets.
         mask: (N, S), 0 or -inf, in the dtype of the query.
         scale: factor of the scores.
@@ -106,7 +106,7 @@ def _merge_own(
     out = torch.empty_like(query)
     for i in range(query.shape[1]):
         merged, lse = trunk_out[:, i], trunk_lse[:, i]
-        for j in range(key.shape[1] - query.shape[1] + i + 1):  # itself and those before it
+        for j in range(key.shape[1] - query.shape[1] + i + 1):  # the token itself and earlier ones
             score = torch.linalg.vecdot(query[:, i], key[:, j, :, None]).float() * scale
             share = torch.sigmoid(score - lse).to(value.dtype)[..., None]
             merged = torch.lerp(merged, value[:, j, :, None], share)
@@ -116,16 +116,16 @@ def _merge_own(
 
 
 def _even(total: int, most: int) -> int:
-    """Size of parts of at most ``most``, all about equal: a call for a small rest is a waste."""
+    """Size of about equal parts of at most ``most``, so no call is wasted on a small remainder."""
     parts = max(1, math.ceil(total / most))
     return max(1, math.ceil(total / parts))
 
 
 def _attention_calls(row: Row, triangle: torch.Tensor) -> Iterator[Call]:
-    """Branches of a row in parts: ``(slice of branches, trunk tokens they see, mask)``."""
+    """Split a row's branches into calls ``(slice of branches, trunk tokens they see, mask)``."""
     size = _even(len(row.asked), _QUERIES)
     for i in range(0, len(row.asked), size):
-        at = row.start - 1 + row.asked[i : i + size]  # the last trunk token each one sees
+        at = row.start - 1 + row.asked[i : i + size]  # last trunk token that each branch sees
         n = int(at[-1]) + 1
         neighbours = n - int(at[0]) == len(at)  # then the mask is a view
         mask = triangle[n - len(at) : n, :n] if neighbours else triangle[at, :n]
@@ -134,10 +134,10 @@ def _attention_calls(row: Row, triangle: torch.Tensor) -> Iterator[Call]:
 
 @dataclass
 class _Tokens:
-    """Trunk or branch tokens on their way through the layers, and buffers of the layer at hand.
+    """Trunk or branch tokens on their way through the layers, and buffers of the current layer.
 
     Attributes:
-        hidden: (T, d) of the trunk, (N, K, d) of the branches; layers add to it in place.
+        hidden: (T, d) for the trunk, (N, K, d) for the branches; layers add to it in place.
         turns: cosines and sines of every token's rotation, each (T or N, K, D / 2).
         query, attended: (T or N, K, heads, D); key, value: the same with the key heads.
     """
@@ -159,11 +159,11 @@ def _tokens(hidden: torch.Tensor, turns: Turns, config: Any, head_dim: int) -> _
 
 @dataclass(frozen=True)
 class _Scores:
-    """Which keys every token sees.
+    """The keys that every token sees.
 
     Attributes:
-        rows: completions, each with its parts of branches (:func:`_attention_calls`).
-        prompts: slices of the trunk, each prompt once.
+        rows: completions, each with its attention calls (:func:`_attention_calls`).
+        prompts: slices of the trunk, one for each prompt.
         triangle: (S, S), 0 up to the diagonal, -inf beyond.
         cache: keys and values that sampling has kept, by row and layer, or None.
     """
@@ -177,7 +177,7 @@ class _Scores:
 def _project(
     attention: Any, name: str, x: torch.Tensor, out: torch.Tensor, turns: Turns | None = None
 ) -> None:
-    """Queries or keys (normed and rotated) or values of normed ``x`` into (..., heads, D)."""
+    """Compute queries or keys (normed, rotated) or values of normed ``x`` into (..., heads, D)."""
     y = getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, out.shape[-1]))
     norm = getattr(attention, f"{name}_norm", None)
     y = y if norm is None else norm(y)
@@ -188,7 +188,7 @@ def _project(
 
 
 def _project_trunk(layer: Any, trunk: _Tokens, size: int, queries: bool) -> None:
-    """Keys and values of all trunk tokens, and queries unless nobody will read their output."""
+    """Compute keys and values of all trunk tokens, and their queries if they are needed."""
     for x, c, s, to_k, to_v, to_q in _in_blocks(
         size, trunk.hidden, *trunk.turns, trunk.key, trunk.value, trunk.query
     ):
@@ -200,14 +200,14 @@ def _project_trunk(layer: Any, trunk: _Tokens, size: int, queries: bool) -> None
 
 
 def _project_branches(layer: Any, branch: _Tokens, size: int, skip: int, alike: bool) -> None:
-    """Keys and values of all branch tokens, queries of those from position ``skip`` on."""
+    """Compute keys and values of all branch tokens, and queries from position ``skip`` on."""
     for x, c, s, to_k, to_v, to_q in _in_blocks(
         size, branch.hidden, *branch.turns, branch.key, branch.value, branch.query
     ):
         x = layer.input_layernorm(x[:1] if alike else x)
         _project(layer.self_attn, "k", x, to_k, (c, s))
         _project(layer.self_attn, "v", x, to_v)
-        # Contiguous, or the product becomes one for each branch.
+        # Without contiguous() this would become one matrix product for each branch.
         _project(
             layer.self_attn, "q", x[:, skip:].contiguous(), to_q[:, skip:],
             (c[:, skip:], s[:, skip:]),
@@ -222,7 +222,7 @@ def _attend_trunk(
     scores: _Scores,
     scale: float,
 ) -> None:
-    """Attention of the trunk tokens ``own``, the last of a sequence, over all up to themselves."""
+    """Causal attention of the trunk tokens ``own``, which are the last ones of a sequence."""
     query, out = trunk.query[own], trunk.attended[own]
     first = len(keys) - len(query)
     for i in range(0, len(query), _QUERIES):
@@ -238,9 +238,9 @@ def _attend(
     """Attention of all trunk tokens, and the trunk part of that of all branch tokens.
 
     Args:
-        number: of the layer.
-        skip: branch positions that nobody reads; None before the last layer, where trunk tokens
-            need no attention any more.
+        number: number of the layer.
+        skip: number of branch positions that are not needed, in the last layer, where the trunk
+            tokens need no attention; None in the other layers.
 
     Returns:
         (N, K, heads) fp32, log-sum-exp of the trunk part of each branch token.
@@ -270,13 +270,16 @@ def _in_blocks(size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor
 
 
 def _feed_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """The layer's gated MLP; the product takes the place of its first factor."""
+    """The layer's gated MLP; the product is computed in place."""
     inner = layer.mlp.act_fn(layer.mlp.gate_proj(x)).mul_(layer.mlp.up_proj(x))
     return layer.mlp.down_proj(inner)
 
 
 def _finish_branches(layer: Any, branch: _Tokens, lse: torch.Tensor, size: int, skip: int) -> None:
-    """Own-branch attention merged in, output projection and MLP, from position ``skip`` on."""
+    """Merge in attention over the own branch, then apply output projection and MLP.
+
+    Only positions from ``skip`` on are computed.
+    """
     attention = layer.self_attn
     branch.hidden = branch.hidden[:, skip:]
     for x, q, k, v, o, e in _in_blocks(
@@ -296,15 +299,15 @@ def run_branches(
     suffix: torch.Tensor,
     keep: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, ready for the vocabulary head, of a suffix hung after every asked prefix.
+    """Append a suffix after every chosen prefix and return the inputs of the vocabulary head.
 
     Args:
-        model: causal LM for which :func:`walkable` holds, LoRA and quantised layers included.
+        model: causal LM for which :func:`walkable` is True; LoRA and quantised layers are allowed.
         rollouts: rows of one prompt are adjacent.
         rows: numbers of the rows of this block.
         asked: (B, L + 1) bool, the prefix lengths to ask after.
-        suffix: (B, K) long, what is appended.
-        keep: how many of the suffix's last positions to return.
+        suffix: (B, K) long, the tokens to append.
+        keep: number of last positions of the suffix to return.
 
     Returns:
         ``(row, prefix, hidden)``: (N,) long, (N,) long and (N, keep, d) for N branches.
@@ -315,7 +318,7 @@ def run_branches(
     owner = torch.cat([torch.full_like(row.asked, i) for i, row in enumerate(layout)])
     ends = torch.cat([row.start + row.asked for row in layout])
     branch_positions = ends[:, None] + torch.arange(k, device=device)
-    alike = bool((suffix[rows] == suffix[rows[0]]).all())  # then so are they, before layer 0
+    alike = bool((suffix[rows] == suffix[rows[0]]).all())  # then branches are equal before layer 0
 
     head_dim = decoder.layers[0].self_attn.head_dim
     length = max(row.length for row in layout) + k
@@ -331,8 +334,8 @@ def run_branches(
     triangle = triangle.triu(1)
     calls = [(row, list(_attention_calls(row, triangle))) for row in layout]
     scores = _Scores(calls, prompts, triangle, rollouts.cache)
-    # A block of tokens that fits the processor's cache makes the walk a third faster. A card wants
-    # large ones, all the more when 4-bit weights are dequantised for every block anew.
+    # Blocks of tokens that fit the processor's cache make this a third faster. A GPU needs large
+    # blocks, especially when 4-bit weights are dequantised for every block.
     inner = 2**19 if device.type == "cpu" else CARD_BLOCK
     tokens = max(768, inner // config.intermediate_size)
     branches = _even(len(branch.hidden), max(1, tokens // k))

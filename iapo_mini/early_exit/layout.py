@@ -1,4 +1,4 @@
-"""Where the tokens of a block of completions stand in the flat lists that packing walks."""
+"""Places of the tokens of a block of completions in the flat lists of packing."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from iapo_mini.rollouts import Rollouts
 
 @dataclass
 class Row:
-    """One completion in the flat lists.
+    """Places of one completion in the flat lists.
 
     Attributes:
         number: its row in the rollouts.
-        start: tokens of its prompt.
-        length: tokens of prompt and completion.
-        prompt, completion: slices of trunk tokens; empty when keys and values are known.
-        branches: slice of branches.
-        asked: (b,) long, the prefix lengths after which this row's branches hang.
+        start: number of tokens of its prompt.
+        length: number of tokens of prompt and completion.
+        prompt, completion: slices of the trunk tokens; empty when keys and values are known.
+        branches: slice of the branches.
+        asked: (b,) long, the prefix lengths after which this row has a branch.
     """
 
     number: int
@@ -34,7 +34,7 @@ class Row:
 def lay_out(
     rollouts: Rollouts, rows: list[int], asked: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, list[slice], list[Row]]:
-    """Ids and positions of the trunk tokens to run, slices of the prompts, a ``Row`` for each."""
+    """Ids and positions of the trunk tokens to run, slices of the prompts, a ``Row`` per row."""
     layout, prompts = [], {}
     nothing = rollouts.completion_ids.new_empty(0)
     ids, positions = [nothing], [nothing]
@@ -52,7 +52,7 @@ def lay_out(
     for i in rows:
         group = i // rollouts.num_generations
         prompt = rollouts.prompt_ids[i][rollouts.prompt_mask[i]]
-        if group not in prompts:  # every prompt once
+        if group not in prompts:  # each prompt is run once
             prompts[group] = run(prompt, 0)
         completion = rollouts.completion_ids[i][rollouts.completion_mask[i]]
         prefixes = asked[i].nonzero()[:, 0]

@@ -1,15 +1,16 @@
 """Ask a policy something after every prefix of every completion, in one of three ways.
 
-The question is a suffix of K tokens, and the answer is what the model predicts at the suffix's last
-positions. With a completion of L tokens that is L + 1 questions, and the ways differ only in what
-they do not compute twice (paper, Section 4, "Estimating s"):
+The question is a suffix of K tokens, and the answer is the model's prediction at the suffix's last
+positions. A completion of L tokens has L + 1 questions. The three ways differ only in what they
+avoid computing twice (paper, Section 4, "Estimating s"):
 
 * ``naive``: the definition. Every prefix is run again from its first token.
-* ``cached``: KV-cache preloading with chunk-wise forwarding, as the paper describes. The trunk is
-  run once; its cache is copied once per prefix, C prefixes to a chunk.
-* ``packed``: the trunk is run once and no cache is copied: all branches hang behind the same keys
-  and values, each seeing its own prefix only. :mod:`iapo_mini.early_exit.flat` does it without
-  padding for the Llama family; other models with a KV cache get C branches at a time as one
+* ``cached``: KV-cache preloading with chunk-wise forwarding, as the paper describes. The trunk
+  (prompt and completion) is run once, and its cache is copied once per prefix, C prefixes at a
+  time.
+* ``packed``: the trunk is run once and no cache is copied. All branches use the same keys and
+  values, and each sees only its own prefix. :mod:`iapo_mini.early_exit.flat` does this without
+  padding for the Llama family. Other models with a KV cache run C branches at a time, as one
   sequence under a 4-D mask.
 
 All give the same numbers up to rounding.
@@ -48,14 +49,14 @@ _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 @dataclass(frozen=True)
 class Case:
-    """Everything that a way to ask works on, whichever rows it is given.
+    """The inputs of a way to ask; the rows to work on are given separately.
 
     Attributes:
-        model: the causal LM itself.
+        model: the causal LM, without peft's wrapper.
         rollouts: B rows.
         asked: (B, L + 1) bool, prefix lengths to ask after.
         suffix: (B, K) long.
-        keep: at how many of the suffix's last positions to make logits.
+        keep: number of last positions of the suffix at which logits are computed.
     """
 
     model: Any
@@ -66,15 +67,15 @@ class Case:
 
 
 Way = Callable[[Case, list[int], int], Iterator[Chunk]]
-"""(case, row numbers, branches at a time) -> what the model predicts, chunk by chunk."""
+"""(case, row numbers, branches at a time) -> predictions, chunk by chunk."""
 
 
 def packing_problem(model: Any, length: int) -> str | None:
-    """Why branches can't share a cache in this model, or None when nothing speaks against it.
+    """The reason why branches can't share a cache in this model, or None if they can.
 
     Args:
         model: causal LM.
-        length: tokens of the longest prompt, completion and suffix together.
+        length: number of tokens of the longest prompt, completion and suffix together.
     """
     config = model.config
     if config._attn_implementation not in ("sdpa", "eager"):
@@ -82,10 +83,10 @@ def packing_problem(model: Any, length: int) -> str | None:
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "it takes no position ids"
     if any(not isinstance(layer, DynamicLayer) for layer in DynamicCache(config=config).layers):
-        return "not every layer of it has a KV cache"
+        return "some of its layers have no KV cache"
     window = sliding_window(config)
     if window is not None and window < length:
-        return f"its sliding window of {window} is shorter than the {length} tokens asked about"
+        return f"its sliding window of {window} is shorter than the sequence of {length} tokens"
     return None
 
 
@@ -98,13 +99,13 @@ def branch_inputs(
     """Model inputs that append one branch after each of C trunk positions of every row.
 
     All branches of a row form one sequence of C * K tokens behind the trunk's KV cache. A branch
-    sees the real trunk tokens up to its own end and its own earlier tokens; its position ids go on
-    from that end. So C early answers cost one forward pass and no copy of the cache.
+    sees the real trunk tokens up to its end and its own earlier tokens, and its position ids
+    continue from that end. So C early answers cost one forward pass and no copy of the cache.
 
     Args:
         trunk_mask: (B, T) bool, real tokens of the cached trunk.
         position_ids: (B, T) long, position of every trunk token.
-        ends: (B, C) long, index into the trunk of the last token each branch follows.
+        ends: (B, C) long, index of the trunk token that each branch follows.
         suffix: (K,) or (B, K) long.
 
     Returns:
@@ -128,7 +129,7 @@ def branch_inputs(
 
 
 def _naive(case: Case, rows: list[int], size: int) -> Iterator[Chunk]:
-    """One full forward pass per row and prefix, nothing shared, nothing padded."""
+    """Run one full forward pass per row and prefix, without sharing or padding."""
     rollouts = case.rollouts
     for i in rows:
         prompt = rollouts.prompt_ids[i][rollouts.prompt_mask[i]]
@@ -140,7 +141,7 @@ def _naive(case: Case, rows: list[int], size: int) -> Iterator[Chunk]:
 
 
 def _cached(case: Case, rows: list[int], size: int) -> Iterator[Chunk]:
-    """A copy of the row's cache for each of ``size`` prefixes at a time; masks hide the rest."""
+    """Copy the row's cache for each of ``size`` prefixes at a time; masks hide later tokens."""
     model, rollouts = case.model, case.rollouts
     k, width = case.suffix.shape[1], rollouts.prompt_ids.shape[1]
     for trunk in trunk_blocks(model, rollouts, 1, need_logits=False, rows=rows):
@@ -174,7 +175,7 @@ def _cached(case: Case, rows: list[int], size: int) -> Iterator[Chunk]:
 
 
 def _packed(case: Case, rows: list[int], size: int) -> Iterator[Chunk]:
-    """``size`` branches of every row of a block as one sequence behind the shared cache."""
+    """Run ``size`` branches of every row of a block as one sequence behind the shared cache."""
     model, suffix, keep = case.model, case.suffix, case.keep
     k, width = suffix.shape[1], case.rollouts.prompt_ids.shape[1]
     last = torch.arange(k - keep, k, device=suffix.device)
@@ -195,19 +196,19 @@ def _packed(case: Case, rows: list[int], size: int) -> Iterator[Chunk]:
 
 
 def _flat(case: Case, rows: list[int], size: int) -> Iterator[Chunk]:
-    """Flat packing; the vocabulary head sees ``size`` branches at a time."""
+    """Run flat packing, with the vocabulary head on ``size`` branches at a time."""
     found = flat.run_branches(case.model, case.rollouts, rows, case.asked, case.suffix, case.keep)
     head = case.model.get_output_embeddings()
-    # Logits that fit the processor's cache, but enough rows to be worth reading the head's weights.
+    # The logits should fit the processor's cache, but reading the head's weights must pay as well.
     size = min(size, max(12, 2**19 // case.model.config.vocab_size))
     for row, t, hidden in zip(*(x.split(size) for x in found)):
         yield row, t, head(hidden)
 
 
 def _values(way: Way, case: Case, rows: list[int], size: int, question: Question) -> list[Chunk]:
-    """What was read of each branch of a block of rows, in the place of its logits."""
+    """The values that the question computes from each branch, in place of the logits."""
     head = case.model.get_output_embeddings() if way is _flat else None
-    # Exactly this class: an adapter on the head or 4-bit weights compute their logits otherwise.
+    # Exactly this class, since an adapter on the head or 4-bit weights give other logits.
     if question.read_hidden is not None and type(head) is torch.nn.Linear:
         row, t, hidden = flat.run_branches(
             case.model, case.rollouts, rows, case.asked, case.suffix, case.keep
@@ -219,30 +220,30 @@ def _values(way: Way, case: Case, rows: list[int], size: int, question: Question
 
 
 def _sizes(case: Case, way: Way, memory: float) -> tuple[int, int]:
-    """How many rows and how many branches to hold at once within ``memory`` bytes, each >= 1."""
+    """Numbers of rows and of branches that fit into ``memory`` bytes at once, each at least 1."""
     rollouts, keep = case.rollouts, case.keep
     config, k = case.model.config.get_text_config(), case.suffix.shape[1]
     width = next(case.model.parameters()).element_size()
     hidden, layers = config.hidden_size, config.num_hidden_layers
     length = rollouts.prompt_ids.shape[1] + rollouts.completion_ids.shape[1] + 1
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    # Logits as the model makes them, as fp32, and one temporary of the same size.
+    # The logits in the model's dtype, a copy in fp32, and one temporary in fp32.
     logits = keep * config.vocab_size * (width + 8)
     if way is _flat:
         branches = rollouts.completion_ids.shape[1] + 1
-        row = width * hidden * (length + branches * k) * 6  # hidden, q, k, v, attention's output
+        row = width * hidden * (length + branches * k) * 6  # hidden, q, k, v, attention output
         return max(1, int(memory / 8 / row)), max(1, int(memory / 4 / logits))
     branch = logits + k * width * (3 * inner + 8 * hidden) + k * length * 5  # mask, bool and float
     if way is _cached:
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         kv = hidden * kv_heads // config.num_attention_heads
-        # Its copy of the cache, which growing by the suffix copies again, a layer at a time.
+        # A copy of the cache per branch. Appending the suffix copies it again, layer by layer.
         branch += 2 * (layers + 1) * length * kv * width + 2 * length * hidden * width
     return len(rollouts.lengths), max(1, int(memory / 2 / branch))
 
 
 def _agrees(case: Case) -> bool:
-    """Whether packing gives what the definition gives, before and after the longest completion."""
+    """Whether packing agrees with the definition, before and after the longest completion."""
     row = int(case.rollouts.lengths.argmax())
     asked = torch.zeros_like(case.asked)
     asked[row, [0, int(case.rollouts.lengths[row])]] = True
@@ -255,12 +256,13 @@ def _agrees(case: Case) -> bool:
 
 
 def _shared_prefixes(rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row an earlier row of its group and how many first tokens the two have in common.
+    """For each row, an earlier row of its group and the number of first tokens that they share.
+
+    Completions of one prompt often begin alike, and a common prefix need not be asked twice.
 
     Returns:
-        ``(donor, shared)``, each (B,) long. Completions of one prompt often begin alike; what was
-        asked after a common prefix need not be asked again. The first row of a group has no donor:
-        it names itself, and ``shared`` is -1, as not even the empty prefix has been asked before.
+        ``(donor, shared)``, each (B,) long. The first row of a group has no donor: it names itself,
+        and ``shared`` is -1, because not even the empty prefix has been asked before.
     """
     group = rollouts.num_generations
     ids, mask = (
@@ -276,7 +278,7 @@ def _shared_prefixes(rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _way_for(case: Case, way: str) -> Way:
-    """The function that asks: as wished, or the definition where a cache can't be shared."""
+    """The function for a way to ask; it is ``naive`` if branches can't share a cache."""
     if way == "naive":
         return _naive
     model, rollouts = case.model, case.rollouts
@@ -288,7 +290,7 @@ def _way_for(case: Case, way: str) -> Way:
         problem = None if _VERDICTS[model] else "its masks or positions work differently"
     if problem:
         warnings.warn(
-            f"{type(model).__name__} can't be asked behind a shared cache: {problem}. "
+            f"Early answers of {type(model).__name__} can't share a cache: {problem}. "
             "Every prefix is run from its start instead (way='naive'), which is slow.",
             stacklevel=4,
         )
@@ -299,9 +301,9 @@ def _way_for(case: Case, way: str) -> Way:
 
 
 def _in_order(rollouts: Rollouts, way: Way) -> list[int]:
-    """Row numbers, short completions first, so that rows of a block are of similar length."""
+    """Row numbers sorted by length, so the rows of a block have similar lengths."""
     rows: list[int] = rollouts.lengths.argsort(stable=True).tolist()
-    if way is _flat and rollouts.cache is None:  # groups together: their prompt is run once
+    if way is _flat and rollouts.cache is None:  # groups stay together to run their prompt once
         group = rollouts.num_generations
         order = dict.fromkeys(i // group for i in rows)
         rows = [j * group + i for j in order for i in range(group)]
@@ -309,7 +311,7 @@ def _in_order(rollouts: Rollouts, way: Way) -> list[int]:
 
 
 def _answers(case: Case, question: Question, way: Way, how: EarlyExit) -> torch.Tensor:
-    """(B, L + 1, r): every prefix of ``case.asked`` asked, block by block, within the memory."""
+    """Ask after every prefix in ``case.asked``, in blocks that fit the memory; (B, L + 1, r)."""
     rows, width = case.rollouts.completion_ids.shape
     memory_mb, chunk_size, out = how.memory_mb, how.chunk_size, None
     pending = _in_order(case.rollouts, way)
@@ -324,7 +326,7 @@ def _answers(case: Case, question: Question, way: Way, how: EarlyExit) -> torch.
             memory_mb, chunk_size = memory_mb / 2, chunk_size and max(1, chunk_size // 2)
             warnings.warn(
                 f"out of memory in the estimator ({first_line(error)[:80]}); "
-                f"going on with memory_mb={memory_mb:g}.",
+                f"continuing with memory_mb={memory_mb:g}.",
                 stacklevel=3,
             )
             continue
@@ -334,7 +336,7 @@ def _answers(case: Case, question: Question, way: Way, how: EarlyExit) -> torch.
                 out = torch.zeros(shape, device=case.suffix.device)
             out[row, t] = values
         pending = pending[rows_at_once:]
-    assert out is not None  # something is asked
+    assert out is not None  # the caller has checked that something is asked
     return out
 
 
@@ -346,25 +348,25 @@ def ask(
     how: EarlyExit = EVERY_PREFIX,
     asked: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Append a suffix after every asked prefix and read the predictions at its last positions.
+    """Append a suffix after every chosen prefix and read the predictions at its last positions.
 
-    No tensor of shape (B, L, V) is ever made: ``question.read`` sees the logits of a chunk of
-    branches, as many as fit in ``how.memory_mb``. When memory runs out all the same, the budget is
-    halved, which is said, and the block is run again.
+    No tensor of shape (B, L, V) is ever made: ``question.read`` gets the logits of as many branches
+    as fit in ``how.memory_mb``. If memory still runs out, the budget is halved with a warning and
+    the block is run again.
 
     Args:
-        model: any causal LM; without a KV cache or with a sliding window shorter than the sequences
-            the definition (``naive``) is used instead, and said.
+        model: any causal LM. If it has no KV cache or a sliding window shorter than the sequences,
+            the definition (``naive``) is used instead, with a warning.
         rollouts: B rows, rows of one prompt adjacent.
-        question: the suffix and what to keep of the prediction.
+        question: the suffix and the values to compute from the predictions.
         how: way and memory; its postfix and stride are already in ``question`` and ``asked``.
         asked: (B, L + 1) bool, prefix lengths to ask after; default: 0 to each row's length.
 
     Returns:
-        (B, L + 1, r) fp32; zeros where nothing was asked.
+        (B, L + 1, r) fp32; zeros at prefixes that were not asked.
 
     Raises:
-        ValueError: when nothing is asked, or the model has too few positions for it.
+        ValueError: when no prefix is asked, or the model has too few positions.
     """
     rows, width = rollouts.completion_ids.shape
     t = torch.arange(width + 1, device=rollouts.completion_ids.device)
@@ -383,7 +385,7 @@ def ask(
     donor, shared = _shared_prefixes(rollouts)
     known = asked & asked[donor] & (t <= shared[:, None])
     out = _answers(replace(case, asked=asked & ~known), question, way, how)
-    for i in range(1, rollouts.num_generations):  # donors come before those they give to
+    for i in range(1, rollouts.num_generations):  # a donor comes before the rows that copy from it
         some = slice(i, None, rollouts.num_generations)
         out[some] = torch.where(known[some, :, None], out[donor[some]], out[some])
     return out

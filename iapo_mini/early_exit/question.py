@@ -1,6 +1,6 @@
-"""What is asked after a prefix, and how: two small values that travel together.
+"""The question that is asked after a prefix, and the settings of how to ask it.
 
-Nothing heavier than dataclasses is imported here, so that settings can be checked without torch.
+Nothing heavier than dataclasses is imported here, so settings can be checked without torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     ReadHidden = Callable[[torch.nn.Linear, torch.Tensor], torch.Tensor]
 
 WAYS = ("packed", "cached", "naive")
-"""How every prefix can be asked; they agree up to rounding (:mod:`iapo_mini.early_exit`)."""
+"""The ways to ask after every prefix. They agree up to rounding (:mod:`iapo_mini.early_exit`)."""
 
 
 def check_stride(stride: object, name: str = "stride") -> None:
@@ -35,21 +35,22 @@ def check_stride(stride: object, name: str = "stride") -> None:
 
 @dataclass(frozen=True)
 class EarlyExit:
-    """How a policy is made to answer early: with which words, after which tokens, in what way.
+    """Settings of early exit: the text that forces an answer, the prefixes, and the way to ask.
 
     Attributes:
         postfix: text that forces an answer.
-        stride: ask after every so many tokens (1: after each, as in the paper) or at
-            ``"sentence"`` ends. The drop between two questions is exact and is spread evenly over
-            the tokens between them.
-        way: ``"packed"`` (one trunk pass, all branches behind its keys and values), ``"cached"`` (a
-            copy of the cache for each prefix, as the paper describes) or ``"naive"`` (the
-            definition, running each prefix again). Results do not depend on it.
-        memory_mb: memory beside the model that asking may take, MiB; results do not depend on it.
-        chunk_size: branches at a time instead of what ``memory_mb`` allows. Where packing serves
-            (:func:`iapo_mini.early_exit.flat.walkable`) and the vocabulary head is a plain matrix
-            there are no chunks: :func:`iapo_mini.early_exit.reading.head_entropy` needs 2 MiB at a
-            time on a CPU, 64 on a card.
+        stride: ask after every ``stride`` tokens (1: after each token, as in the paper), or
+            ``"sentence"`` to ask at the ends of sentences. The drop in entropy between two
+            questions is exact and is spread evenly over the tokens between them.
+        way: ``"packed"`` (one pass over the trunk, with all branches behind its keys and values),
+            ``"cached"`` (a copy of the cache for each prefix, as the paper describes) or
+            ``"naive"`` (the definition, which runs each prefix again). All give the same results.
+        memory_mb: memory in MiB, beside the model, for asking. It does not change the results.
+        chunk_size: number of branches at a time, in place of what ``memory_mb`` allows. There are
+            no chunks when flat packing can be used (:func:`iapo_mini.early_exit.flat.walkable`) and
+            the vocabulary head is a plain matrix. Then
+            :func:`iapo_mini.early_exit.reading.head_entropy` needs 2 MiB at a time on a CPU and 64
+            MiB on a GPU.
 
     Raises:
         ValueError: for a value out of range, naming it and what is allowed.
@@ -70,22 +71,21 @@ class EarlyExit:
 
 
 EVERY_PREFIX = EarlyExit()
-"""The paper's way to ask: after every token, with its postfix."""
+"""The paper's settings: ask after every token, with the paper's postfix."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A suffix to append after a prefix, and what to keep of the prediction at its end.
+    """A suffix to append after a prefix, and the values to compute from the predictions at its end.
 
     Attributes:
         suffix: (K,) or (B, K) long; a row's suffix may be padded on the right.
-        read: (row numbers (N,), logits (N, keep, V)) -> what to keep of them, (N, r) fp32.
-        keep: at how many of the suffix's last positions to make logits.
-        read_hidden: (vocabulary head, what enters it (N, keep, d)) -> the same as ``read``. It
-            does its work before the head, where flat packing runs and the head is a plain matrix,
-            so that no logits are needed.
-        by_row: whether ``read`` looks at the row numbers. If not, prefixes that completions of a
-            group have in common are asked once.
+        read: (row numbers (N,), logits (N, keep, V)) -> values to keep, (N, r) fp32.
+        keep: number of last positions of the suffix at which logits are computed.
+        read_hidden: (vocabulary head, its input (N, keep, d)) -> the same values as ``read``, but
+            without logits. It is used with flat packing if the head is a plain matrix.
+        by_row: whether ``read`` uses the row numbers. If not, prefixes that completions of a group
+            share are asked once.
     """
 
     suffix: torch.Tensor

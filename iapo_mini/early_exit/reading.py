@@ -1,4 +1,4 @@
-"""What is read off a prediction: the entropy, from logits or straight from hidden states."""
+"""Entropy of a prediction, from logits or directly from hidden states."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ def logits_entropy(logits: torch.Tensor) -> torch.Tensor:
     """Shannon entropy in nats of softmax(logits) over the last dimension, fp32, no gradient."""
     log_p = torch.log_softmax(logits.float(), dim=-1).clamp_(min=NEVER)
     p = log_p.exp()
-    return -p.mul_(log_p).sum(-1)  # in place: with a large vocabulary these are what fills memory
+    return -p.mul_(log_p).sum(-1)  # in place, because these tensors are large
 
 
 @torch.no_grad()
 def head_entropy(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-    """``logits_entropy(head(hidden))`` from blocks of the vocabulary; whole logits never exist.
+    """``logits_entropy(head(hidden))``, computed in blocks of the vocabulary without full logits.
 
-    By the chain rule of entropy: that of the block a token falls into, plus the mean of those
-    within the blocks. A block that stays in the processor's cache makes this more than twice as
-    fast as whole logits of a vocabulary of 151,936, and the head's weights are read once instead
-    of once for every few rows.
+    The chain rule of entropy is used: the entropy is that of the token's block, plus the mean
+    entropy within the blocks. A block stays in the processor's cache. With a vocabulary of 151,936
+    this is more than twice as fast as with full logits. The head's weights are read once, not once
+    for every few rows.
 
     Args:
         head: vocabulary head, d -> V.
-        hidden: (..., d), ready for the head.
+        hidden: (..., d), the head's input.
 
     Returns:
         (...) fp32 nats.

@@ -1,4 +1,4 @@
-"""Not every prefix need be asked: which ones are, and what is said of those between."""
+"""Asking after some prefixes only: how they are chosen, and the values of those between them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from iapo_mini.rollouts import Rollouts
 
 
 def sentence_ends(policy: Policy, rollouts: Rollouts) -> torch.Tensor:
-    """(B, L + 1) bool: prefixes that end with a sentence, a line or a tag, and the first and last.
+    """(B, L + 1) bool: the first and last prefix, and those that end a sentence, a line or a tag.
 
     A token ends a sentence when its text ends with one of ``. ! ? >`` or a line break.
     """
@@ -23,7 +23,7 @@ def sentence_ends(policy: Policy, rollouts: Rollouts) -> torch.Tensor:
 
 
 def prefixes_asked(policy: Policy, rollouts: Rollouts, stride: int | str) -> torch.Tensor:
-    """(B, L + 1) bool: every ``stride``-th prefix, or the sentence ends, and each row's last."""
+    """(B, L + 1) bool: every ``stride``-th prefix or the sentence ends, and each row's last."""
     if isinstance(stride, str):
         return sentence_ends(policy, rollouts)
     t = torch.arange(rollouts.completion_ids.shape[1] + 1, device=rollouts.lengths.device)
@@ -31,9 +31,9 @@ def prefixes_asked(policy: Policy, rollouts: Rollouts, stride: int | str) -> tor
 
 
 def spread(values: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-    """Fill the prefixes between two asked ones on the straight line between their values.
+    """Interpolate linearly between the values of the prefixes that were asked.
 
-    So a segment's drop is exact and every token of the segment gets an equal share of it.
+    The drop over a segment is then exact, and every token of the segment gets an equal share.
     """
     t = torch.arange(values.shape[1], device=values.device).expand_as(values)
     before = torch.where(asked, t, -1).cummax(1).values.clamp(min=0)

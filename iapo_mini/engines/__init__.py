@@ -1,1 +1,1 @@
-"""Other people's engines: vLLM samples, TRL trains."""
+"""Optional engines: vLLM for sampling, TRL for training."""

@@ -21,17 +21,17 @@ from trl.models.utils import unwrap_model_for_generation
 
 from iapo_mini.adapters import pass_over_old_torchao
 from iapo_mini.advantages import ADVANTAGES, COUNTED, exploration, normalize
-from iapo_mini.config import RECIPES
 from iapo_mini.early_exit.question import EarlyExit, check_stride
 from iapo_mini.errors import MOST_REAL, check_choice, check_number
 from iapo_mini.information import encode_postfix, inform
 from iapo_mini.policy import Policy
+from iapo_mini.recipes import RECIPES
 from iapo_mini.rewards import reward
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.tasks import POSTFIX, Problem, messages
 
 LOSS_TYPES = {"sequence": "grpo", "token": "dapo"}
-"""TRL's name of each mean of the loss."""
+"""TRL's names of the ways to average the loss."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class IAPOConfig(GRPOConfig):
     """``GRPOConfig`` with a method of this library. TRL's own ``beta`` is the KL weight.
 
     Attributes:
-        iapo_method: a key of :data:`iapo_mini.config.RECIPES`, or of a module of yours that was
+        iapo_method: a key of :data:`iapo_mini.recipes.RECIPES`, or of a module of yours that was
             added by ``use_methods``. Dynamic sampling (``dapo``) is left out: TRL samples once.
         loss_type, epsilon, epsilon_high, beta: TRL's own; where they are not given, those of the
             method's recipe.
@@ -86,7 +86,7 @@ class IAPOConfig(GRPOConfig):
 
     @property
     def stride(self) -> int | str:
-        """``iapo_stride`` as a number where it is one: command lines know one type a field."""
+        """``iapo_stride`` as a number if it is one; a field has one type on the command line."""
         text = str(self.iapo_stride)
         return int(text) if text.isdigit() else text
 
@@ -100,8 +100,8 @@ class IAPOTrainer(GRPOTrainer):
     TRL's, too.
 
     Raises:
-        ValueError: for a postfix without tokens, or sharding by FSDP (the estimator needs all
-            weights at once; DeepSpeed gathers them, TRL's FSDP does not).
+        ValueError: for a postfix without tokens, or with FSDP. (The estimator needs all weights at
+            once. DeepSpeed gathers them, TRL's FSDP does not.)
     """
 
     args: IAPOConfig
@@ -118,8 +118,8 @@ class IAPOTrainer(GRPOTrainer):
         self._recipe = RECIPES[args.iapo_method]
         if self.is_fsdp_enabled and self._asks:
             raise ValueError(
-                f"iapo_alpha must be 0 under FSDP, which keeps the estimator from the weights, got "
-                f"{args.iapo_alpha}; DeepSpeed and plain data parallelism take any"
+                f"iapo_alpha must be 0 with FSDP, which does not gather the weights, got "
+                f"{args.iapo_alpha}; DeepSpeed and plain data parallelism allow any value"
             )
         self._policy = Policy(self.model, self._tokenizer)
         encode_postfix(self._policy, args.iapo_postfix)
@@ -133,7 +133,7 @@ class IAPOTrainer(GRPOTrainer):
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> torch.Tensor:
-        """TRL's rewards, (all processes' rows, functions), remembered on the way."""
+        """TRL's rewards, (rows of all processes, functions), which are also kept for later."""
         self._rewards: torch.Tensor = super()._calculate_rewards(
             inputs, prompts, completions, completion_ids_list
         )
@@ -279,14 +279,14 @@ def answer_reward(completions: list, answer: list[str], **kwargs: Any) -> list[f
 
     Args:
         completions: texts, or chats whose first message is the completion.
-        answer: the reference answers, a column of :func:`dataset`.
+        answer: reference answers, a column of :func:`dataset`.
     """
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
     return [reward(text, right)[0] for text, right in zip(texts, answer, strict=True)]
 
 
 def dataset(problems: Iterable[Problem]) -> Dataset:
-    """Problems as TRL reads them: a chat under ``prompt``, the reference under ``answer``."""
+    """Problems in TRL's format: a chat under ``prompt``, the reference answer under ``answer``."""
     rows = [{"prompt": messages(problem), "answer": problem.answer} for problem in problems]
     if not rows:
         raise ValueError("problems is empty; at least one problem is needed to train.")

@@ -1,11 +1,11 @@
 """Sampling with vLLM, an optional extra: ``pip install 'iapo-mini[vllm]'``, ``--engine vllm``.
 
-vLLM keeps a 16-bit copy of the model on the card and is given the merged weights before every batch
-(:meth:`iapo_mini.policy.Policy.merged_weights`), so that what it samples from is the policy of this
-very step. Its own arithmetic still differs from ours by rounding, therefore log pi_old is computed
-by our model, once more, on what it has written.
+vLLM keeps a 16-bit copy of the model on the GPU. Before every batch it gets the merged weights
+(:meth:`iapo_mini.policy.Policy.merged_weights`), so it samples from the policy of the current step.
+Its arithmetic still differs from ours by rounding, so log pi_old is computed again by our model on
+the sampled tokens.
 
-Not a part of what is tested on hardware: see docs/real_models.md.
+This module has not been tested on a GPU; see docs/real_models.md.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ from iapo_mini.sampling import check_sampling, encode_prompts, from_ids, sample
 from iapo_mini.tasks import Problem
 
 MEMORY_SHARE = 0.4
-"""Share of the card that vLLM may take for its weights and cache; the rest is for the update."""
+"""Share of GPU memory for vLLM's weights and cache; the rest is for the update."""
 
 
 def sampler_of(engine: str, model: str) -> Callable[..., Rollouts]:
     """The function that samples, with the arguments of :func:`iapo_mini.sampling.sample`.
 
     Args:
-        engine: one of ``config.ENGINES``. Without vLLM, ``"vllm"`` says so and samples natively.
-        model: what vLLM loads before the weights are put in.
+        engine: one of ``config.ENGINES``. If vLLM is not installed, ``"vllm"`` warns and uses the
+            built-in sampler.
+        model: the model that vLLM loads before it gets the weights.
     """
     if engine == "native":
         return sample
-    # Only an engine in this process lets its weights be written.
+    # The weights of an engine can only be replaced if it runs in this process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     try:
         import vllm
     except ImportError:
         warnings.warn(
             "engine is 'vllm', which is not installed here (pip install 'iapo-mini[vllm]', on a "
-            "machine with a CUDA card); sampling goes on with the built-in sampler.",
+            "machine with a CUDA GPU); the built-in sampler is used instead.",
             stacklevel=2,
         )
         return sample
@@ -61,7 +62,7 @@ def sampler_of(engine: str, model: str) -> Callable[..., Rollouts]:
 
 
 def sync_weights(llm: Any, policy: Policy) -> None:
-    """Put the policy's merged weights into the engine and forget what it cached of older ones."""
+    """Load the policy's merged weights into the engine and clear its cache of older ones."""
     executor = llm.llm_engine.model_executor
     executor.driver_worker.model_runner.model.load_weights(policy.merged_weights())
     llm.reset_prefix_cache()
@@ -80,19 +81,19 @@ def sample_with(
     keep_cache: bool = False,
     on_token: Callable[[int, int], object] = lambda tokens, running: None,
 ) -> Rollouts:
-    """Sample with an engine, as :func:`iapo_mini.sampling.sample` does without one.
+    """Sample with a vLLM engine, with the same result types as :func:`iapo_mini.sampling.sample`.
 
     Args:
         llm: a ``vllm.LLM`` in this process.
         sampling_params: ``vllm.SamplingParams``.
-        policy: its weights are put into the engine first.
+        policy: its weights are first loaded into the engine.
         problems, num_generations, max_completion_length, temperature, seed: as for ``sample``.
-        keep_cache: of no effect, since vLLM's keys and values are its own; the estimator runs the
-            trunk itself.
-        on_token: of no effect; a batch is the engine's until it is finished.
+        keep_cache: has no effect, because vLLM does not give out its keys and values; the estimator
+            runs prompt and completion again.
+        on_token: has no effect, because the engine returns a batch only when it is finished.
 
     Raises:
-        ValueError: as ``sample``.
+        ValueError: the same errors as ``sample``.
     """
     check_sampling(problems, num_generations, max_completion_length, temperature)
     sync_weights(llm, policy)

@@ -1,1 +1,1 @@
-"""What produces the committed results: experiments, studies and their figures."""
+"""Experiments, studies and figures that produce the committed results."""

@@ -1,4 +1,4 @@
-"""The paper's Fig. 5: what each part of the advantage is worth."""
+"""The paper's Fig. 5: the effect of each part of the advantage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def ablation(
     figures: str | Path = "figures",
     parallel: int | None = None,
 ) -> dict:
-    """The paper's Fig. 5, from the runs of Table 1: what each part of the advantage is worth."""
+    """Remake the paper's Fig. 5, the effect of each part of the advantage, from Table 1's runs."""
     results = table1(preset, out=out, figures=figures, parallel=parallel)
     figures, k = Path(figures), max(results["config"]["evaluation"]["ks"])
     rows = {name: results["methods"][name] for name in ABLATED}

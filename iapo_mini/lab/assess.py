@@ -1,4 +1,4 @@
-"""Judge a pretrained policy; ``python -m iapo_mini.lab.pretrain`` ends with it."""
+"""Judge a pretrained policy, as the last step of ``python -m iapo_mini.lab.pretrain``."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from iapo_mini.sampling import from_texts, sample
 def assess(
     folder: str | Path, figures: str | Path = "figures", n_stories: int = 1000
 ) -> dict[str, Any]:
-    """Judge a pretrained policy on the test stream: is it a fair start, are its exits calibrated?
+    """Judge a pretrained policy on the test stream: its accuracy, and the calibration of its exits.
 
     Writes ``figures/results/policy.json`` and the reliability diagram ``figures/calibration.png``.
-    Early exits are asked at every tenth of the chain:
+    Early answers are forced at every tenth of the chain. There are three calibration errors:
 
     * ``ece``: on chains written by the world, against the true answer;
-    * ``ece_sampled``: on the policy's own samples, against the answer that the completion ends
-      with, which is the y of the paper's I(y; o_t | q, o_<t) (ill-formed completions left out);
-    * ``ece_sampled_truth``: the same samples against the true answer: what a chain with a mistake
-      in it does to the forced answer.
+    * ``ece_sampled``: on the policy's own samples, against the answer at the end of the completion,
+      which is the y of the paper's I(y; o_t | q, o_<t) (without ill-formed completions);
+    * ``ece_sampled_truth``: on the same samples against the true answer, which shows the effect of
+      mistakes in a chain on the forced answer.
 
-    ``*_by_tenth`` is the error at each tenth alone, entropies are on the world's chains.
+    ``*_by_tenth`` is the error at each tenth. Entropies are on the world's chains.
 
     Args:
-        folder: of the policy, with the log of its pretraining.
-        figures: where results and the diagram go.
-        n_stories: stories of the test stream.
+        folder: folder of the policy, with the log of its pretraining.
+        figures: folder for results and diagram.
+        n_stories: number of stories of the test stream.
 
     Returns:
-        What is written to ``policy.json``: numbers, and lists of one for each tenth.
+        The content of ``policy.json``: numbers, and lists with one number for each tenth.
 
     Raises:
         ValueError: when no policy can be loaded from ``folder``, or it holds no log.
@@ -51,7 +51,7 @@ def assess(
     folder, figures = Path(folder), Path(figures)
     log = [row for _, row in logged(folder / "pretrain_log.jsonl") if "minutes" in row]
     if not log:
-        raise ValueError(f"folder must hold the log of a pretraining, got '{folder}'")
+        raise ValueError(f"folder must hold the log of pretraining, got '{folder}'")
     policy = load_policy(str(folder), lora_rank=0)
     problems = list(itertools.islice(stories("test", seed=0), n_stories))
     rng = random.Random("report")

@@ -1,8 +1,8 @@
-"""What the best of several candidates is worth, and what it is reported to be worth.
+"""The reported and the true value of the best of several candidates.
 
-Pure functions on arrays: C candidates that have answered the same N stories, G completions each. A
-story's numbers are drawn and averaged again and again; nothing is sampled from a policy. The study
-that uses them, and what its rules mean: :mod:`iapo_mini.lab.selection`.
+These are pure functions of arrays: C candidates have answered the same N stories, with G
+completions each. The numbers of stories are drawn and averaged many times, and nothing is sampled
+from a policy. :mod:`iapo_mini.lab.selection` is the study that uses them and explains its rules.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from iapo_mini.evaluation import pass_at_k
 from iapo_mini.intervals import mean_interval
 
 RULES = ("test", "tune", "tune_pool", "last")
-"""On what a candidate is chosen."""
+"""Rules by which a candidate is chosen."""
 METRICS = ("pass", "length", "ratio")
 
 Measures = dict[str, np.ndarray]
@@ -26,10 +26,10 @@ Reports = dict[str, dict[str, Measures]]
 
 
 def measures(right: np.ndarray, tokens: np.ndarray, k: int) -> Measures:
-    """What each candidate does on each story.
+    """Measures of each candidate on each story.
 
     Args:
-        right: (C, N, G) 0 or 1, of C candidates, N stories and G completions.
+        right: (C, N, G) 0 or 1, for C candidates, N stories and G completions.
         tokens: (C, N, G) lengths of the completions.
         k: 1 to G.
 
@@ -49,8 +49,8 @@ def on(found: Measures, stories: np.ndarray) -> Measures:
     """Means over the stories of each draw.
 
     Args:
-        found: of :func:`measures`.
-        stories: (D, n) which stories belong to each of D draws.
+        found: from :func:`measures`.
+        stories: (D, n) numbers of the stories in each of D draws.
 
     Returns:
         (C, D) arrays ``accuracy``, ``pass``, ``length`` and ``ratio``, which is pass / length.
@@ -60,11 +60,11 @@ def on(found: Measures, stories: np.ndarray) -> Measures:
 
 
 def choose(accuracy: np.ndarray, ratio: np.ndarray, finalists: int) -> np.ndarray:
-    """The candidate of each draw: best ratio among those with the best accuracy.
+    """The chosen candidate of each draw: the best ratio among those with the best accuracy.
 
     Args:
         accuracy: (C, D); ratio: (C, D); either may have one column for all draws.
-        finalists: how many of the best accuracy are kept; of equal ones the earlier.
+        finalists: number of candidates with the best accuracy; if equal, the earlier ones.
 
     Returns:
         (D,) indices of candidates.
@@ -76,22 +76,23 @@ def choose(accuracy: np.ndarray, ratio: np.ndarray, finalists: int) -> np.ndarra
 
 
 def repeat(test: Measures, tune: Measures, n: int, finalists: int, turns: int) -> Reports:
-    """Choose by every rule and report, once for each draw of stories.
+    """Choose and report by every rule, once for each draw of stories.
 
-    The N test stories are put into ``turns`` random orders, and each order is turned through all
-    its N places, which gives D = N * turns draws. Every story is then equally often reported and
-    equally often held out, so a mean of a candidate that was not chosen has no bias at all. The
-    draws are the same at every call, and runs on the same stories can be compared draw by draw.
+    The N test stories are put into ``turns`` random orders, and each order is rotated to all its N
+    positions, which gives D = N * turns draws. Every story is then equally often reported and
+    equally often held out, so the mean of a candidate that is not chosen has no bias. The draws are
+    the same in every call, so runs on the same stories can be compared draw by draw.
 
     Args:
-        test: of the test pool, of which a half is the evaluation set.
-        tune: of the tune pool, the same candidates.
-        n: reported stories, at most those of the evaluation set and of the tune pool.
-        finalists: as for :func:`choose`; turns: random orders.
+        test: measures on the test pool, half of which is the evaluation set.
+        tune: measures of the same candidates on the tune pool.
+        n: number of reported stories, at most the size of the evaluation set and the tune pool.
+        finalists: as in :func:`choose`.
+        turns: number of random orders.
 
     Returns:
         Rule -> ``reported`` (on the n stories) and ``value`` (on the held-out half) -> metric ->
-        (D,) numbers of the chosen candidate; ``score`` -> ``ratio``: those it was chosen by.
+        (D,) numbers of the chosen candidate; ``score`` -> ``ratio``: the numbers of the choice.
     """
     rng = np.random.default_rng(0)
 
@@ -127,10 +128,11 @@ def repeat(test: Measures, tune: Measures, n: int, finalists: int, turns: int) -
 
 
 def bias_of(runs: Sequence[Reports], rule: str, metric: str) -> dict[str, list[float]]:
-    """How far the reported numbers lie from the held-out ones, over runs.
+    """Differences between the reported and the held-out numbers, over runs.
 
     Args:
-        runs: one of :func:`repeat` for each run; rule: of ``RULES``; metric: of ``METRICS``.
+        runs: the result of :func:`repeat` for each run.
+        rule: one of ``RULES``; metric: one of ``METRICS``.
 
     Returns:
         ``reported``, ``value``, ``bias`` and ``share`` (bias / value): ``[mean, low, high]`` over
@@ -149,19 +151,21 @@ def bias_of(runs: Sequence[Reports], rule: str, metric: str) -> dict[str, list[f
 
 
 def untuned(runs: Sequence[Reports], rule: str, trials: int) -> dict[str, list[float]]:
-    """What a method seems to gain over itself, chosen on one side and not on the other.
+    """The gain that a method seems to have over itself when only one side is chosen.
 
-    Every choice of ``trials`` runs is set against every other run: the one side is the run with the
-    best score at its chosen checkpoint, the other is the other run at its last checkpoint.
+    Every set of ``trials`` runs is compared with every other run. One side is the run of the set
+    with the best score, at its chosen checkpoint. The other side is the other run, at its last
+    checkpoint.
 
     Args:
-        runs: of :func:`repeat`, all with the same draws; rule: by which the one side is chosen; for
-            ``last`` the run alone is, by the reported stories.
-        trials: K, at most two less than there are runs.
+        runs: results of :func:`repeat`, all with the same draws.
+        rule: rule that chooses the first side; with ``last`` only the run is chosen, by the
+            reported stories.
+        trials: K, at most two less than the number of runs.
 
     Returns:
         ``apparent``, ``true`` (on held-out stories) and ``bias`` (their difference): mean gains in
-        ratio as a part of the mean value of last checkpoints, ``[mean, low, high]`` by jackknife.
+        ratio as a share of the mean value of last checkpoints, ``[mean, low, high]`` by jackknife.
     """
 
     def stacked(rule: str, part: str) -> np.ndarray:
@@ -186,7 +190,8 @@ def jackknife(values: Mapping[tuple[int, ...], float], runs: int) -> tuple[float
     """Mean of a statistic over sets of runs, with a 95% interval over runs.
 
     Args:
-        values: runs of a set, numbered from 0 -> its statistic; runs: how many there are.
+        values: numbers of the runs in a set, from 0 -> its statistic.
+        runs: number of all runs.
 
     Returns:
         ``(mean, low, high)``; both ends are NaN if a run is in every set.

@@ -1,13 +1,14 @@
-"""Who is paid at a choice? What a term pays computing over talk where the policy decides.
+"""How much each token term favours computing over talk where the policy makes a choice.
 
-Most tokens of a completion are hardly chosen: once a sentence has begun, its rest follows. The
-length is decided where a sentence is opened. So this study looks at the tokens that open a sentence
-where the policy is unsure (next-token entropy above ``UNSURE``), compares completions that have the
-*same* prefix there, and asks by how much a term pays the openers of computing sentences more than
-those of talk. The unit is the standard deviation of what the term pays over all tokens.
+Most tokens of a completion are hardly a choice: once a sentence has begun, the rest follows. The
+length is decided where a sentence begins. So this study looks at the first tokens of sentences
+where the policy is unsure (next-token entropy above ``UNSURE``) and compares completions with the
+*same* prefix there. It measures how much more a term gives to the first tokens of computing
+sentences than to those of talk. The unit is the term's standard deviation over all tokens.
 
-Under the sequence mean a token's pay is divided by the length of its completion, which counts here:
-a constant is nothing under the token mean, and pays the shorter completion under the other one.
+With the sequence mean, a token's term is divided by the length of its completion, and this is taken
+into account. A constant has no effect with the token mean, but it favours shorter completions with
+the sequence mean.
 
     figures/results/choices.json
       terms      term -> aggregation -> [mean, low, high], 95% bootstrap interval over stories
@@ -44,10 +45,10 @@ from iapo_mini.sampling import sample
 from iapo_mini.tasks import Problem
 
 UNSURE = 0.5
-"""Nats of next-token entropy above which opening a sentence counts as a choice."""
+"""Next-token entropy in nats above which the start of a sentence counts as a choice."""
 AGGREGATIONS = ("token", "sequence")
 SIZES = {"quick": (3, 8), "full": (120, 32)}
-"""Stories, completions of each."""
+"""Number of stories, and of completions for each."""
 
 
 def _normed(source: Information) -> Information:
@@ -80,15 +81,15 @@ TERMS: dict[str, Information] = {
     "first": _normed(controls.paid(controls.estimated, controls.first)),
     "to_go": _normed(controls.paid(controls.estimated, controls.to_go)),
 }
-"""What a term pays each token, (B, L), before its weight; ``iapo_ni`` is the exploration term."""
+"""The values of each term, (B, L), without its weight; ``iapo_ni`` is the exploration term."""
 
 
 def openers(policy: Policy, rollouts: Rollouts) -> dict[tuple, list[tuple[int, int, bool]]]:
-    """Places where the policy chooses how to go on, and what was chosen there.
+    """Places where the policy chooses how to continue, and its choices there.
 
     Returns:
-        (group, prefix tokens) -> (row, token, does the sentence compute), for the first tokens of
-        sentences whose entropy is above ``UNSURE``.
+        (group, prefix tokens) -> (row, token, whether the sentence computes), for the first tokens
+        of sentences with an entropy above ``UNSURE``.
     """
     begins = sentence_ends(policy, rollouts)[:, :-1] & rollouts.completion_mask
     unsure = rollouts.token_entropies > UNSURE
@@ -97,7 +98,7 @@ def openers(policy: Policy, rollouts: Rollouts) -> dict[tuple, list[tuple[int, i
         ids = rollouts.completion_ids[i, :n].tolist()
         roles = token_roles(policy.tokenizer, ids)
         for t in (begins[i] & unsure[i]).nonzero()[:, 0].tolist():
-            if roles[t] != "format":  # a tag ends the thought; it opens no sentence
+            if roles[t] != "format":  # a tag ends the thought and does not begin a sentence
                 key = (i // rollouts.num_generations, tuple(ids[:t]))
                 places[key].append((i, t, roles[t] == "compute"))
     return places
@@ -110,16 +111,18 @@ def paid_at_choices(
     num_generations: int,
     seed: int = 0,
 ) -> tuple[dict[str, dict[str, list[float]]], int]:
-    """By how much each term pays computing over talk at choices.
+    """How much each term favours computing over talk at choices.
 
     Args:
-        policy: samples, and is asked where a term needs it.
-        problems: stories; terms: as ``TERMS``; num_generations: completions of each story.
-        seed: of the sampling.
+        policy: the policy that samples; it also gives early answers if a term needs them.
+        problems: stories.
+        terms: as ``TERMS``.
+        num_generations: completions of each story.
+        seed: sampling seed.
 
     Returns:
-        Term -> aggregation -> ``[mean, low, high]`` in standard deviations of what the term pays
-        (bootstrap over stories), and the number of places that were found.
+        Term -> aggregation -> ``[mean, low, high]`` in standard deviations of the term (bootstrap
+        over stories), and the number of places found.
     """
     found: dict[tuple[str, str], list[tuple[np.ndarray, ...]]] = defaultdict(list)
     spread: dict[tuple[str, str], list[torch.Tensor]] = defaultdict(list)
@@ -134,7 +137,7 @@ def paid_at_choices(
             pay = term(policy, rollouts, EVERY_PREFIX)
             for how, values in zip(AGGREGATIONS, (pay, pay / lengths)):
                 spread[name, how].append(values[mask])
-                gaps: dict[int, list[float]] = defaultdict(list)  # of each story
+                gaps: dict[int, list[float]] = defaultdict(list)  # story -> differences
                 for (group, _), chosen in places.items():
                     both = [
                         [float(values[i, t]) for i, t, computes in chosen if computes == kind]
@@ -147,7 +150,7 @@ def paid_at_choices(
     out: dict[str, dict[str, list[float]]] = {name: {} for name in terms}
     for (name, how), groups in found.items():
         deviation = float(torch.cat(spread[name, how]).std())
-        unit = deviation if deviation > 1e-6 else 1.0  # a constant pays alike everywhere
+        unit = deviation if deviation > 1e-6 else 1.0  # a constant has no deviation
         interval = bootstrap_interval(lambda gaps: float(gaps.mean()), groups)
         out[name][how] = [value / unit for value in interval]
     return out, count
@@ -160,11 +163,11 @@ def choices(
     figures: str | Path = "figures",
     parallel: int | None = None,
 ) -> dict:
-    """What every term of :data:`TERMS` pays at choices of the start policy; file and figure.
+    """Measure every term of :data:`TERMS` at choices of the start policy; write file and figure.
 
-    Nothing is trained. Arguments and errors as for :func:`iapo_mini.lab.table1.table1`.
+    Nothing is trained. Arguments and errors are those of :func:`iapo_mini.lab.table1.table1`.
     """
-    preset_of(preset)  # refuses an unknown one
+    preset_of(preset)  # refuses an unknown preset
     figures = Path(figures)
     check_options(Path(out), figures, parallel)
     n_stories, num_generations = SIZES[preset]
@@ -181,7 +184,7 @@ def choices(
 
 
 def choices_table(results: Mapping) -> str:
-    """The terms of :func:`choices` as a Markdown table."""
+    """The results of :func:`choices` as a Markdown table."""
     lines = ["| term | token mean | sequence mean |", "|---" * 3 + "|"]
     for name, row in results["terms"].items():
         cells = [format_interval(row[how], 2) if how in row else "" for how in AGGREGATIONS]

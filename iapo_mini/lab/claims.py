@@ -1,6 +1,6 @@
-"""Every claim of the paper beside our number: ``figures/claims.md``, made from the results files.
+"""Make ``figures/claims.md`` from the results files: every claim of the paper beside our number.
 
-How a claim gets its verdict stands in :mod:`iapo_mini.lab.verdicts`.
+:mod:`iapo_mini.lab.verdicts` decides the verdict on each claim.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from iapo_mini.plots import LABELS
 
 BASELINES = ("grpo", "dapo", "gfpo", "gtpo_iapo", "sgrpo")
 ACCURACY_MARGIN = 0.02
-"""Pass@k that may be lost where the paper says "equal accuracy"; its table loses up to 0.044."""
+"""Loss of Pass@k that still counts as "equal accuracy"; the paper's table loses up to 0.044."""
 COLLAPSED = 0.5
-"""Training has collapsed where Pass@1 is below this share of that at the least weight."""
+"""Training counts as collapsed if Pass@1 is below this share of Pass@1 at the smallest weight."""
 
 
 def _paired(
     one: Sequence[float], other: Sequence[float], how: Callable[[float, float], float]
 ) -> list[float]:
-    """``how(a, b)`` of the runs of each seed."""
+    """``how(a, b)`` for the two runs of each seed."""
     return [how(a, b) for a, b in zip(one, other)]
 
 
@@ -50,14 +50,14 @@ def _more(a: float, b: float) -> float:
 
 
 def _told(values: Sequence[float], digits: int = 3, scale: float = 1.0) -> str:
-    """Mean and interval over seeds as text; a dash where nothing was measured."""
+    """Mean and interval over seeds as text, or a dash if nothing was measured."""
     if not values or any(map(math.isnan, values)):
         return "-"
     return format_interval(mean_interval([scale * x for x in values]), digits)
 
 
 def _at_ceiling(table: Mapping, metric: str) -> bool:
-    """Whether the start policy would already do beside a method that is always right."""
+    """Whether the start policy counts as accurate even beside a method that is always right."""
     return min(table["methods"]["start"][metric]) >= 1 - ACCURACY_MARGIN
 
 
@@ -74,7 +74,7 @@ def _of_table1(table: Mapping) -> list[Claim]:
             "sgrpo": "0.37 (7B, GSM8K)",
         }
         claims.append(Claim(
-            f"IAPO writes fewer tokens than {LABELS[name]} (Length@{k}, share saved)",
+            f"IAPO writes fewer tokens than {LABELS[name]} (share of Length@{k} saved)",
             paper.get(name, "-"), _told(saved), saved, low=0.0,
         ))  # fmt: skip
     for name in BASELINES:
@@ -84,7 +84,7 @@ def _of_table1(table: Mapping) -> list[Claim]:
         gained = _paired(iapo[f"ratio@{k}"], methods[name][f"ratio@{k}"], _ratio)
         paper = {"gfpo": "1.47 (7B, GSM8K)", "dapo": "1.22 (1.5B), 2.08 (7B)"}
         claims.append(Claim(
-            f"and so has the higher Ratio@{k} (factor over {LABELS[name]})",
+            f"IAPO has a higher Ratio@{k} than {LABELS[name]} (factor)",
             paper.get(name, "-"), _told(gained), gained, low=1.0,
         ))  # fmt: skip
     claims.append(_as_accurate(table, "pass@1", "grpo", "-"))
@@ -92,12 +92,12 @@ def _of_table1(table: Mapping) -> list[Claim]:
     for name, whose in (("start", "start policy"), ("grpo", "GRPO policy")):
         faster = _paired(clock["iapo"], clock[name], _less)
         claims.append(Claim(
-            f"inference takes less wall-clock time than with the {whose} (share saved)",
+            f"inference takes less wall-clock time than with the {whose} (share of time saved)",
             "0.11 to 0.177", _told(faster), faster, low=0.0,
         ))  # fmt: skip
     dropped = _paired(_talk(iapo), _talk(start), _less)
     claims.append(Claim(
-        "filler goes (share of talking tokens dropped since the start policy)", "-",
+        "training removes filler (share of the start policy's talk tokens that is removed)", "-",
         _told(dropped), dropped, low=0.0,
     ))  # fmt: skip
     computing = iapo["roles"]["compute"], start["roles"]["compute"]
@@ -106,24 +106,24 @@ def _of_table1(table: Mapping) -> list[Claim]:
         for a, b, t, u in zip(*computing, _talk(iapo), _talk(start))
     ]
     claims.append(Claim(
-        "and computing stays (share of computing tokens dropped; verdict: they are a larger part "
-        "of what is written than before)", "-", _told(_paired(*computing, _less)), share, low=0.0,
+        "training keeps computing tokens (share of them removed; the verdict is on whether they "
+        "are a larger part of the completion than before)",
+        "-", _told(_paired(*computing, _less)), share, low=0.0,
     ))  # fmt: skip
     return claims
 
 
 def _as_accurate(table: Mapping, metric: str, name: str, paper: str) -> Claim:
     lost = _paired(table["methods"]["iapo"][metric], table["methods"][name][metric], _more)
-    says = "a single answer is as often right" if metric == "pass@1" else "at equal accuracy"
     return Claim(
-        f"{says} ({metric.capitalize()} minus that of {LABELS[name]}, at least "
-        f"-{ACCURACY_MARGIN})",
+        f"IAPO's {metric.capitalize()} is at least that of {LABELS[name]} minus {ACCURACY_MARGIN} "
+        "(difference)",
         paper, _told(lost), lost, low=-ACCURACY_MARGIN, testable=not _at_ceiling(table, metric),
     )  # fmt: skip
 
 
 def _talk(method: Mapping) -> list[float]:
-    """Tokens of talk per completion, one number for each seed."""
+    """Talk tokens per completion, one number for each seed."""
     roles = ("restate", "plan", "check", "hedge", "conclude")
     return [sum(counts) for counts in zip(*(method["roles"][role] for role in roles))]
 
@@ -140,7 +140,7 @@ def _of_ablation(results: Mapping) -> list[Claim]:
 
 
 def _slope(points: Sequence[Mapping], metric: str) -> list[float]:
-    """Change per decade of the weight by least squares, for each seed; none of a single point."""
+    """Least-squares change per decade of the weight, for each seed; empty for a single point."""
     if len(points) < 2:
         return []
     x = [math.log10(point["value"]) for point in points]
@@ -155,7 +155,7 @@ def _mean(point: Mapping, metric: str) -> float:
 
 
 def _trained(points: Sequence[Mapping], weight: str) -> tuple[list[Mapping], str]:
-    """Points below the first weight at which training collapses, and what is said of the others."""
+    """Points below the first weight at which training collapses, and a text about the others."""
     floor = COLLAPSED * _mean(points[0], "pass@1")
     kept = list(itertools.takewhile(lambda point: _mean(point, "pass@1") >= floor, points))
     told = [
@@ -163,8 +163,8 @@ def _trained(points: Sequence[Mapping], weight: str) -> tuple[list[Mapping], str
         f"Pass@1 {_mean(point, 'pass@1'):.3f})"
         for point in points[len(kept) :]
     ]
-    why = f", since training collapses at {', '.join(told)}" if told else ""
-    return kept, f"; {weight} up to {kept[-1]['value']:g}{why}"
+    why = f", because training collapses at {', '.join(told)}" if told else ""
+    return kept, f"; for {weight} up to {kept[-1]['value']:g}{why}"
 
 
 def _of_sweeps(results: Mapping, table: Mapping) -> list[Claim]:
@@ -175,15 +175,16 @@ def _of_sweeps(results: Mapping, table: Mapping) -> list[Claim]:
     falls = all(b <= a for a, b in itertools.pairwise(means))
     steps = "" if falls else "; the means do not fall at every step"
     claims = [Claim(
-        "length falls with alpha (tokens per decade of alpha)", "falls monotonically (Fig. 6)",
+        "length falls with alpha (change in tokens per decade of alpha)",
+        "falls monotonically (Fig. 6)",
         _told(length, 1) + steps + range_, length, high=0.0,
     )]  # fmt: skip
     saved = _paired(alpha[-1]["length"], alpha[0]["length"], _less)
     for metric in ("pass@1", f"pass@{k}"):
         lost = _paired(alpha[-1][metric], alpha[0][metric], _less)
         claims.append(Claim(
-            f"{metric.capitalize()} falls much more slowly (share lost from the least to the "
-            "largest alpha; that of the length)", "yes (Fig. 6)",
+            f"{metric.capitalize()} falls more slowly than length as alpha grows (shares of both "
+            "lost from the smallest to the largest alpha)", "yes (Fig. 6)",
             f"{_told(lost)}; {_told(saved)}{range_}", _paired(saved, lost, _more), low=0.0,
             testable=not _at_ceiling(table, metric),
         ))  # fmt: skip
@@ -191,8 +192,8 @@ def _of_sweeps(results: Mapping, table: Mapping) -> list[Claim]:
     for metric, digits in (("pass@1", 3), (f"pass@{k}", 3), ("length", 1)):
         slope = _slope(beta, metric)
         claims.append(Claim(
-            f"{metric.capitalize() if digits == 3 else metric} rises with beta (per decade of "
-            "beta)", "rises (Fig. 6)", _told(slope, digits) + range_, slope, low=0.0,
+            f"{metric.capitalize() if digits == 3 else metric} rises with beta (change per decade "
+            "of beta)", "rises (Fig. 6)", _told(slope, digits) + range_, slope, low=0.0,
         ))  # fmt: skip
     return claims
 
@@ -202,31 +203,33 @@ def _of_theory(results: Mapping) -> list[Row]:
     tables, told = results["corollary"]["tables"], results["corollary"]["stories"]
     rows = [
         ("a small step changes the expected length by the covariance (slope of measured on "
-         "predicted at the smallest step, tabular worlds)", "1 (Theorem 4.1)",
+         "predicted change at the smallest step, tabular worlds)", "1 (Theorem 4.1)",
          format_interval(theorem["slope"][0], 4), verdict(theorem["slope"][0], 0.98, 1.02)),
-        ("the error shrinks in proportion to the step (order)", "1 (first order)",
+        ("the error of this prediction is proportional to the step (order)", "1 (first order)",
          format_interval(theorem["order"]), verdict(theorem["order"], 0.9, 1.1)),
-        ("informativeness per token falls as completions grow (correlation within a story, start "
-         "policy)", "assumed (Corollary 4.2)", format_interval(told["correlation"]),
+        ("informativeness per token is lower in longer completions (correlation within a story, "
+         "start policy)", "assumed (Corollary 4.2)", format_interval(told["correlation"]),
          verdict(told["correlation"], high=0.0)),
-        ("where it falls, the step shortens (share of worlds of talk and an answer)",
-         "1 (Corollary 4.2)", format_interval(tables["filler"]["shorter"]),
+        ("if it is lower in longer completions, a step shortens completions (share of worlds with "
+         "talk before the answer)", "1 (Corollary 4.2)",
+         format_interval(tables["filler"]["shorter"]),
          verdict(tables["filler"]["shorter"], low=0.95)),
-        ("where it falls, the step shortens (share of random worlds; with informativeness that is "
-         "not normalised)", "1 (Corollary 4.2)",
+        ("if it is lower in longer completions, a step shortens completions (share of random "
+         "worlds; the same without normalising informativeness)", "1 (Corollary 4.2)",
          "; ".join(format_interval(tables["random"][key]) for key in ("shorter", "shorter_raw")),
          verdict(tables["random"]["shorter"], low=0.95)),
-        ("where it grows, the step lengthens (share of worlds of clues that it shortens)",
-         "0 (Corollary 4.2)", format_interval(tables["clue"]["shorter"]),
+        ("if it is higher in longer completions, a step does not shorten them (share of worlds of "
+         "clues that are shortened)", "0 (Corollary 4.2)",
+         format_interval(tables["clue"]["shorter"]),
          verdict(tables["clue"]["shorter"], high=0.05)),
     ]  # fmt: skip
     for name, sign, moves in (("plus", "+", "falls"), ("minus", "-", "rises")):
         found = exploration[name]
         rows += [
-            (f"with A = {sign}pi the entropy changes by -eta Cov(log pi, A) (slope at the smallest "
-             "step)", "1 (exploration)", format_interval(found["slope"][0], 4),
-             verdict(found["slope"][0], 0.98, 1.02)),
-            (f"and so it {moves} (share of random policies)", "1 (exploration)",
+            (f"with A = {sign}pi the entropy changes by -eta Cov(log pi, A) (slope of measured on "
+             "predicted change at the smallest step)", "1 (exploration)",
+             format_interval(found["slope"][0], 4), verdict(found["slope"][0], 0.98, 1.02)),
+            (f"with A = {sign}pi the entropy {moves} (share of random policies)", "1 (exploration)",
              format_interval(found["right_sign"]), verdict(found["right_sign"], low=0.95)),
         ]  # fmt: skip
     return rows
@@ -245,15 +248,16 @@ def _of_departures(results: Mapping) -> list[Claim]:
             if key in row
         ]
         claims.append(Claim(
-            f"the released code's departure \"{row['what']}\" makes no difference (length over "
-            "that of the paper's rule within 5%; Pass@1 minus)", "not told",
+            f"the released code's departure \"{row['what']}\" makes no difference (length divided "
+            "by that of the paper's rule is within 5% of 1; difference of Pass@1)",
+            "not reported",
             "; ".join(told if change else ["not trained yet", *told]), change, 0.95, 1.05,
         ))  # fmt: skip
     return claims
 
 
 def _theory(preset: str, figures: Path) -> dict:
-    """Results of the theory, from its file where that is there: a run takes minutes."""
+    """Results of the theory, from its file if that exists, because a run takes minutes."""
     path = results_path(figures, "theory", preset)
     needs = ("theorem", "exploration", "corollary")
     return read_json(path, {}, needs) or theory(preset, figures=figures)
@@ -266,10 +270,10 @@ def claims(
     figures: str | Path = "figures",
     parallel: int | None = None,
 ) -> str:
-    """Write ``claims.md``: every claim, the paper's number, ours with its interval, the verdict.
+    """Write ``claims.md``: every claim, the paper's number, our interval and the verdict.
 
-    What is missing of Table 1, ablation, sweeps, departures and theory is run first. Arguments and
-    errors as for :func:`iapo_mini.lab.table1.table1`.
+    Missing runs of Table 1, ablation, sweeps, departures and theory are made first. Arguments and
+    errors are those of :func:`iapo_mini.lab.table1.table1`.
 
     Returns:
         The text of the file.
@@ -286,7 +290,7 @@ def claims(
 
 
 def report_of_files(preset: str = "full", figures: str | Path = "figures") -> str:
-    """The text of ``claims.md`` from the results files, without any run.
+    """The text of ``claims.md`` from the results files, without any training.
 
     Raises:
         ValueError: for a file that is missing or damaged.
@@ -306,7 +310,7 @@ def report(
     departed: Mapping,
     preset: str = "full",
 ) -> str:
-    """The text of ``claims.md``, from what the results files of these names hold."""
+    """The text of ``claims.md`` from the contents of the results files with these names."""
     sections = {
         "Fewer tokens at equal accuracy (Table 1)": judge(_of_table1(table)),
         "What each part is worth (Fig. 5)": judge(_of_ablation(ablated)),
@@ -325,36 +329,38 @@ def _head(table: Mapping, swept: Mapping, preset: str) -> list[str]:
     size = table["config"]["evaluation"]
     command = "iapo-mini lab claims" + ("" if preset == "full" else f" --preset {preset}")
     return [
-        f"Made by `{command}` from the results beside it. Ours: embedded policy, story world, "
-        f"{len(table['seeds'])} seeds, {size['problems']} test stories, "
-        f"{size['num_generations']} completions each (sweeps and departures: "
-        f"{len(swept['seeds'])} seeds, {swept['config']['evaluation']['problems']} stories); mean "
-        "and 95% interval over seeds, paired by seed where two rows are compared. The paper's: "
-        "Qwen2.5-Instruct models on mathematics. So ours can tell whether a claim holds in this "
-        "world, and not how large it is elsewhere.",
+        f"`{command}` makes this page from the files in `results`. Our numbers are for the "
+        f"embedded policy in the story world, with {len(table['seeds'])} seeds and "
+        f"{size['problems']} test stories of {size['num_generations']} completions each. (The "
+        f"sweeps and departures have {len(swept['seeds'])} seeds and "
+        f"{swept['config']['evaluation']['problems']} stories.) Each is a mean with a 95% interval "
+        "over seeds. Where two rows are compared, they are paired by seed. The paper's numbers are "
+        "for Qwen2.5-Instruct models on mathematics. So our numbers show whether a claim holds in "
+        "the story world. They do not show how large an effect is elsewhere.",
         "",
         f"{_losses(table)} The results files name the mean of every row (`aggregation`). The "
-        "paper's authors train under the token mean.",
+        "paper's authors train with the token mean.",
         "",
-        "*Holds* and *does not hold*: a t-test over seeds finds the mean on that side of the "
-        f"border, at a one-sided level of {LEVEL} for all rows of the section together (Holm's "
-        "correction). The intervals are plain ones, so one of them may lie on one side and the "
-        "verdict still be *cannot tell*. *Cannot be tested*: the start policy has a Pass@k "
-        f"of at least {1 - ACCURACY_MARGIN} in every seed, so that a method passes without having "
-        "learned anything. A weight is followed up to the last value before training collapses, "
-        f"which is where Pass@1 falls below {COLLAPSED} of that at the least value.",
+        "A claim *holds* or *does not hold* if a t-test over seeds finds the mean on that side of "
+        f"the border. All rows of a section share a one-sided level of {LEVEL} (Holm's "
+        "correction). The intervals are not corrected, so an interval can lie on one side of the "
+        "border although the verdict is *cannot tell*. A claim *cannot be tested* if the start "
+        f"policy has a Pass@k of at least {1 - ACCURACY_MARGIN} in every seed, since a method then "
+        "passes without learning anything. The sweep of a weight is used up to the last value "
+        "before training collapses. Training counts as collapsed if Pass@1 is below "
+        f"{COLLAPSED} of Pass@1 at the smallest value.",
         "",
-        "Of the theory the results file holds intervals only; there the whole 95% interval has to "
+        "For the theory the results file holds only intervals. There the whole 95% interval must "
         "lie on one side of the border, without a correction. The borders are 0.98 and 1.02 for a "
-        "slope, 0.9 and 1.1 for an order, 0 for a correlation, 0.95 (or 0.05) for a share.",
+        "slope, 0.9 and 1.1 for an order, 0 for a correlation, and 0.95 (or 0.05) for a share.",
     ]
 
 
 def _losses(table: Mapping) -> str:
-    """Which mean of the loss the rows of Table 1 were made under, the usual one first."""
+    """A sentence on the mean of the loss in the rows of Table 1, with the usual one first."""
     means = {name: row["aggregation"] for name, row in table["methods"].items()
              if "aggregation" in row}  # fmt: skip
     usual = Counter(means.values()).most_common(1)[0][0]
     others = [f"{LABELS[name]}: {mean} mean" for name, mean in means.items() if mean != usual]
     but = f" ({', '.join(others)})" if others else ""
-    return f"These results were made under the *{usual} mean* of the loss{but}."
+    return f"These results were made with the *{usual} mean* of the loss{but}."

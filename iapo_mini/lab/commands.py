@@ -1,4 +1,4 @@
-"""``iapo-mini lab ...``: what remakes the committed tables, figures and claims."""
+"""The commands ``iapo-mini lab ...``, which remake the committed tables, figures and claims."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from iapo_mini.errors import MOST_PROBLEMS, MOST_THREADS, check_number
 from iapo_mini.options import whole
 
 EXPERIMENTS = {
-    "tune": "three trials of every method on the tune stream; the choice is what table1 trains",
+    "tune": "trials of every method on the tune stream, which choose the settings of table1",
     "table1": "Table 1: all methods, five seeds; Pass@k, Length@k, Ratio@k, wall clock, Fig. 7",
-    "ablation": "Fig. 5: IAPO without parts of its advantage; from the runs of table1",
-    "sweeps": "Fig. 6: IAPO at other weights alpha and beta; three seeds",
-    "departures": "the authors' departures from the paper, one at a time; three seeds",
-    "controls": "IAPO with its informativeness replaced, under both means; when to pay; five seeds",
-    "choices": "what each term pays computing over talk where a sentence is opened; no training",
-    "oracle": "s and value by real continuations: how early exits agree, training with both",
-    "selection": "how far a number is too good if a checkpoint was chosen by it; six runs of IAPO",
-    "starts": "GRPO, IAPO-NE and IAPO from policies that are more and less calibrated; five seeds",
-    "claims": "every claim of the paper against our results; runs what is missing, theory included",
+    "ablation": "Fig. 5: IAPO without parts of its advantage, from the runs of table1",
+    "sweeps": "Fig. 6: IAPO with other weights alpha and beta; three seeds",
+    "departures": "departures of the released code from the paper, one at a time; three seeds",
+    "controls": "IAPO with other informativeness, and with other times of payment; five seeds",
+    "choices": "how much each term favours computing over talk at sentence starts; no training",
+    "oracle": "s and value from real continuations: agreement with early exits, and training",
+    "selection": "bias of a number by which the checkpoint was chosen; six runs of IAPO",
+    "starts": "GRPO, IAPO-NE and IAPO from more and less calibrated policies; five seeds",
+    "claims": "every claim of the paper against our results; makes missing runs, also of theory",
 }
-"""Experiment -> what it is. Each is a function of the module of its name (tune: of tuning)."""
+"""Experiment -> description. Each is a function in the module of its name (tune: in tuning)."""
 
 
 def add_lab(commands: argparse._SubParsersAction) -> None:
-    """Add ``lab`` and its commands to those of the command line."""
+    """Add ``lab`` and its commands to the command line."""
     lab = commands.add_parser("lab", help="remake the paper's tables, figures and claims")
     parts = lab.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
     for name, sentence in EXPERIMENTS.items():
         part = parts.add_parser(name, help=sentence.split(";")[0], description=sentence)
         part.set_defaults(run_command=_experiment)
         part.add_argument(
-            "--preset", default="full", help="size: full, or quick: a smoke test (%(default)s)"
+            "--preset", default="full", help="size: full, or quick for a smoke test (%(default)s)"
         )
         part.add_argument("--out", default="runs/science", help="folder of runs (%(default)s)")
-        part.add_argument("--figures", default="figures", help="of figures (%(default)s)")
+        part.add_argument("--figures", default="figures", help="folder of figures (%(default)s)")
         part.add_argument(
-            "--parallel", type=whole, help="processes at a time (default: one per core)"
+            "--parallel", type=whole, help="number of processes at a time (default: one per core)"
         )
-    theory = parts.add_parser("theory", help="the paper's theory held against measurement")
+    theory = parts.add_parser("theory", help="compare the paper's theory with measurements")
     theory.set_defaults(run_command=_theory)
     theory.add_argument(
         "--preset", default="full", help="size: quick (seconds) or full (five seeds; %(default)s)"
@@ -49,8 +49,8 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
     figures.set_defaults(run_command=_figures)
     figures.add_argument(
         "study", choices=("estimator",),
-        help="estimator: every estimator against the known roles and the exact posterior; the "
-        "speed figures are drawn from what benchmarks/estimator.py has measured",
+        help="estimator: compare every estimator with the known roles and the exact posterior; the "
+        "speed figures show the measurements of benchmarks/estimator.py",
     )  # fmt: skip
     figures.add_argument("--stories", type=whole, default=300, help="test stories (%(default)s)")
     for part in (theory, figures):
@@ -59,7 +59,7 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
 
 
 def _experiment(args: argparse.Namespace) -> None:
-    """Run what is missing of an experiment, print its table and where everything is."""
+    """Make the missing runs of an experiment; print its table and the paths of its files."""
     from iapo_mini.lab.results import comparison_table, results_path
 
     file = "tuning" if args.experiment == "tune" else args.experiment

@@ -1,4 +1,4 @@
-"""GRPO and IAPO from one start policy: the comparison that a newcomer runs."""
+"""Compare GRPO and IAPO from one start policy, as a first experiment."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def compare(
     Args:
         preset: a key of ``COMPARE``.
         out: folder of the runs.
-        figures: results go to ``figures/results``, figures beside.
-        parallel: processes at a time, default one per core.
-        split: stream of the evaluation; ``"tune"`` when looking for a recipe.
+        figures: folder of the figures; results go to ``figures/results``.
+        parallel: number of processes at a time, default one per core.
+        split: stream of the evaluation; use ``"tune"`` to look for a recipe.
         recipes: rows to run, name -> TrainConfig fields; default ``COMPARED``.
 
     Returns:
@@ -35,7 +35,7 @@ def compare(
 
     Raises:
         ValueError: for an unknown preset, or runs in ``out`` made with other settings.
-        RuntimeError: when a run fails; the message holds its last line.
+        RuntimeError: when a run fails; the message holds the last line of its output.
     """
     check_choice("preset", preset, COMPARE)
     size, out, figures = COMPARE[preset], Path(out), Path(figures)

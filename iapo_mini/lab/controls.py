@@ -1,26 +1,27 @@
-"""Controls: what is left of IAPO's effect when its informativeness is replaced, and when to pay it.
+"""Controls: IAPO with its informativeness replaced by something else, or paid at other tokens.
 
 Nothing in the library depends on this module. Its methods are IAPO with another s, trained with the
-settings that were tuned for IAPO, under both means of the loss: where a control does what IAPO
-does, the informativeness is not what did it.
+settings that were tuned for IAPO and with both means of the loss. If a control has the same effect
+as IAPO, then informativeness is not the cause of that effect.
 
-* ``constant``: the same amount on every token, no s and no c;
+* ``constant``: the same amount on every token, without s and c;
 * ``shuffled``: s in a random order within its completion;
-* ``random``: independent normal numbers, which after ``norm`` have the variance that s has;
+* ``random``: independent normal numbers, which after ``norm`` have the same variance as s;
 * ``numeric``: 1 on numbers, 0 on everything else;
-* ``roles``: 1 on tokens of sentences that compute, known from the world: an oracle of usefulness;
-* ``reference``: the gain in log-likelihood of the *reference* answer (arXiv 2510.14967), so that a
-  wrong chain is not paid for leading to its own answer;
-* ``grpo``, ``iapo``, ``iapo_ne`` and the two length-penalised rows, as they are.
+* ``roles``: 1 on tokens of computing sentences, known from the world: an oracle of usefulness;
+* ``reference``: the gain in log-likelihood of the *reference* answer (arXiv 2510.14967), so a wrong
+  chain gets nothing for leading to its own answer;
+* ``grpo``, ``iapo``, ``iapo_ne`` and the two length-penalised methods, unchanged.
 
-The second part, ``payment``, asks at which token a sentence's information should be paid, under the
-token mean, once with the estimated s and once with the roles (``roles_...``): at the token itself,
-spread evenly over the sentence, in one sum at the sentence's first token, or as discounted reward
-to go.
+The second part, ``payment``, compares the tokens at which the information of a sentence is paid:
+at the token itself, spread evenly over the sentence, in one sum at the sentence's first token, or
+as a discounted reward to go. It uses the token mean, once with the estimated s and once with the
+roles (``roles_...``).
 
     figures/results/controls.json
       rows        control -> aggregation -> {"length", "pass@1", "ratio@1": [one per seed]}
-      difference  control -> aggregation -> {"iapo", "grpo": [mean, low, high]}: length minus theirs
+      difference  control -> aggregation -> {"iapo", "grpo": [mean, low, high]} of length minus that
+                  of IAPO or GRPO
       payment     name -> {"length", "pass@1", "ratio@1": [one per seed]}
       seeds, config, versions
 """
@@ -36,7 +37,6 @@ import torch
 
 from iapo_mini.advantages import grpo
 from iapo_mini.chat import token_texts
-from iapo_mini.config import RECIPES as LIBRARY
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.early_exit.strides import sentence_ends
 from iapo_mini.files import versions, write_json
@@ -50,17 +50,18 @@ from iapo_mini.lab.sizes import Size, preset_of
 from iapo_mini.lab.tuning import tuned
 from iapo_mini.policy import Policy
 from iapo_mini.problems.stories import token_roles
+from iapo_mini.recipes import RECIPES as LIBRARY
 from iapo_mini.rollouts import Rollouts
 
 CONSTANT = 0.4
-"""Advantage that the control ``constant`` adds to every token: twice IAPO's usual alpha, about the
-mean size of its term on the tokens that it pays."""
+"""Advantage that the control ``constant`` adds to every token. It is twice IAPO's usual alpha, and
+about the mean size of IAPO's term on tokens where the term is positive."""
 DISCOUNT = 0.8
-"""Of the reward to go, per token."""
+"""Discount of the reward to go, per token."""
 
 
 def estimated(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
-    """s as the paper has it, (B, L) nats."""
+    """The paper's s, (B, L) nats."""
     return INFORMATION["answer_entropy"](policy, rollouts, how)
 
 
@@ -78,7 +79,7 @@ def shuffled(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor
     """The values of s in a random order within each completion, (B, L) nats."""
     s, mask = estimated(policy, rollouts, how), rollouts.completion_mask
     keys = torch.rand(mask.shape, generator=_generator(rollouts)).to(mask.device)
-    # Real tokens come first in the order, so that each gets the value of a real one.
+    # Real tokens come first in the order, so each of them gets the value of a real token.
     return s.gather(1, keys.masked_fill(~mask, 2.0).argsort(dim=1)) * mask
 
 
@@ -93,7 +94,7 @@ def numeric(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
 
 
 def roles(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
-    """1 on tokens of sentences that compute, by the world's own roles, (B, L)."""
+    """1 on tokens of computing sentences, by the world's roles, (B, L)."""
     out = torch.zeros(rollouts.completion_mask.shape, device=rollouts.completion_mask.device)
     rows = zip(rollouts.completion_ids.tolist(), rollouts.lengths.tolist())
     for i, (ids, n) in enumerate(rows):
@@ -111,18 +112,18 @@ def reference(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tenso
 
 def _sentences(policy: Policy, rollouts: Rollouts) -> torch.Tensor:
     """(B, L) long: number of the sentence that each token belongs to, from 0."""
-    ends = sentence_ends(policy, rollouts)[:, :-1]  # column t: does a sentence begin with token t
+    ends = sentence_ends(policy, rollouts)[:, :-1]  # column t: whether token t begins a sentence
     return ends.long().cumsum(1) - 1
 
 
 def _sums(values: torch.Tensor, sentence: torch.Tensor) -> torch.Tensor:
-    """(B, L): at each token the sum of ``values`` over its sentence."""
+    """(B, L): the sum of ``values`` over the sentence of each token."""
     totals = torch.zeros_like(values).scatter_add_(1, sentence, values)
     return totals.gather(1, sentence)
 
 
 def spread(policy: Policy, rollouts: Rollouts, values: torch.Tensor) -> torch.Tensor:
-    """Each sentence's sum, in equal parts over its tokens."""
+    """Each sentence's sum, divided equally among its tokens."""
     mask, sentence = rollouts.completion_mask, _sentences(policy, rollouts)
     count = _sums(mask.float(), sentence)
     return _sums(values * mask, sentence) / count.clamp(min=1) * mask
@@ -146,7 +147,7 @@ def to_go(policy: Policy, rollouts: Rollouts, values: torch.Tensor) -> torch.Ten
 
 
 def paid(source: Information, payment: Callable[..., torch.Tensor]) -> Information:
-    """The estimate that ``source`` makes, paid as ``payment`` says."""
+    """The estimate of ``source``, moved to other tokens by ``payment``."""
     return lambda policy, rollouts, how: payment(policy, rollouts, source(policy, rollouts, how))
 
 
@@ -203,11 +204,11 @@ def controls(
     figures: str | Path = "figures",
     parallel: int | None = None,
 ) -> dict:
-    """Train every control under both means, and every way to pay; results file and figure.
+    """Train every control with both means, and every kind of payment; write file and figure.
 
-    Arguments and errors as for :func:`iapo_mini.lab.table1.table1`, which tunes the settings.
+    Arguments and errors are those of :func:`iapo_mini.lab.table1.table1`, which tunes the settings.
     """
-    preset_of(preset)  # refuses an unknown one
+    preset_of(preset)  # refuses an unknown preset
     size, out, figures = SIZES[preset], Path(out), Path(figures)
     check_options(out, figures, parallel)
     recipes = rows_of(tuned(preset, out, figures, parallel))
@@ -244,7 +245,7 @@ def controls(
 
 
 def controls_table(results: Mapping) -> str:
-    """The rows of :func:`controls` as a Markdown table; mean and 95% interval over seeds."""
+    """Results of :func:`controls` as a Markdown table, with means and 95% intervals over seeds."""
     lines = ["| control | loss | length (tokens) | minus IAPO's | Pass@1 |", "|---" * 5 + "|"]
     for name, row in results["rows"].items():
         for how, values in row.items():

@@ -1,7 +1,7 @@
-"""What a training curve says beside its end: how soon it gets short, how right it is when it is.
+"""Properties of training curves: how soon completions get short, and their accuracy at that time.
 
-Length and accuracy of a step are those of its training completions, 96 of them, averaged over
-``WINDOW`` steps where one moment is looked at.
+Length and accuracy of a step are those of its 96 training completions. For a single moment they
+are averaged over ``WINDOW`` steps.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from iapo_mini import plots
 from iapo_mini.intervals import format_interval, mean_interval
 
 WINDOW = 5
-"""Steps of a trailing mean."""
+"""Number of steps of a trailing mean."""
 MATCHED = (50, 40, 35)
 """Lengths in tokens at which accuracies are compared."""
 
 
 def area(curve: Mapping[str, Sequence[float]]) -> float:
-    """Area under the length curve over its steps: the mean tokens of a completion in training."""
+    """Area under the length curve divided by its steps: mean tokens per completion in training."""
     return sum(curve["length"]) / len(curve["length"])
 
 
 def accuracy_at(curve: Mapping[str, Sequence[float]], tokens: float) -> float | None:
-    """Accuracy when completions first have at most so many tokens, by trailing means.
+    """Accuracy when completions first have at most ``tokens`` tokens, by trailing means.
 
     Returns:
-        None for a curve that never gets there.
+        The accuracy, or None for a curve that never gets that short.
     """
     for end in range(WINDOW, len(curve["length"]) + 1):
         window = slice(end - WINDOW, end)
@@ -36,7 +36,7 @@ def accuracy_at(curve: Mapping[str, Sequence[float]], tokens: float) -> float | 
 
 
 def of_curves(results: Mapping) -> dict[str, dict]:
-    """The parts of a results file that follow from its curves, of runs to the last step alone.
+    """The parts of a results file that follow from curves, only of runs that reach the last step.
 
     Returns:
         ``{"area": name -> [per seed], "matched": tokens -> name -> [per seed, None if never]}``.
@@ -59,7 +59,7 @@ def of_curves(results: Mapping) -> dict[str, dict]:
 
 
 def curves_table(results: Mapping) -> str:
-    """Area and matched accuracies as a Markdown table; in brackets how many seeds got there."""
+    """Area and matched accuracies as a Markdown table, with the number of seeds in brackets."""
     titles = [f"accuracy at {tokens} tokens" for tokens in results["matched"]]
     lines = ["| method | mean length in training (tokens) | " + " | ".join(titles) + " |"]
     lines.append("|---" * (len(titles) + 2) + "|")

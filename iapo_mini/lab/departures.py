@@ -1,20 +1,20 @@
-"""Where the authors' released code departs from the paper, and what each departure does.
+"""Departures of the authors' released code from the paper, and the effect of each.
 
-Nothing in the library depends on this module: it is a user of it, with methods of its own
-(docs/methods.md), one for each departure that touches the advantage and one with all of them. Each
-is trained as ``iapo`` is, and held against it on the same rollouts. All ask after every token,
-whatever the stride. Files and lines are those of the released code, commit c00f0c9; docs/results.md
-has the whole list, with what the library does instead.
+Nothing in the library depends on this module. It adds methods as a user would (docs/methods.md):
+one for each departure that changes the advantage, and one with all of them. Each is trained like
+``iapo`` and compared with it on the same rollouts. All ask for early answers after every token,
+whatever the stride. Files and lines are those of the released code, commit c00f0c9. docs/results.md
+has the whole list and says what the library does instead.
 
     figures/results/departures.json
       rows      name -> {"what": sentence, "correlation", "sign_flips", "token_term",
                          "length", "pass@1", "pass@k", "ratio@k": [one per seed]}
-      iapo      the same three outcomes of the paper's rule;  k, config, seeds, versions
+      iapo      the same outcomes for the paper's rule;  k, config, seeds, versions
 
-``correlation`` is Pearson's, of all token advantages with the paper's on rollouts of the start
-policy; ``terms`` the same of the token terms alone; ``sign_flips`` the share of tokens whose
-advantage changes sign; ``token_term`` the root mean square of what the token terms add, over that
-of the paper's.
+``correlation`` is Pearson's correlation of all token advantages with the paper's, on rollouts of
+the start policy. ``terms`` is the same for the token terms alone. ``sign_flips`` is the share of
+tokens whose advantage changes sign. ``token_term`` is the root mean square of the token terms,
+divided by that of the paper's.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ import torch
 from transformers import DynamicCache
 
 from iapo_mini.advantages import ADVANTAGES, exploration, grpo, iapo, normalize
-from iapo_mini.config import RECIPES as LIBRARY
-from iapo_mini.config import Recipe, TrainConfig
+from iapo_mini.config import TrainConfig
 from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit
 from iapo_mini.early_exit.reading import logits_entropy
 from iapo_mini.files import versions, write_json
@@ -43,23 +42,25 @@ from iapo_mini.lab.tuning import tuned
 from iapo_mini.logprobs import trunk_blocks
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.stories import stories
+from iapo_mini.recipes import RECIPES as LIBRARY
+from iapo_mini.recipes import Recipe
 from iapo_mini.rewards import score
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.sampling import sample
 
 EPS = 1e-8
 CHUNK = 16
-"""Positions that share a padded cache (``g2rpo_trainer.py``, lines 1132 to 1137, set it per model,
-16 among them)."""
+"""Number of positions that share a padded cache (``g2rpo_trainer.py``, lines 1132 to 1137, sets it
+for each model; 16 is one of its values)."""
 
 
 def smoothed(entropies: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Departure 1: s_t + s_{t-1} / 2, the token's own drop and half of the one before it.
+    """Departure 1: s_t + s_{t-1} / 2, the token's drop plus half of the previous token's drop.
 
     The released code has E_i = H(y | q, o_<i) at position i and s_i = (E_i + E_{i-1}) / 2 - E_{i+1}
-    (``g2rpo_trainer.py``, lines 1300 to 1304). E_i is the entropy *before* token i, so that is
-    (E_i - E_{i+1}) + (E_{i-1} - E_i) / 2. What lies outside of the batch is 0 there: E before the
-    first token, and E after the last one of the longest completion.
+    (``g2rpo_trainer.py``, lines 1300 to 1304). E_i is the entropy *before* token i, so s_i is
+    (E_i - E_{i+1}) + (E_{i-1} - E_i) / 2. Entropies outside the batch are 0 there: the one before
+    the first position, and the one after the last token of the longest completion.
 
     Args:
         entropies: (B, L + 1) nats, column t after t tokens; mask: (B, L) bool.
@@ -74,24 +75,23 @@ def smoothed(entropies: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def bracketless(values: torch.Tensor) -> torch.Tensor:
-    """Departure 2: x - mean / (std + eps), padding included, divided by the row's L2 norm.
+    """Departure 2: x - mean / (std + eps) with padding, divided by the L2 norm of the row.
 
-    So a value is about 1 / sqrt(row length), whatever its unit: at weight 1 a token's share of the
-    advantage is about an eighth of what the paper's norm gives it (``g2rpo_trainer.py``, lines 2025
-    and 2039 to 2043).
+    So a value is about 1 / sqrt(row length), whatever its unit. At weight 1 the token term is about
+    an eighth of the one with the paper's norm (``g2rpo_trainer.py``, lines 2025 and 2039 to 2043).
 
     Args:
-        values: (B, L), zeros at padding (where the released code has values of its own).
+        values: (B, L), zeros at padding (where the released code has other values).
     """
     out = values - values.mean(1, keepdim=True) / (values.std(1, keepdim=True) + EPS)
     return out / (out.norm(dim=1, keepdim=True) + EPS)
 
 
 def confidence(rollouts: Rollouts) -> torch.Tensor:
-    """Departure 3: minus the token's next-token entropy if right, plus it if wrong; (B, L) nats.
+    """Departure 3: the next-token entropy, with minus if right and plus if wrong; (B, L) nats.
 
     The released code subtracts sign(reward) times the entropy (``g2rpo_trainer.py``, lines 2048 to
-    2050), so that a sure token of a right completion is paid, as by the paper's +pi_old.
+    2050). So confident tokens of a right completion are rewarded, as by the paper's +pi_old.
     """
     sign = torch.where(rollouts.rewards > 0, 1.0, -1.0)[:, None]
     return -sign * rollouts.token_entropies * rollouts.completion_mask
@@ -99,12 +99,12 @@ def confidence(rollouts: Rollouts) -> torch.Tensor:
 
 @torch.no_grad()
 def misplaced_entropies(policy: Policy, rollouts: Rollouts, chunk: int = CHUNK) -> torch.Tensor:
-    """Departure 4: answer entropies with the postfix in the wrong place; (B, L + 1) nats.
+    """Departure 4: answer entropies with the postfix at wrong positions; (B, L + 1) nats.
 
-    The caches of a chunk of prefixes are padded to the longest of them, and the postfix takes its
-    rotary positions from there; left padding of the prompt is attended, since the mask is all ones
-    up to the prefix's end (``g2rpo_trainer.py``, lines 1140 to 1205). Positions count the padding
-    in the trunk and in the postfix alike, which cancels.
+    The caches of a chunk of prefixes are padded to the longest prefix, and the rotary positions of
+    the postfix begin at its end. The left padding of the prompt is attended to, since the mask is
+    all ones up to the end of the prefix (``g2rpo_trainer.py``, lines 1140 to 1205). Positions count
+    the padding in both trunk and postfix, which cancels.
     """
     model, suffix = policy.for_inference(), encode_postfix(policy)
     width, k = rollouts.prompt_ids.shape[1], len(suffix)
@@ -161,7 +161,7 @@ def _entropy_c(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
 def _all(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
     mask = rollouts.completion_mask
     sign = torch.where(rollouts.rewards > 0, 1.0, -1.0)[:, None]
-    # The sign stands outside of their norm, which is not odd.
+    # The sign is outside their norm, which is not an odd function.
     terms = alpha * bracketless(rollouts.informativeness * mask)
     terms -= beta * sign * bracketless(rollouts.token_entropies * mask)
     return (grpo(rollouts) + terms) * mask
@@ -180,7 +180,7 @@ CHANGES = {
     "departure_reward": {"reward": "released"},
     "departure_all": {"reward": "released"},
 }
-"""What a departure changes in the settings beside the recipe."""
+"""Settings that a departure changes besides its recipe."""
 WHAT = {
     "departure_s": "s is s_t + s_{t-1} / 2",
     "departure_norm": "norm misses a bracket, counts padding and divides by the row's L2 norm",
@@ -194,12 +194,13 @@ WHAT = {
 
 
 def effect(policy: Policy, alpha: float, beta: float, prompts: int, seed: int) -> dict[str, dict]:
-    """What each departure does to the advantages of one batch of the policy's rollouts.
+    """The effect of each departure on the advantages of one batch of the policy's rollouts.
 
     Args:
-        policy: who samples and is asked.
+        policy: the policy that samples and gives early answers.
         alpha, beta: weights of the paper's terms.
-        prompts: stories of the tune stream, eight completions each; seed: for sampling.
+        prompts: number of stories of the tune stream, with eight completions each.
+        seed: sampling seed.
 
     Returns:
         name -> ``{"correlation", "terms", "sign_flips", "token_term"}`` as at the head of this
@@ -210,8 +211,8 @@ def effect(policy: Policy, alpha: float, beta: float, prompts: int, seed: int) -
     mask = sampled.completion_mask
 
     def weighed(recipe: Recipe, reward: str = "strict") -> tuple[torch.Tensor, torch.Tensor]:
-        """Advantages of the real tokens, and what the token terms add to them."""
-        assert recipe.information is not None  # all of them are IAPO with something changed
+        """Advantages of the real tokens, and the token terms in them."""
+        assert recipe.information is not None  # all of them are variants of IAPO
         rollouts = score(sampled, policy.tokenizer, problems, reward)
         informed = inform(policy, rollouts, recipe.information, EVERY_PREFIX)
         rule = ADVANTAGES[recipe.rule] if isinstance(recipe.rule, str) else recipe.rule
@@ -238,9 +239,9 @@ def departures(
     figures: str | Path = "figures",
     parallel: int | None = None,
 ) -> dict:
-    """Train IAPO with each departure switched on; results file and figure.
+    """Train IAPO with each departure switched on; write results file and figure.
 
-    Arguments and errors as for :func:`iapo_mini.lab.table1.table1`, which tunes IAPO's settings.
+    Arguments and errors are those of :func:`iapo_mini.lab.table1.table1`, which tunes IAPO.
     """
     size, out, figures = preset_of(preset).sweeps, Path(out), Path(figures)
     check_options(out, figures, parallel)
@@ -275,7 +276,7 @@ def departures(
 
 
 def departures_table(results: dict) -> str:
-    """The rows of :func:`departures` as a Markdown table; mean and 95% interval over seeds."""
+    """Results of :func:`departures` as a Markdown table, with 95% intervals over seeds."""
     columns = {
         "correlation": ("correlation of the advantages", 2),
         "terms": ("correlation of the token terms", 3), "sign_flips": ("signs changed", 3),

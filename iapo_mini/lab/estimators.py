@@ -1,10 +1,10 @@
-"""Which information? The estimators judged by what the story world knows about its chains.
+"""Study of the estimators of information, against the ground truth of the story world.
 
-The world writes its chains of thought itself, so two truths are at hand that no benchmark of real
-text has: which tokens compute, and how far the posterior of the answer really falls at each step
-(:mod:`iapo_mini.lab.exact`). :func:`estimator_study` holds every estimator against both, for the
-embedded policy, whose early exits were trained beside its chains, for the same after a calibration
-fine-tune, for one trained on whole chains only, and for that one after a short fine-tune.
+The world writes its chains of thought itself, so two facts are known that no benchmark of real text
+has: which tokens compute, and how far the posterior of the answer really falls at each step
+(:mod:`iapo_mini.lab.exact`). :func:`estimator_study` compares every estimator with both. It does so
+for four policies: the embedded policy, whose early exits were trained along with its chains; the
+same after calibration; a policy trained on whole chains only; and that one after calibration.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 POLICIES = ("calibrated", "embedded", "uncalibrated", "recalibrated")
-"""The embedded policy after ``calibrate`` (shipped) and as it was; its twin, which has seen whole
-chains only, as it was and after ``calibrate`` (made here)."""
+"""The embedded policy after ``calibrate`` (shipped) and before; and the policy trained on whole
+chains only, before ``calibrate`` and after it (calibrated here)."""
 
 _MODELS = {
     "calibrated": EMBEDDED_CALIBRATED, "embedded": EMBEDDED, "uncalibrated": EMBEDDED_UNCALIBRATED,
@@ -59,7 +59,7 @@ ESTIMATORS = ("entropy", "pmi", "candidates", "belief_shift", "next_token")
 def token_segments(
     tokenizer: PreTrainedTokenizerBase, segments: list[Segment], ids: list[int]
 ) -> list[int]:
-    """Number of the segment each token begins in; tokens after the last text belong to the last."""
+    """Number of the segment in which each token begins; tokens after the text get the last one."""
     ends = list(itertools.accumulate(len(s.text) for s in segments))
     out, position, current = [], 0, 0
     for text in token_texts(tokenizer, ids):
@@ -73,7 +73,7 @@ def token_segments(
 def token_scores(
     policy: Policy, problems: list[Problem], chains: list[list[Segment]]
 ) -> tuple[Rollouts, dict[str, np.ndarray]]:
-    """Every estimator's value for every token of the given chains, nats, each (N, L)."""
+    """Values in nats of every estimator for every token of the given chains, each (N, L)."""
     rollouts = from_texts(policy, problems, ["".join(s.text for s in c) for c in chains])
     mask = rollouts.completion_mask
     answers = [f" {n}" for n in range(MAX_VALUE + 1)]
@@ -95,9 +95,9 @@ def token_scores(
 def judge(policy: Policy, problems: list[Problem], chains: list[list[Segment]]) -> dict:
     """AUC for compute tokens and rank correlation with the exact posterior, by estimator.
 
-    Tokens of the answer and its tags are left out: an estimator is to tell computing from talk.
-    ``sentence`` spreads a segment's sum evenly over its tokens (what ``method="strided"`` with
-    ``stride="sentence"`` gives), ``token`` takes every token by itself.
+    Tokens of the answer and its tags are left out, because an estimator should distinguish
+    computing from talk. ``sentence`` spreads the sum of a segment evenly over its tokens (as
+    ``stride="sentence"`` does), and ``token`` uses every token by itself.
 
     Returns:
         ``auc`` and ``auc_token``: estimator -> ``[value, low, high]``; ``auc_by_steps``: number of
@@ -145,8 +145,9 @@ def judge(policy: Policy, problems: list[Problem], chains: list[list[Segment]]) 
 
 
 def ceiling(problems: list[Problem], chains: list[list[Segment]]) -> dict:
-    """The same AUC for the entropy drop of the exact posterior, that of a reader who follows the
-    chain and does not look ahead. Overall with interval, and by number of operations."""
+    """AUC for the entropy drop of the exact posterior, overall and by number of operations.
+
+    The posterior is that of a reader who follows the chain and does not look ahead."""
     groups, steps = [], []
     for problem, chain in zip(problems, chains):
         talk = [s for s in chain if s.role != "format"]
@@ -166,8 +167,8 @@ def ceiling(problems: list[Problem], chains: list[list[Segment]]) -> dict:
 def estimator_study(figures: str | Path = "figures", n_stories: int = 300) -> dict:
     """Judge all estimators on the test stream; write results and figures.
 
-    Adds ``auc`` (and what belongs to it) to ``results/estimator.json``, keeping the speed ratios
-    that ``benchmarks/estimator.py`` has written there, and draws ``estimator_*.png``.
+    Adds ``auc`` and the other parts of this study to ``results/estimator.json``, keeps the speed
+    ratios that ``benchmarks/estimator.py`` has written there, and draws ``estimator_*.png``.
     """
     figures = Path(figures)
     path = figures / "results" / "estimator.json"
@@ -204,7 +205,7 @@ def estimator_study(figures: str | Path = "figures", n_stories: int = 300) -> di
 
 
 def draw(results: dict, figures: Path) -> None:
-    """Every figure that needs nothing but ``results/estimator.json``."""
+    """Draw every figure that needs only ``results/estimator.json``."""
     drawn.estimator_auc(results).savefig(figures / "estimator_auc.png", dpi=150)
     drawn.estimator_steps(results).savefig(figures / "estimator_steps.png", dpi=150)
     if "growth" in results:
@@ -218,7 +219,7 @@ def _cell(values: list[float]) -> str:
 
 
 def study_table(results: dict) -> str:
-    """AUC and rank correlation of every estimator for every policy, in Markdown."""
+    """Markdown table of AUC and rank correlation for every estimator and policy."""
     head = [*(f"AUC, {p}" for p in POLICIES), "rank correlation, calibrated"]
     lines = ["| estimator | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for name in ESTIMATORS:
@@ -229,7 +230,7 @@ def study_table(results: dict) -> str:
 
 
 def speed_table(results: dict) -> str:
-    """Ratios of ``benchmarks/estimator.py``, in Markdown."""
+    """Markdown table of the ratios of ``benchmarks/estimator.py``."""
     rows = {
         "packed_over_cached_time": "packed over the authors' way, time",
         "packed_over_cached_memory": "packed over the authors' way, extra memory",

@@ -1,15 +1,15 @@
 """Worlds small enough to enumerate: conditional mutual information in closed form.
 
-Three kinds, all without a neural net, that the estimators of :mod:`iapo_mini.information` and the
-paper's theory (:mod:`iapo_mini.lab.theory`) are held against:
+There are three kinds, all without a neural network. The estimators of :mod:`iapo_mini.information`
+and the paper's theory (:mod:`iapo_mini.lab.theory`) are compared with them:
 
 * :class:`World`: a tabular policy over strings of T symbols with an answer for each string. Every
   quantity of the paper's Section 4 is a sum over a tensor.
-* :class:`Strings`: completions of different lengths under a tabular softmax policy, so that an
-  update moves the expected length. Every function takes leading dimensions, for many worlds at
-  once, and gradients are written out.
-* the story world, where the posterior of the answer given the operations that a chain has not
-  worked out yet follows from the generator's rules (:func:`answer_posterior`, :func:`true_drops`).
+* :class:`Strings`: completions of different lengths under a tabular softmax policy, where an update
+  changes the expected length. Every function takes leading dimensions, for many worlds at once, and
+  gradients are written out.
+* the story world, where the generator's rules give the posterior of the answer for the operations
+  that a chain has not computed yet (:func:`answer_posterior`, :func:`true_drops`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class World:
 
     @property
     def length(self) -> int:
-        """T, symbols of a string."""
+        """T, the number of symbols of a string."""
         return self.joint.ndim - 1
 
     def prefix(self, t: int) -> torch.Tensor:
@@ -56,7 +56,7 @@ class World:
         return self.joint.sum(axes)
 
     def belief(self, t: int) -> torch.Tensor:
-        """p(y | o_<=t), shape (V,) * t + (Y,); prefixes that never occur get the uniform one."""
+        """p(y | o_<=t), shape (V,) * t + (Y,); uniform for prefixes that never occur."""
         axes = tuple(range(t, self.length))
         p = self.joint.sum(axes) if axes else self.joint
         total = p.sum(-1, keepdim=True)
@@ -70,7 +70,7 @@ def random_world(
 
     Args:
         symbols: V; length: T; answers: Y.
-        noise: probability that the answer is drawn uniformly instead of read off the string.
+        noise: probability that the answer is drawn uniformly instead of given by the string.
         seed: equal seeds give equal worlds.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -104,8 +104,8 @@ def conditional_mi(world: World, t: int) -> float:
 def conditional_mi_at(world: World, t: int) -> torch.Tensor:
     """I(y; o_t | o_<t = prefix) for every prefix, shape (V,) * (t - 1), nats.
 
-    Written as the sum over o_t and y of p log(p(y, o_t | prefix) / p(y | prefix) p(o_t | prefix)),
-    not as a difference of entropies, so that the estimators have something to be compared with.
+    Computed as the sum over o_t and y of p log(p(y, o_t | prefix) / p(y | prefix) p(o_t | prefix)).
+    The estimators use a difference of entropies, so this is an independent check.
     """
     axes = tuple(range(t, world.length))
     p = world.joint.sum(axes) if axes else world.joint  # p(o_<=t, y)
@@ -128,17 +128,17 @@ def pointwise(world: World, t: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Strings:
-    """Every completion that a world allows, as a path through its prefixes.
+    """All completions that a world allows, each as a path through its prefixes.
 
-    N prefixes, S completions of at most L tokens, V symbols and the end-of-sequence token V, which
-    counts as a token (as in ``Rollouts.lengths``).
+    There are N prefixes, S completions of at most L tokens, and V symbols. The end-of-sequence
+    token is V and counts as a token (as in ``Rollouts.lengths``).
 
     Attributes:
-        prefixes: (S, L) long, prefix in which each token is chosen; padding 0.
-        tokens: (S, L) long, the token that is chosen; padding V.
+        prefixes: (S, L) long, the prefix after which each token is chosen; padding 0.
+        tokens: (S, L) long, the chosen tokens; padding V.
         mask: (S, L) bool, right-padded.
-        allowed: (N, V + 1) bool, tokens that some completion has after a prefix.
-        passes: (S, N) bool, the completion begins with the prefix.
+        allowed: (N, V + 1) bool, whether some completion has the token after the prefix.
+        passes: (S, N) bool, whether the completion begins with the prefix.
     """
 
     prefixes: torch.Tensor
@@ -154,25 +154,25 @@ class Strings:
 
     @property
     def after(self) -> torch.Tensor:
-        """(S, L) long: prefix that a token leads to; after an end-of-sequence token any."""
+        """(S, L) long: the prefix that a token leads to; arbitrary after end-of-sequence."""
         return torch.nn.functional.pad(self.prefixes[:, 1:], (0, 1))
 
 
 def strings_of(completions: Sequence[tuple[int, ...]], symbols: int) -> Strings:
-    """The world whose completions are these, each followed by the end-of-sequence token.
+    """Make the world with these completions, each followed by the end-of-sequence token.
 
     Args:
-        completions: different tuples of symbols, the end-of-sequence token left out.
+        completions: different tuples of symbols, without the end-of-sequence token.
         symbols: V.
 
     Raises:
-        ValueError: for no completion, one given twice, or a symbol outside 0..V-1.
+        ValueError: for no completions, equal completions, or a symbol outside 0..V-1.
     """
     used = {symbol for completion in completions for symbol in completion}
     if not completions or len(set(completions)) < len(completions):
         raise ValueError(
-            f"completions must be one or more, all different, got {len(completions)} of which "
-            f"{len(set(completions))} differ"
+            f"completions must be one or more and all different, got {len(completions)}, of which "
+            f"{len(set(completions))} are different"
         )
     if not used <= set(range(symbols)):
         raise ValueError(
@@ -195,7 +195,7 @@ def strings_of(completions: Sequence[tuple[int, ...]], symbols: int) -> Strings:
 
 
 def every_string(symbols: int, longest: int, shortest: int = 0) -> list[tuple[int, ...]]:
-    """All tuples of ``shortest`` to ``longest`` symbols out of 0..symbols-1."""
+    """All tuples of ``shortest`` to ``longest`` symbols from 0..symbols-1."""
     lengths = range(shortest, longest + 1)
     return [c for n in lengths for c in itertools.product(range(symbols), repeat=n)]
 
@@ -204,7 +204,7 @@ def log_policy(strings: Strings, theta: torch.Tensor) -> torch.Tensor:
     """log pi(. | prefix) = log softmax of the logits over the allowed tokens.
 
     Args:
-        theta: (..., N, V + 1) fp64 logits; those of tokens that are not allowed play no part.
+        theta: (..., N, V + 1) fp64 logits; those of tokens that are not allowed are ignored.
 
     Returns:
         (..., N, V + 1) nats, -inf where not allowed.
@@ -213,13 +213,13 @@ def log_policy(strings: Strings, theta: torch.Tensor) -> torch.Tensor:
 
 
 def string_logprobs(strings: Strings, theta: torch.Tensor) -> torch.Tensor:
-    """log p(o) of every completion, (..., S) nats; their exp sums to 1."""
+    """log p(o) of every completion, (..., S) nats; the probabilities sum to 1."""
     chosen = log_policy(strings, theta)[..., strings.prefixes, strings.tokens]
     return chosen.masked_fill(~strings.mask, 0.0).sum(-1)
 
 
 def string_drops(strings: Strings, theta: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-    """s_t = H(y | o_<t) - H(y | o_<=t) by the exact posterior of the answer (Section 4).
+    """s_t = H(y | o_<t) - H(y | o_<=t) from the exact posterior of the answer (Section 4).
 
     Args:
         theta: (..., N, V + 1) logits.
@@ -240,11 +240,11 @@ def string_drops(strings: Strings, theta: torch.Tensor, answers: torch.Tensor) -
 def policy_gradient(strings: Strings, theta: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """E_o[sum_t A(o, t) grad log pi(o_t | o_<t)], the mean over all completions.
 
-    For logits of a table, grad log pi(a | n) is one at a, less pi(. | n), all in row n.
+    For tabular logits, grad log pi(a | n) is the one-hot vector of a minus pi(. | n), in row n.
 
     Args:
-        theta: (..., N, V + 1) logits; weights: (..., S, L), A(o, t) with the 1/|o| of the
-            objective in it.
+        theta: (..., N, V + 1) logits.
+        weights: (..., S, L), A(o, t) including the 1/|o| of the objective.
 
     Returns:
         (..., N, V + 1) fp64.
@@ -262,10 +262,10 @@ def added_score(strings: Strings, theta: torch.Tensor, change: torch.Tensor) -> 
 
     Args:
         theta: (..., N, V + 1) logits at which the gradient is taken, theta_GRPO.
-        change: (..., N, V + 1), the parameter change that a term of the advantage adds.
+        change: (..., N, V + 1), the change of parameters by a term of the advantage.
 
     Returns:
-        (..., S) fp64: p(o) becomes p(o) (1 + S(o)) to first order.
+        (..., S) fp64; to first order p(o) becomes p(o) (1 + S(o)).
     """
     inner = change - (log_policy(strings, theta).exp() * change).sum(-1, keepdim=True)
     return (inner[..., strings.prefixes, strings.tokens] * strings.mask).sum(-1)
@@ -279,14 +279,14 @@ def covariance(p: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tenso
 
 @functools.cache
 def answer_posterior(unread: int) -> torch.Tensor:
-    """p(answer | value now, number of operations not worked out yet) in the story world.
+    """p(answer | current value, number of operations not computed yet) in the story world.
 
-    What a reader knows who has followed a chain to a value and does not know what comes next, by
-    the generator's rules: the operation is uniform over those allowed, its operand over those
-    allowed for it.
+    This is the belief of a reader who has followed a chain to a value and does not know what comes
+    next. By the generator's rules, the operation is uniform over the allowed ones, and its operand
+    is uniform over those allowed for it.
 
     Args:
-        unread: operations left, from 0.
+        unread: number of remaining operations, from 0.
 
     Returns:
         (MAX_VALUE + 1, MAX_VALUE + 1) fp64; row v is the distribution from value v.
@@ -306,19 +306,19 @@ def answer_posterior(unread: int) -> torch.Tensor:
 def true_drops(problem: Problem, segments: Sequence[Segment]) -> list[float]:
     """Drop of the posterior entropy of the answer at each segment of a chain, nats.
 
-    The j-th computing segment works out the j-th operation: the entropy falls from that with its
-    operation unread to that with its result known. Every other segment tells nothing new.
+    The j-th computing segment computes the j-th operation. There the entropy falls from its value
+    before the operation to its value after the result is known. Other segments say nothing new.
 
     Args:
         problem: a story.
-        segments: the chain that the world wrote for it (``tasks.chain_of_thought``).
+        segments: the chain that the world wrote for it (``stories.chain_of_thought``).
 
     Raises:
         ValueError: when the chain does not have one computing segment for each operation.
     """
     steps, out, done = problem.steps, [], 0
     if sum(s.role == "compute" for s in segments) != len(steps):
-        raise ValueError("segments has not one computing segment for each of the story's steps.")
+        raise ValueError("segments must hold one computing segment for each step of the story.")
     for segment in segments:
         if segment.role != "compute":
             out.append(0.0)

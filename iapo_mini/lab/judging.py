@@ -1,4 +1,4 @@
-"""A policy of a run is judged: the evaluation that is reported, and shorter looks on the way."""
+"""Judging the policy of a run: the reported evaluation, and shorter ones during training."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.stories import ROLES, stories, token_roles
 
 PRIMARY = "primary"
-"""Folder of a run with its adapter at the step that is reported, where training goes on after."""
+"""Folder of a run with the adapter of the reported step, if training continues after it."""
 
 SHOWN = 12
-"""Of so many stories a run's result keeps one right completion each, to be shown."""
+"""Number of stories for which a run's result keeps one right completion, for display."""
 SHOWN_OPERATIONS = 4
-"""The least number of operations of such a story."""
+"""Smallest number of operations of such a story."""
 
 
 def way_path(run: Path, step: int) -> Path:
-    """File of what was found after this step."""
+    """File with the results after this step."""
     return run / f"step-{step}.json"
 
 
 def judge_on_the_way(policy: Policy, job: Mapping, step: int) -> None:
-    """Length and Pass@1 after a step, in ``step-<n>.json``, unless they are there already.
+    """Write length and Pass@1 after a step to ``step-<n>.json``, unless the file exists.
 
-    With pools also, for each stream, ``{"right", "tokens"}``: a list of G numbers for each story.
+    With pools it also holds ``{"right", "tokens"}`` for each stream: G numbers for each story.
     """
     path, pools = way_path(Path(job["run"]), step), job["evaluation"]["pools"]
     if path.is_file():
@@ -60,7 +60,7 @@ def _by_story(completions: Sequence[Mapping]) -> dict[str, list[list[int]]]:
 
 
 def judge(policy: Policy, job: Mapping) -> None:
-    """The evaluation that is reported; ``result.json`` for the start policy, else primary.json."""
+    """Make the reported evaluation; write result.json (start policy) or primary.json (others)."""
     run, size = Path(job["run"]), job["evaluation"]
     path = run / ("result.json" if job["config"] is None else "primary.json")
     if path.is_file():
@@ -96,7 +96,7 @@ def judge(policy: Policy, job: Mapping) -> None:
 
 
 def _answers(completions: Sequence[Mapping], problems: Sequence[int]) -> dict[str, str]:
-    """Problem -> its right completion of median length; without those that were never right."""
+    """Problem -> its right completion of median length, for problems with a right completion."""
     answers = {}
     for asked in problems:
         right = [c for c in completions if c["problem"] == asked and c["correct"]]
@@ -107,7 +107,7 @@ def _answers(completions: Sequence[Mapping], problems: Sequence[int]) -> dict[st
 
 
 def policy_of(job: Mapping) -> Policy:
-    """The policy that a finished job reports on; its folder must be at hand."""
+    """Load the policy that a finished job reports on; its folder must exist."""
     if job["config"] is None:
         return load_policy()
     run = Path(job["run"])

@@ -1,13 +1,13 @@
-"""Finished runs in one small file, so that an experiment goes on where its runs are not at hand.
+"""A small file of finished runs, so an experiment can continue without the folders of its runs.
 
-A run's folder holds weights and completions, some megabytes. What an experiment's results are made
-of is a few kilobytes, and stands in
+A run's folder holds weights and completions, a few megabytes. The part that an experiment's results
+need is a few kilobytes, and is kept in
 
     figures/results/runs/<experiment>.jsonl   a line per run: {"name", "job", "result", "curve"}
 
-``name`` is that of the run's folder, ``job`` is what the run was told (``lab.runs.make_jobs``),
-``result`` its ``result.json`` and ``curve`` its length, accuracy and entropy by step. A run whose
-line is there is not made again, on whatever machine.
+``name`` is the name of the run's folder, ``job`` the job (``lab.runs.make_jobs``), ``result`` its
+``result.json`` and ``curve`` its length, accuracy and entropy by step. A run that has a line is not
+repeated on any machine.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 CURVES = ("length", "accuracy", "entropy")
-"""What is kept of every training step; more is in the run's own metrics.jsonl."""
+"""Metrics that are kept for every training step; the run's metrics.jsonl has more."""
 
 
 def ledger_path(figures: Path, experiment: str) -> Path:
-    """Where the finished runs of an experiment are kept."""
+    """Path of the file with the finished runs of an experiment."""
     return figures / "results" / "runs" / f"{experiment}.jsonl"
 
 
 def read(path: Path | None) -> dict[str, dict[str, Any]]:
-    """Name -> line of every finished run; of two lines with one name the later counts.
+    """Name -> record of every finished run; if a name occurs twice, the later record counts.
 
     Raises:
-        ValueError: for a line that is no record, naming it.
+        ValueError: naming a line that is not a record.
     """
     if path is None or not path.is_file():
         return {}
@@ -41,14 +41,14 @@ def read(path: Path | None) -> dict[str, dict[str, Any]]:
             entries[entry["name"]] = {part: entry[part] for part in ("job", "result", "curve")}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"line {number} of '{path}' is no record of a run; remove the line, and the run is "
-                "made again."
+                f"line {number} of '{path}' is not a record of a run; remove the line, and the run "
+                "is repeated."
             ) from error
     return entries
 
 
 def append(path: Path, job: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Add a finished run: ``found`` has its ``result`` and ``curve``."""
+    """Add a finished run; ``found`` holds its ``result`` and ``curve``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     run = Path(job["run"])
     told = {name: value for name, value in job.items() if name != "run"}

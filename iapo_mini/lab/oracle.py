@@ -1,14 +1,15 @@
-"""The estimate or the idea? What the paper only approximates can be had in the story world.
+"""Informativeness and value from real continuations, which the paper only approximates.
 
-After every sentence of a completion the policy writes ``K`` continuations. The answers that they
-really end with are a sample of p(y | q, o_<=t), without forcing an answer early. From them come
+After every sentence of a completion the policy writes ``K`` continuations. Their final answers are
+a sample of p(y | q, o_<=t), without forcing an answer early. They give two quantities:
 
-* the drop of the answer's entropy over a sentence: the paper's I(y; o_t | q, o_<t), realised;
-* the share of right answers, the value of a prefix (VinePPO, arXiv 2410.01679); its gain over a
-  sentence is the sentence's true credit.
+* the drop of the answer's entropy over a sentence, the realised value of the paper's
+  I(y; o_t | q, o_<t);
+* the share of right answers, which is the value of a prefix (VinePPO, arXiv 2410.01679). Its gain
+  over a sentence is the true credit of the sentence.
 
-:func:`agreement` tells how far early exits agree with the first, and :func:`oracle` trains with
-both: ``oracle`` is IAPO with the continuations' s, ``vine`` pays a token the gain in value.
+:func:`agreement` compares early exits with the first one. :func:`oracle` trains with both:
+``oracle`` is IAPO with the s of continuations, and ``vine`` gives each token the gain in value.
 
     figures/results/oracle.json
       agreement   policy -> {"correlation", "rank", "bias": [mean, low, high] over stories,
@@ -29,7 +30,6 @@ import torch
 from tqdm.auto import tqdm
 
 from iapo_mini.chat import token_texts
-from iapo_mini.config import RECIPES as LIBRARY
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.early_exit.strides import sentence_ends, spread
 from iapo_mini.files import versions, write_json
@@ -50,30 +50,32 @@ from iapo_mini.lab.tuning import tuned
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.stories import stories
 from iapo_mini.problems.verify import equal_answers
+from iapo_mini.recipes import RECIPES as LIBRARY
 from iapo_mini.rewards import score
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.sampling import sample, sample_after
 
 CONTINUATIONS = {"training": 8, "agreement": 64}
-"""K: continuations after each sentence."""
+"""K, the number of continuations after each sentence."""
 _PREFIXES = 48
-"""Prefixes whose continuations are sampled together."""
+"""Number of prefixes whose continuations are sampled together."""
 _LONGEST = 224
 
 
 def continuations(
     policy: Policy, rollouts: Rollouts, k: int, seed: int
 ) -> tuple[torch.Tensor, list[list[list[str | None]]]]:
-    """The answers that k continuations end with, after each sentence of each completion.
+    """Sample k continuations after each sentence of each completion and return their answers.
 
     Args:
-        policy: writes the continuations; rollouts: B completions.
-        k: continuations of a prefix; a completion that has ended has one, itself.
-        seed: of the sampling.
+        policy: the policy that writes the continuations.
+        rollouts: B completions.
+        k: continuations of a prefix; a finished completion has only itself.
+        seed: sampling seed.
 
     Returns:
-        ``(asked, answers)``: (B, L + 1) bool, which prefixes were continued; and for each row and
-        each asked prefix in order the answers, None for a continuation without one.
+        ``(asked, answers)``: (B, L + 1) bool, the prefixes that were continued; and for each row
+        and each of its prefixes in order the answers, None for a continuation without an answer.
     """
     asked = _asked(policy, rollouts)
     whole = final_answers(policy, rollouts)
@@ -84,7 +86,7 @@ def continuations(
         ends = asked[i].nonzero()[:, 0].tolist()
         answers.append([[whole[i]] for _ in ends])
         todo += [(i, j, rollouts.completion_ids[i, :t]) for j, t in enumerate(ends) if t < n]
-    todo.sort(key=lambda item: len(prompts[item[0]]) + len(item[2]))  # little padding
+    todo.sort(key=lambda item: len(prompts[item[0]]) + len(item[2]))  # to save padding
     for number, start in enumerate(range(0, len(todo), _PREFIXES)):
         part = todo[start : start + _PREFIXES]
         prefixes = [torch.cat([prompts[i], written]) for i, _, written in part]
@@ -103,10 +105,10 @@ def continuations(
 
 
 def _asked(policy: Policy, rollouts: Rollouts) -> torch.Tensor:
-    """(B, L + 1) bool: the first and last prefix, and those that end with a sentence.
+    """(B, L + 1) bool: the first and last prefix, and those at the end of a sentence.
 
-    Ends of tags are left out: no thought lies between ``</think>`` and the answer, and the noise of
-    a few continuations would be all that is seen there.
+    Ends of tags are left out: there is no thought between ``</think>`` and the answer, so a few
+    continuations would only measure noise there.
     """
     asked = sentence_ends(policy, rollouts)
     for i, n in enumerate(rollouts.lengths.tolist()):
@@ -122,9 +124,10 @@ def _answer(text: str) -> str | None:
 
 
 def entropy_of(answers: list[str | None]) -> float:
-    """Entropy in nats of the distribution that the answers are a sample of (Miller and Madow).
+    """Entropy in nats of the distribution that the answers are drawn from (Miller and Madow).
 
-    The entropy of the shares is too low by about (distinct - 1) / 2k on average, which is added.
+    The entropy of the observed shares is on average too low by about (distinct - 1) / 2k. This
+    correction is added.
     """
     counts = torch.tensor([answers.count(x) for x in set(answers)], dtype=torch.float)
     p = counts / counts.sum()
@@ -134,7 +137,7 @@ def entropy_of(answers: list[str | None]) -> float:
 def _per_prefix(
     asked: torch.Tensor, values: list[list[float]], lengths: torch.Tensor
 ) -> torch.Tensor:
-    """(B, L + 1): values at the asked prefixes, on straight lines between them, then 0."""
+    """(B, L + 1): values at the asked prefixes, linear interpolation between them, then 0."""
     out = torch.zeros(asked.shape)
     for i, own in enumerate(values):
         out[i, asked[i].cpu()] = torch.tensor(own)
@@ -144,7 +147,7 @@ def _per_prefix(
 
 
 def continuation_information(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
-    """s by continuations, (B, L) nats: a sentence's drop of the entropy, spread over its tokens."""
+    """s from continuations, (B, L) nats: the drop over a sentence, spread over its tokens."""
     k = CONTINUATIONS["training"]
     asked, answers = continuations(policy, rollouts, k, rollouts.seed())
     entropies = [[entropy_of(own) for own in row] for row in answers]
@@ -153,7 +156,7 @@ def continuation_information(policy: Policy, rollouts: Rollouts, how: EarlyExit)
 
 
 def value_gain(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tensor:
-    """V(after its sentence) - V(before) at every token, (B, L); V is the share of right answers."""
+    """Gain in V over the sentence of each token, (B, L); V is the share of right answers."""
     k = CONTINUATIONS["training"]
     asked, answers = continuations(policy, rollouts, k, rollouts.seed())
     values = [
@@ -169,7 +172,7 @@ def value_gain(policy: Policy, rollouts: Rollouts, how: EarlyExit) -> torch.Tens
 
 
 def _vine(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
-    """The gain in value at each token, over its standard deviation in the batch."""
+    """The gain in value at each token, divided by its standard deviation in the batch."""
     gain, mask = rollouts.informativeness, rollouts.completion_mask
     return gain / (gain[mask].std() + 1e-4)
 
@@ -186,15 +189,16 @@ SIZES = {
     "full": Size(seeds=(0, 1, 2), max_steps=22, problems=200),
 }
 STORIES = {"quick": 2, "full": 60}
-"""Stories of :func:`agreement`."""
+"""Number of stories of :func:`agreement`."""
 
 
 def agreement(policy: Policy, n_stories: int, k: int) -> dict:
-    """How far the answer entropy of early exits agrees with that of real continuations.
+    """Compare the answer entropy of early exits with that of real continuations.
 
     Args:
-        policy: writes one completion of each story, continues it and is asked.
-        n_stories: tune stories; k: continuations of each prefix.
+        policy: the policy that writes one completion of each story, continues it, and is asked.
+        n_stories: number of tune stories.
+        k: continuations of each prefix.
 
     Returns:
         ``correlation`` and ``rank`` (Spearman) of the drops over sentences, ``bias`` (nats): early
@@ -236,11 +240,11 @@ def oracle(
     figures: str | Path = "figures",
     parallel: int | None = None,
 ) -> dict:
-    """Agreement for every start policy, and training with both oracles; results file and figure.
+    """Measure agreement for every start policy, train with both oracles; write file and figure.
 
-    Arguments and errors as for :func:`iapo_mini.lab.table1.table1`, which tunes the settings.
+    Arguments and errors are those of :func:`iapo_mini.lab.table1.table1`, which tunes the settings.
     """
-    preset_of(preset)  # refuses an unknown one
+    preset_of(preset)  # refuses an unknown preset
     size, out, figures = SIZES[preset], Path(out), Path(figures)
     check_options(out, figures, parallel)
     best = tuned(preset, out, figures, parallel)["iapo"]
@@ -269,7 +273,7 @@ def oracle(
 
 
 def oracle_table(results: Mapping) -> str:
-    """Both parts of :func:`oracle` as Markdown tables; mean and 95% interval."""
+    """Both parts of :func:`oracle` as Markdown tables, with means and 95% intervals."""
     lines = ["| policy | correlation of the drops | rank correlation | bias (nats) |",
              "|---" * 4 + "|"]  # fmt: skip
     for name, row in results["agreement"].items():

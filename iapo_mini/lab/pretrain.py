@@ -1,14 +1,14 @@
-"""How the embedded policy was made: ``python -m iapo_mini.lab.pretrain`` remakes it from nothing.
+"""Pretraining of the embedded policy; ``python -m iapo_mini.lab.pretrain`` repeats all of it.
 
-A Qwen2-architecture model learns to continue stories of the train stream with the world's own
-chains of thought. Two losses, one trunk pass:
+A model of the Qwen2 architecture learns to continue stories of the train stream with chains of
+thought that the world writes. One pass over prompt and completion gives two losses:
 
 * next-token cross-entropy on the completion, and
-* **early exits**: at ``exits`` random prefixes of every chain a branch ``</think><answer>`` is
-  appended (all branches of a row packed behind its KV cache) and the branch must predict the true
+* **early exits**: at ``exits`` random prefixes of every chain, a branch ``</think><answer>`` is
+  appended (all branches of a row are packed behind its KV cache), which must predict the true
   answer. Only the answer is a target, so the policy does not learn to stop early.
 
-Without the second loss a policy that is forced to answer early copies the last number it saw, its
+Without the second loss, a policy that is forced to answer early copies the last number it saw. Its
 answer entropy is near zero everywhere, and the estimator of the paper measures noise.
 
 ``python -m iapo_mini.lab.pretrain --calibrate`` makes ``embedded-calibrated`` from the result.
@@ -55,7 +55,7 @@ from iapo_mini.problems.stories import MAX_VALUE, chain_of_thought, stories
 from iapo_mini.tasks import POSTFIX
 
 _Row = tuple[list[int], list[int], int]
-"""Tokens of a prompt, tokens of its completion, token of its answer."""
+"""Tokens of a prompt, tokens of its completion, and token of its answer."""
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -67,17 +67,17 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How to pretrain; the defaults made the embedded policy.
+    """Settings of pretraining; the defaults are those of the embedded policy.
 
     Attributes:
         steps: optimiser steps.
         batch_size: stories per step.
-        exits: early exits per story; 0: none.
+        exits: early exits per story; 0 for none.
         exit_weight: weight of the exit loss beside the next-token loss.
         lr: peak learning rate of AdamW; Muon's is ten times as high.
         hidden: hidden size, a multiple of 32.
         layers: decoder layers.
-        seed: of weights and stories.
+        seed: seed of weights and stories.
         checkpoint_every: steps between checkpoints.
         threads: CPU threads.
 
@@ -105,7 +105,7 @@ class Settings:
 
 
 AS_SHIPPED = Settings()
-"""What the embedded policy was made with."""
+"""The settings of the embedded policy."""
 
 
 def sample_batches(
@@ -113,9 +113,9 @@ def sample_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Endless batches: right-padded ``ids`` (B, T), ``labels``, ``ends`` (B, exits), ``answers``.
 
-    Rows of similar length share a batch. Exit positions index the last trunk token a branch sees:
-    from the prompt's last token (no reasoning yet) to the closing ``<|im_end|>`` itself, so that
-    every prefix a rollout can contain has been practised.
+    Rows of similar length share a batch. ``ends`` are indices of the last trunk token that a branch
+    sees. They range from the prompt's last token (before any reasoning) to the closing
+    ``<|im_end|>``, so training covers every prefix that a rollout can contain.
     """
     rng = random.Random(f"pretrain/{seed}")
     problems = stories("train", seed=seed + 1)
@@ -156,13 +156,13 @@ def _collate(batch: list[_Row], cuts: list[list[int]], pad: int) -> dict[str, to
 def losses(
     model: Any, batch: dict[str, torch.Tensor], postfix: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Completion cross-entropy and early-exit cross-entropy (both nats per target, fp32).
+    """Cross-entropy of the completion and of the early exits (both nats per target, fp32).
 
-    ``batch`` as from :func:`sample_batches`; ``postfix`` (K,) token ids. Without exits in the batch
-    the second is 0: a policy that only ever sees whole chains.
+    ``batch`` is from :func:`sample_batches`; ``postfix`` has shape (K,), token ids. If the batch
+    has no exits, the second loss is 0, and the policy learns from whole chains only.
     """
     ids, ends = batch["ids"], batch["ends"]
-    # Right padding and a causal mask: real tokens never see padding, so no mask is needed.
+    # No mask is needed: with right padding and a causal mask real tokens never see padding.
     read = model(ids, use_cache=True)
     lm = torch.nn.functional.cross_entropy(
         read.logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten()
@@ -184,7 +184,7 @@ def build_optimizers(model: Qwen2ForCausalLM, lr: float) -> dict[str, torch.opti
     for name, parameter in model.named_parameters():
         inner = parameter.ndim == 2 and "layers" in name
         (matrices if inner else rest).append(parameter)
-    muon_lr = 10 * lr  # Muon's steps have unit spectral norm, AdamW's unit entries
+    muon_lr = 10 * lr  # Muon's steps have spectral norm 1, those of AdamW have entries near 1
     return {
         "adamw": torch.optim.AdamW(
             [{"params": rest, "peak": lr}], lr=lr, betas=(0.9, 0.98), weight_decay=0.0
@@ -204,14 +204,14 @@ def schedule(step: int, steps: int, warmup: int = 100) -> float:
 
 
 class _Log:
-    """A line per 50 steps: means of both losses since the last line, speed, and time so far."""
+    """A log with a line per 50 steps: means of both losses since the last line, speed, and time."""
 
     def __init__(self, path: Path, minutes_before: float) -> None:
         self.path, self.minutes_before = path, minutes_before
         self.began, self.seen, self.totals = time.perf_counter(), 0, torch.zeros(2)
 
     def minutes(self) -> float:
-        """Minutes of training, those before a kill included."""
+        """Minutes of training, including those before a kill."""
         return self.minutes_before + (time.perf_counter() - self.began) / 60
 
     def add(self, lm: torch.Tensor, early: torch.Tensor, tokens: int) -> None:
@@ -220,7 +220,7 @@ class _Log:
         self.totals += torch.stack([lm.detach(), early.detach()])
 
     def write(self, step: int, learning_rate: float) -> list[float]:
-        """Write the line of a step, counted from 0; return the mean losses."""
+        """Write the line of a step (counted from 0) and return the mean losses."""
         minutes, elapsed = self.minutes(), time.perf_counter() - self.began
         mean = (self.totals / ((step % 50) + 1)).tolist()
         row = {
@@ -240,7 +240,7 @@ class _Log:
 def _resume(
     checkpoint: Path, log: Path, model: Any, optimizers: dict[str, torch.optim.Optimizer]
 ) -> tuple[int, float]:
-    """Steps done and minutes they took; the log is cut to them, or removed when it is another's."""
+    """Restore a checkpoint; return its steps and minutes. The log is cut to the same step."""
     if not checkpoint.exists():
         log.unlink(missing_ok=True)
         return 0, 0.0
@@ -261,9 +261,10 @@ def _save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def pretrain(out: str | Path, settings: Settings = AS_SHIPPED) -> Path:
     """Train the embedded policy and save it with its tokenizer to ``out`` (transformers format).
 
-    Checkpoints go to ``out/checkpoint.pt`` (written to a temporary name and renamed); a killed run
-    started again with the same arguments goes on where it was. The log, ``out/pretrain_log.jsonl``,
-    has one line per 50 steps with both losses (nats), learning rate, tokens/s and minutes.
+    Checkpoints go to ``out/checkpoint.pt`` (written under a temporary name and renamed). A killed
+    run continues when it is started again with the same arguments. The log,
+    ``out/pretrain_log.jsonl``, has a line per 50 steps with both losses (nats), learning rate,
+    tokens per second and minutes.
     """
     torch.set_num_threads(settings.threads)
     out, steps = Path(out), settings.steps
@@ -307,8 +308,8 @@ def pretrain(out: str | Path, settings: Settings = AS_SHIPPED) -> Path:
 def calibrated(out: str | Path, steps: int = 700, threads: int = 2) -> Path:
     """Calibrate the embedded policy and save it, merged and in bf16, to ``out``.
 
-    An adapter of rank 64 learns by ``calibration.calibrate`` from stories of the train stream. The
-    log, ``out/calibrate_log.jsonl``, has one line per 50 steps: means of both losses, nats.
+    ``calibration.calibrate`` trains an adapter of rank 64 on stories of the train stream. The log,
+    ``out/calibrate_log.jsonl``, has one line per 50 steps with the means of both losses in nats.
     """
     torch.set_num_threads(threads)
     out = Path(out)
@@ -326,7 +327,7 @@ def calibrated(out: str | Path, steps: int = 700, threads: int = 2) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of ``python -m iapo_mini.lab.pretrain``; status 2 for a value out of range."""
+    """Run the command line; exit status 2 for a value out of range."""
     print_any_text()
     parser = Parser(
         prog="pretrain", description=__doc__.split("\n")[0],
@@ -339,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
         "--batch-size", type=whole, default=default.batch_size, help="stories per step"
     )
     parser.add_argument(
-        "--exits", type=whole, default=default.exits, help="early exits per story; 0: none"
+        "--exits", type=whole, default=default.exits, help="early exits per story; 0 for none"
     )
     parser.add_argument(
         "--exit-weight", type=number, default=default.exit_weight, help="weight of the exit loss"
@@ -352,14 +353,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=whole, default=default.seed)
     parser.add_argument("--threads", type=whole, default=default.threads, help="CPU threads")
     parser.add_argument(
-        "--report-only", action="store_true", help="judge the policy in --out, train nothing"
+        "--report-only", action="store_true", help="judge the policy in --out without training"
     )
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="train nothing new; calibrate the embedded policy and save that, 700 steps",
+        help="calibrate the embedded policy (700 steps) and save the result; no pretraining",
     )
-    parser.add_argument("--figures", default="figures", help="where the report goes")
+    parser.add_argument("--figures", default="figures", help="folder of the report")
     with in_one_sentence("pretrain"):
         _run(parser.parse_args(argv))
 

@@ -1,8 +1,8 @@
-"""Where results go, what a results file holds, and how it is shown.
+"""Results files: their paths, their contents, and tables of them.
 
 Every experiment trains its rows from the same start policy on the same prompts
 (:mod:`iapo_mini.lab.runs`), judges each on the same stories and writes one results file.
-``<preset>`` is in the name of a file unless it is ``full``; compare has it always.
+The name of a file contains ``<preset>`` unless it is ``full``; files of compare always contain it.
 
     figures/results/compare_<preset>.json, table1.json
       seeds      [int, ...]
@@ -11,35 +11,35 @@ Every experiment trains its rows from the same start policy on the same prompts
                           "roles": role -> tokens per completion [one per seed],
                           "by_steps": operations of the story -> {"accuracy", "length": [per seed]},
                           "train_minutes": [one per seed],
-                          "aggregation": mean of the loss, not of the start policy,
-                          "on_the_way": step -> {"length", "pass@1": [one per seed]}, where judged}
+                          "aggregation": mean of the loss (not for the start policy),
+                          "on_the_way": step -> {"length", "pass@1": [one per seed]}, if judged}
       curves     name -> [one per seed: {"length", "accuracy", "entropy": [one per step]}]
       config     name -> training settings;  evaluation -> evaluation settings
       versions   package -> version
       wall_clock (table1) name -> [one per seed: seconds per 1,000 completions, one thread]
       story      (table1) {"question", "answers": name -> completion of the first seed's policy}
       area       (table1) name -> [per seed: mean length in training, over all steps]
-      matched    (table1) tokens -> name -> [per seed: accuracy when completions first are so
-                          short, null if they never are]
+      matched    (table1) tokens -> name -> [per seed: accuracy when completions first have at most
+                          this length, or null if they never do]
 
     figures/results/tuning.json
       trials     method -> [{"settings": TrainConfig fields, "pass@1", "pass@8", "length",
                              "ratio@1"}], on the tune stream
-      start      the same of the start policy;  rule  how the choice was made
+      start      the same for the start policy;  rule  how the choice was made
       chosen     method -> index of the trial that was chosen
 
     figures/results/ablation.json
-      ratio      method -> [Ratio@k per seed], k the largest;  length, pass  the same
+      ratio      method -> [Ratio@k per seed] at the largest k;  length, pass  the same
       gap        "iapo - iapo_ne", ... -> [mean, low, high] of the difference within a seed
 
     figures/results/sweeps.json
       alpha, beta   [{"value", "length", "pass@1", "pass@k", "entropy": [one per seed]}], entropy
                     in nats per token at the last training step
-      fixed      {"alpha", "beta", ...}: what the other weight was
+      fixed      {"alpha", "beta", ...}: the value of the other weight
       means      method -> aggregation -> {"length", "pass@1", "pass@k", "entropy": [per seed],
                  "length_by_step": [one per seed: [one per step]]}, settings as tuned
 
-    figures/results/theory.json, departures.json, starts.json    see the modules of these names
+    figures/results/theory.json, departures.json, starts.json    see the modules with these names
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ from iapo_mini.intervals import format_interval
 
 
 def results_path(figures: Path, experiment: str, preset: str) -> Path:
-    """Where an experiment's results go."""
+    """Path of an experiment's results file."""
     return figures / "results" / f"{file_stem(experiment, preset)}.json"
 
 
 def file_stem(experiment: str, preset: str) -> str:
-    """Name of an experiment's files without their ending."""
+    """Name of an experiment's files, without the ending."""
     return experiment if preset == "full" else f"{experiment}_{preset}"
 
 
 def check_options(out: Path, figures: Path, parallel: int | None) -> None:
-    """Refuse what an experiment can't run with, before any long work.
+    """Refuse options that an experiment can't run with, before any long work.
 
     Raises:
         ValueError: for ``parallel`` out of range, or folders where nothing can be written.
@@ -75,7 +75,7 @@ def check_options(out: Path, figures: Path, parallel: int | None) -> None:
 
 
 def draw_comparison(results: dict, figures: Path, name: str) -> None:
-    """Bars, training curves and composition by role."""
+    """Draw the bars, the training curves and the composition by role."""
     ks = results["config"]["evaluation"]["ks"]
     for ending, figure in (
         ("", plots.comparison(results["methods"], max(ks))),
@@ -86,14 +86,14 @@ def draw_comparison(results: dict, figures: Path, name: str) -> None:
 
 
 def comparison_table(results: dict, metric: str = "") -> str:
-    """A comparison as a Markdown table; mean and 95% interval.
+    """A comparison as a Markdown table with means and 95% intervals.
 
-    With several seeds the interval is over seeds (Student's t), with one it is over problems.
+    The interval is over seeds (Student's t) if there are several, otherwise over problems.
 
     Args:
-        results: of ``compare`` or ``table1``.
-        metric: ``"pass"``, ``"length"`` or ``"ratio"``, to show at every k; default Pass@k at the
-            least k beside all three at the largest.
+        results: results of ``compare`` or ``table1``.
+        metric: ``"pass"``, ``"length"`` or ``"ratio"``, to show at every k; default is Pass@k at
+            the smallest k, and all three metrics at the largest.
     """
     of = results["config"]["evaluation"]["ks"]
     columns = [f"pass@{of[0]}", f"pass@{of[-1]}", f"length@{of[-1]}", f"ratio@{of[-1]}"]

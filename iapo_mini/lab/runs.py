@@ -1,8 +1,8 @@
-"""Training runs in processes of their own: what a run is told, what it leaves, how it goes on.
+"""Training runs in separate processes: jobs, the work of a process, and collecting results.
 
 Every (recipe, seed) is a run in a process with one thread, so two run side by side on two cores. A
-process that has finished a run takes the next. A run that is there already is not made again; one
-that was interrupted goes on, in training and in evaluation.
+process that has finished a run takes the next one. A finished run is not repeated. An interrupted
+run continues, both in training and in evaluation.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ import torch
 from tqdm.auto import tqdm
 
 from iapo_mini.callbacks import Callback
-from iapo_mini.config import TrainConfig, use_methods, with_defaults
+from iapo_mini.config import TrainConfig, with_defaults
 from iapo_mini.files import read_json, replace_folder, versions, write_json
 from iapo_mini.lab import ledger
 from iapo_mini.lab.judging import PRIMARY, judge, judge_on_the_way, way_path
 from iapo_mini.lab.sizes import Size
 from iapo_mini.metrics import LOG, whole_log
 from iapo_mini.policy import load_policy
+from iapo_mini.recipes import use_methods
 from iapo_mini.trainer import start_policy, train
 
 _CHILD = "IAPO_MINI_CHILD"
-"""Environment variable of a process that is to end with the one that started it."""
+"""Environment variable of a process that must end when its parent process ends."""
 
 START = "start"
-"""Name of the row of the start policy, which no run trains."""
+"""Name of the row of the start policy, which is not trained."""
 
 
 def make_jobs(
@@ -53,11 +54,11 @@ def make_jobs(
     """One job for each seed and recipe.
 
     Args:
-        size: of training and evaluation.
+        size: size of training and evaluation.
         out: folder of the runs; a run goes to ``out/<recipe>-<seed>``.
-        recipes: name -> fields of TrainConfig, None for the start policy.
+        recipes: name -> fields of TrainConfig, or None for the start policy.
         split: stream of the evaluation.
-        methods: module with methods beside the library's own, for :func:`use_methods`.
+        methods: module with further methods, for :func:`use_methods`.
 
     Returns:
         One dict for each job, with ``run`` (a folder), ``config`` (fields of TrainConfig, or None),
@@ -86,12 +87,12 @@ def make_jobs(
             "methods": methods,
             "evaluation": {field: getattr(size, field) for field in measured},
         }
-        jobs.append(json.loads(json.dumps(job)))  # as it will be read back
+        jobs.append(json.loads(json.dumps(job)))  # the same types as after reading it back
     return jobs
 
 
 def run_job(job: dict) -> None:
-    """Train (unless the method is the start policy), evaluate, write ``result.json`` in the run."""
+    """Train (except for the start policy), evaluate, and write ``result.json`` in the run."""
     torch.set_num_threads(1)
     if job["methods"]:
         use_methods(job["methods"])
@@ -112,7 +113,7 @@ def run_job(job: dict) -> None:
             replace_folder(run / PRIMARY, policy.save)
 
     resume = (folder / "config.json").is_file()
-    # A run of a command that was killed ends with its step; this one goes on from there.
+    # If the command was killed, its run ends after the current step; this one continues from there.
     train(
         config,
         folder,
@@ -136,10 +137,10 @@ def run_job(job: dict) -> None:
 
 
 def _found(job: Mapping) -> dict | None:
-    """``{"result", "curve"}`` of a run from its folder; None if it is not finished there.
+    """``{"result", "curve"}`` of a run from its folder, or None if the run is not finished.
 
     Raises:
-        ValueError: for a file of it that is damaged.
+        ValueError: for a damaged file.
     """
     path = Path(job["run"]) / "result.json"
     if not path.is_file():
@@ -159,13 +160,13 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None, kept: Path | None
 
     Args:
         jobs: from :func:`make_jobs`.
-        parallel: default one per core.
-        kept: file of finished runs (:mod:`iapo_mini.lab.ledger`): those in it are not made again,
-            and each that finishes is added.
+        parallel: number of processes; default one per core.
+        kept: file of finished runs (:mod:`iapo_mini.lab.ledger`). Runs in it are not repeated, and
+            each run that finishes is added.
 
     Raises:
-        ValueError: when a run's folder holds one of other settings.
-        RuntimeError: when a run fails; the message holds its last line.
+        ValueError: when a run's folder holds a run with other settings.
+        RuntimeError: when a run fails; the message holds the last line of its output.
     """
     parallel = parallel or os.cpu_count() or 1
     waiting, entries = [], ledger.read(kept)
@@ -177,13 +178,13 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None, kept: Path | None
         saved = run / "job.json"
         before = read_json(saved, {}, needs=("config",))
         same = bool(before) and _as_now(before, job["run"]) == job
-        if same and (found := _found(job)) is not None:  # a damaged one is told before others run
+        if same and (found := _found(job)) is not None:  # raises for damage before others run
             if kept is not None:
                 ledger.append(kept, job, found)
             continue
         if saved.is_file() and not same:
             raise ValueError(
-                f"out holds '{run}', made with other settings; name a new folder or remove it."
+                f"out holds '{run}', made with other settings; name a new folder, or remove it."
             )
         write_json(saved, job)
         waiting.append(job)
@@ -191,7 +192,7 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None, kept: Path | None
 
 
 def _run(waiting: list[dict], parallel: int, kept: Path | None) -> None:
-    """Hand the jobs to processes, each of which takes a next one when it has finished its own."""
+    """Give the jobs to processes; each takes another job when it has finished one."""
     bar = tqdm(
         total=sum(map(_steps, waiting)), unit="step", desc=f"{len(waiting)} runs",
         disable=not waiting,
@@ -218,7 +219,7 @@ def _run(waiting: list[dict], parallel: int, kept: Path | None) -> None:
                 else:
                     raise RuntimeError(f"the run in '{run}' failed: {_last_line(run)}")
                 del busy[process]
-                bar.update(_steps(job) - done)  # the start policy trains nothing
+                bar.update(_steps(job) - done)  # the start policy has no steps
                 found = _found(job)
                 if kept is not None and found is not None:
                     ledger.append(kept, job, found)
@@ -250,13 +251,13 @@ def _steps(job: Mapping) -> int:
 
 
 def _give(job: Mapping, process: subprocess.Popen | None) -> subprocess.Popen:
-    """Let a process that waits do this job, or start one: its imports alone take seconds."""
+    """Give this job to a waiting process, whose imports are done, or start a new process."""
     path = str(Path(job["run"]) / "job.json")
     if process is not None:
-        with contextlib.suppress(OSError):  # it has died: told when it is looked at
+        with contextlib.suppress(OSError):  # it has died, which is reported later
             print(path, file=process.stdin, flush=True)
         return process
-    # One thread for each process: two processes beat two threads on models this small.
+    # One thread per process: for such small models two processes are faster than two threads.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", _CHILD: "1"}
     # In a group of its own: a terminal's Ctrl-C would be a second request, which does not wait.
     return subprocess.Popen(
@@ -267,9 +268,9 @@ def _give(job: Mapping, process: subprocess.Popen | None) -> subprocess.Popen:
 
 
 def _as_now(saved: dict, run: str) -> dict:
-    """A job as written before, as :func:`make_jobs` would write it today.
+    """A saved job in the form that :func:`make_jobs` gives now.
 
-    Its folder may have been moved, or be named in another way.
+    Its folder may have been moved, or may be named in another way.
     """
     config = saved["config"] and with_defaults(saved["config"])
     evaluation = {"primary": 0, "on_the_way": [], "pools": []} | saved["evaluation"]
@@ -280,7 +281,8 @@ def finished(jobs: Sequence[dict], kept: Path | None = None) -> list[dict]:
     """``{"result", "curve"}`` of every job, from its folder or else from ``kept``.
 
     Args:
-        jobs: finished by :func:`run_all`; kept: as there.
+        jobs: jobs that :func:`run_all` has finished.
+        kept: file of finished runs, as in :func:`run_all`.
     """
     entries = ledger.read(kept)
     return [_found(job) or entries[Path(job["run"]).name] for job in jobs]
@@ -290,8 +292,9 @@ def collect(jobs: Sequence[dict], size: Size, kept: Path | None = None) -> dict:
     """Gather finished jobs into the common part of a results file (``lab.results``).
 
     Args:
-        jobs: from :func:`make_jobs`, finished by :func:`run_all`; size: theirs.
-        kept: file of finished runs, where those without a folder are looked up.
+        jobs: from :func:`make_jobs`, finished by :func:`run_all`.
+        size: size of these jobs.
+        kept: file of finished runs, for those without a folder.
     """
     methods: dict[str, dict] = {}
     curves: dict[str, list] = {}
@@ -325,7 +328,7 @@ def collect(jobs: Sequence[dict], size: Size, kept: Path | None = None) -> dict:
                     metric: [
                         result["on_the_way"][str(step)][metric]
                         for result in found
-                        if str(step) in result["on_the_way"]  # some runs end before it
+                        if str(step) in result["on_the_way"]  # some runs end before this step
                     ]
                     for metric in ("length", "pass@1")
                 }
@@ -345,9 +348,9 @@ def collect(jobs: Sequence[dict], size: Size, kept: Path | None = None) -> dict:
 
 
 def _jobs_of_parent(first: str) -> Iterator[str]:
-    """The job that this process was started for, then those whose paths the parent writes.
+    """The job that this process was started for, then the jobs whose paths the parent writes.
 
-    When the parent is gone, and its pipe with it, the process ends as if asked to.
+    If the parent ends, its pipe closes, and this process ends as after a signal.
     """
     paths: queue.SimpleQueue[str] = queue.SimpleQueue()
     paths.put(first)
@@ -363,7 +366,7 @@ def _jobs_of_parent(first: str) -> Iterator[str]:
 
 
 def _work(path: Path) -> None:
-    """Do the job of this file; what is said goes to its run's log."""
+    """Do the job in this file; its output goes to the log of its run."""
     with (path.parent / "log.txt").open("ab") as log:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

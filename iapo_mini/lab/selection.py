@@ -1,43 +1,43 @@
-"""Selection effects: how far a number is too good when a checkpoint was chosen by it.
+"""Selection effects: the bias of a number by which a checkpoint was chosen.
 
-The authors' files choose a checkpoint in two steps (docs/how_it_was_measured.md). The five with
-the best accuracy on the evaluation set are kept, and of these the one with the best Ratio@k on 15
-problems of this set is reported, with its numbers on the same 15 problems. This study repeats that
-in the story world, where other stories tell what the chosen policy is really worth.
+The authors' files choose a checkpoint in two steps (docs/how_it_was_measured.md). They keep the
+five checkpoints with the best accuracy on the evaluation set. Of these they report the one with the
+best Ratio@k on 15 problems of this set, with its numbers on the same 15 problems. This study
+repeats the procedure in the story world, where further stories show the true value of the choice.
 
 IAPO is trained from several seeds. Every checkpoint of a run is a candidate and answers a pool of
-tune stories and a pool of test stories. After that nothing is sampled: each draw splits the test
+tune stories and a pool of test stories. After that nothing is sampled. Each draw splits the test
 pool at random into an evaluation set and a held-out half, takes n stories of the evaluation set as
 the reported ones, and chooses a checkpoint by each rule (:mod:`iapo_mini.lab.best_of`):
 
-* ``test``: the authors' way, on the evaluation set and the reported stories;
-* ``tune``: the same choice on the tune pool and n stories of it;
-* ``tune_pool``: the same choice with the Ratio@k of the whole tune pool;
+* ``test``: the authors' rule, on the evaluation set and the reported stories;
+* ``tune``: the same rule on the tune pool and n stories of it;
+* ``tune_pool``: the same rule with the Ratio@k of the whole tune pool;
 * ``last``: the last checkpoint, without a choice.
 
-The bias is the number on the reported stories minus the number on the held-out half, which had no
-part in any choice. For ``last`` it is 0 for means, and small for the ratio (a ratio of two means is
-not the mean of ratios); what the other rules have beyond it comes from the choice.
+The bias is the number on the reported stories minus the number on the held-out half, which is not
+used in any choice. For ``last`` the bias of means is 0, and that of the ratio is small (a ratio of
+two means is not the mean of ratios). Any further bias of the other rules is due to the choice.
 
-The second part is the ablation that was not tuned. One side is the best of K runs, each at its
-chosen checkpoint; the other side is a further run of the *same* method at its last checkpoint. What
-the first side appears to gain is no merit of a method. A part of it is real, since a choice does
-find better policies, and the rest is bias.
+The second part is an ablation without tuning. One side is the best of K runs, each at its chosen
+checkpoint. The other side is a further run of the *same* method at its last checkpoint. So the
+apparent gain of the first side is not due to a better method. A part of it is real, because a
+choice does find better policies, and the rest is bias.
 
-Intervals are over runs (Student's t; jackknife where runs are compared) and hold for these stories.
-Six runs of 60 steps with twelve candidates each, 100 tune and 200 test stories with eight
-completions: about 36 minutes of two cores at 5 s a training step and 70 completions a second and
-core. Finished runs are in ``figures/results/runs/selection.jsonl`` with every completion's length
-(about a megabyte), so the statistics can be made again anywhere.
+Intervals are over runs (Student's t, or jackknife if runs are compared) and hold for these stories.
+Six runs of 60 steps with twelve candidates each, 100 tune and 200 test stories and eight
+completions take about 36 minutes on two cores, with 5 s per training step and 70 completions per
+second and core. ``figures/results/runs/selection.jsonl`` holds the finished runs with the length of
+every completion (about a megabyte), so the statistics can be repeated on any machine.
 
     figures/results/selection.json
       rules       k -> rule -> "pass", "length", "ratio" -> {"reported", "value" (held-out), "bias",
                   "share": [mean, low, high] over runs, "spread": [low, high]}; share and spread are
-                  parts of the value, and 95% of the draws are reported within the spread
-      problems    n -> rule -> share of Ratio@k, k the largest: [mean, low, high]
+                  relative to the value, and 95% of the draws are within the spread
+      problems    n -> rule -> share of Ratio@k at the largest k: [mean, low, high]
       candidates  m -> rule -> the same, when Ratio@k alone chooses among the last m checkpoints
-      ablation    K -> rule -> {"apparent", "true", "bias": [mean, low, high]}, gain in Ratio@k as a
-                  part of the mean value of the last checkpoints
+      ablation    K -> rule -> {"apparent", "true", "bias": [mean, low, high]}, gain in Ratio@k
+                  relative to the mean value of the last checkpoints
       steps, runs [one per seed: {"length", "pass@1": [one per step]} on the whole test pool]
       seeds, config, versions
 """
@@ -62,7 +62,7 @@ from iapo_mini.lab.sizes import Size, preset_of
 from iapo_mini.lab.tuning import tuned
 
 FINALISTS = 5
-"""Checkpoints with the best accuracy, among which Ratio@k decides."""
+"""Number of checkpoints with the best accuracy, among which Ratio@k decides."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class Study:
     """Size of the study.
 
     Attributes:
-        size: of training, and the pools on which its checkpoints are judged.
-        problems: numbers n of reported stories; the first one is that of every other part.
+        size: size of training, and the pools on which its checkpoints are judged.
+        problems: numbers n of reported stories; the first one is used in every other part.
         candidates: numbers m of candidates.
-        trials: numbers K of runs of which the best is taken; two more runs must be there.
-        turns: random orders of the test pool, as for :func:`~iapo_mini.lab.best_of.repeat`.
+        trials: numbers K of runs of which the best is taken, at most the number of runs minus two.
+        turns: number of random orders of the test pool (:func:`~iapo_mini.lab.best_of.repeat`).
     """
 
     size: Size
@@ -103,12 +103,13 @@ SIZES = {
 
 
 def study(tests: Sequence[tuple], tunes: Sequence[tuple], plan: Study) -> dict:
-    """All numbers of the results file that follow from the candidates' completions.
+    """All numbers of the results file that are computed from the candidates' completions.
 
     Args:
         tests: for each run ``(right, tokens)`` of its candidates on the test pool, as for
-            :func:`measures`; tunes: the same on the tune pool.
-        plan: how they are drawn.
+            :func:`measures`.
+        tunes: the same on the tune pool.
+        plan: size of the study.
     """
 
     def reports(k: int, n: int, last: int, finalists: int) -> list[Reports]:
@@ -150,11 +151,11 @@ def selection(
     figures: str | Path = "figures",
     parallel: int | None = None,
 ) -> dict:
-    """Train the candidates, choose among them by every rule; results file and figure.
+    """Train the candidates and choose among them by every rule; write results file and figure.
 
-    Arguments and errors as for :func:`iapo_mini.lab.table1.table1`, which tunes the settings.
+    Arguments and errors are those of :func:`iapo_mini.lab.table1.table1`, which tunes the settings.
     """
-    preset_of(preset)  # refuses an unknown one
+    preset_of(preset)  # refuses an unknown preset
     plan, out, figures = SIZES[preset], Path(out), Path(figures)
     check_options(out, figures, parallel)
     best = tuned(preset, out, figures, parallel)["iapo"]

@@ -1,4 +1,4 @@
-"""How large an experiment is: seeds, steps, problems."""
+"""Sizes of experiments: seeds, steps, problems."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from iapo_mini.errors import check_choice
 
 WAY_PROBLEMS = 200
-"""Stories on which a policy is judged on the way, eight completions each."""
+"""Number of stories on which a policy is judged during training, with eight completions each."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Size:
     """Size of an experiment.
 
     Attributes:
-        seeds: one training run per recipe and seed.
+        seeds: seeds; there is one training run per recipe and seed.
         max_steps: training steps.
         prompts_per_step: prompts per training step, eight completions each.
         problems: stories of the evaluation, the same for every run.
@@ -24,9 +24,9 @@ class Size:
         primary: the step whose policy is evaluated; 0 is the last one.
         on_the_way: steps at which the policy is also judged, on ``WAY_PROBLEMS`` stories with
             eight completions each.
-        pools: if given, they are judged on ``(stream, stories)`` instead, ``num_generations``
-            completions of each story, and of every completion is kept whether it is right and how
-            many tokens it has. The stream of the evaluation must be among them.
+        pools: pairs ``(stream, stories)``. If given, the policy is judged at those steps on these
+            stories instead, with ``num_generations`` completions each, and the correctness and
+            length of every completion are kept. One stream must be that of the evaluation.
     """
 
     seeds: tuple[int, ...]
@@ -60,12 +60,12 @@ class Preset:
     """Sizes of the experiments behind the paper's tables and figures.
 
     Attributes:
-        trials: how many of each row's seven trials are made: all, or only the first.
-        tuning: of the trials, on the tune stream.
-        table1: Table 1 and the ablation.
-        more_seeds: of the rows that decide; those runs end at the primary step.
-        sweeps: one run for each weight; departures are of this size too.
-        timed: stories of the wall-clock measurement, eight completions each.
+        trials: how many of the seven trials of each row are made: all, or only the first.
+        tuning: size of the trials, on the tune stream.
+        table1: size of Table 1 and the ablation.
+        more_seeds: further seeds of the rows that decide; their runs end at the primary step.
+        sweeps: size of the runs for each weight, and of the departures.
+        timed: number of stories of the wall-clock measurement, with eight completions each.
     """
 
     trials: int
@@ -98,10 +98,10 @@ PRESETS = {
 
 
 def preset_of(name: str) -> Preset:
-    """The preset of this name.
+    """The preset with this name.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: for an unknown name.
     """
     check_choice("preset", name, PRESETS)
     return PRESETS[name]

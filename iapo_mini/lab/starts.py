@@ -1,11 +1,11 @@
-"""Does IAPO gain by a better estimate? The same methods from policies that know more and less.
+"""Study whether IAPO gains from a better estimate, by training from policies of different quality.
 
-The informativeness is read off the policy that is trained, so its worth hangs on that policy's
-early answers. Here GRPO, IAPO and IAPO-NE (which asks for no early answer: the control) are trained
-from three policies whose early answers differ: *uncalibrated* parrots the last number, *embedded*
-is calibrated but wavers, *calibrated* is steady as well (docs/estimators.md). A fourth row is IAPO
-that asks at sentence ends only: cheaper, and sums over sentences tell computing from talk better
-than single tokens do. Settings are those that ``tune`` chose for the embedded policy.
+The estimate of informativeness depends on the early answers of the trained policy. Here GRPO, IAPO
+and the control IAPO-NE (which uses no early answers) are trained from three policies whose early
+answers differ: *uncalibrated* repeats the last number, *embedded* is calibrated but unsteady, and
+*calibrated* is also steady (docs/estimators.md). A fourth row is IAPO that asks only at sentence
+ends. This is cheaper, and sums over sentences separate computing from talk better than single
+tokens do. The settings are those that ``tune`` chose for the embedded policy.
 
     figures/results/starts.json
       starts      name -> {"start": metrics of the policy before training,
@@ -47,7 +47,7 @@ TRAINED: dict[str, tuple[str, dict]] = {
     "iapo": ("iapo", {}),
     "iapo_sentence": ("iapo", {"estimator_stride": "sentence"}),
 }
-"""Row -> the method whose tuned settings it has, and what it changes in them."""
+"""Row -> the method whose tuned settings it uses, and its changes to them."""
 PAIRS = (("iapo", "grpo"), ("iapo", "iapo_ne"), ("iapo_sentence", "iapo"))
 METRICS = ("length", "pass@1", "ratio@1")
 SIZES = {
@@ -63,11 +63,11 @@ def starts(
     figures: str | Path = "figures",
     parallel: int | None = None,
 ) -> dict:
-    """Train :data:`TRAINED` from each of :data:`STARTS`; results file and figure.
+    """Train :data:`TRAINED` from each of :data:`STARTS`; write results file and figure.
 
-    Arguments and errors as for :func:`iapo_mini.lab.table1.table1`, which tunes the settings.
+    Arguments and errors are those of :func:`iapo_mini.lab.table1.table1`, which tunes the settings.
     """
-    preset_of(preset)  # refuses an unknown one
+    preset_of(preset)  # refuses an unknown preset
     size, out, figures = SIZES[preset], Path(out), Path(figures)
     check_options(out, figures, parallel)
     settings = tuned(preset, out, figures, parallel)
@@ -108,7 +108,7 @@ def starts(
 
 
 def _differences(ours: Mapping, theirs: Mapping) -> dict[str, tuple[float, float, float]]:
-    """Metric -> mean and 95% interval of ours minus theirs, seed by seed."""
+    """Metric -> mean and 95% interval of ours minus theirs, paired by seed."""
     return {
         metric: mean_interval([a - b for a, b in zip(ours[metric], theirs[metric], strict=True)])
         for metric in METRICS
@@ -116,7 +116,7 @@ def _differences(ours: Mapping, theirs: Mapping) -> dict[str, tuple[float, float
 
 
 def starts_table(results: Mapping) -> str:
-    """The rows of :func:`starts` as a Markdown table; mean and 95% interval over seeds."""
+    """Results of :func:`starts` as a Markdown table, with means and 95% intervals over seeds."""
     titles = ("start policy", "method", "loss", "length (tokens)", "Pass@1",
               "Ratio@1 (1/1000 tokens)")  # fmt: skip
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]

@@ -1,4 +1,4 @@
-"""Tokenizer and model of the embedded policy, before it has learned anything."""
+"""Tokenizer and model of the embedded policy, before any training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from iapo_mini.problems.stories import chain_of_thought, stories
 
-# ChatML without a system turn: the embedded policy needs no instructions.
+# ChatML without a system turn, because the embedded policy needs no instructions.
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] != 'system' %}"
     "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -22,13 +22,13 @@ CHAT_TEMPLATE = (
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 HEAD_WIDTH = 32
-"""Numbers in an attention head; the hidden size is a multiple of it."""
+"""Width of an attention head; the hidden size is a multiple of it."""
 
 
 def build_tokenizer(n_stories: int = 6000) -> Qwen2Tokenizer:
     """Byte-level Qwen2 tokenizer trained on the story world; `` 0`` to `` 99`` are one token each.
 
-    Qwen2-compatible on purpose: with ``model_type: qwen2`` transformers always loads
+    It must be compatible with Qwen2: for ``model_type: qwen2`` transformers always loads
     ``Qwen2Tokenizer`` and would replace any other pre-tokenizer.
     """
     rng = random.Random(0)
@@ -50,7 +50,7 @@ def build_tokenizer(n_stories: int = 6000) -> Qwen2Tokenizer:
 
 
 def build_model(tokenizer: Qwen2Tokenizer, seed: int, hidden: int, layers: int) -> Qwen2ForCausalLM:
-    """Randomly initialised tiny Qwen2: tied embeddings, heads of 32, a KV head per query head."""
+    """Make a small random Qwen2: tied embeddings, heads of width 32, a KV head per query head."""
     torch.manual_seed(seed)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = Qwen2Config(
@@ -61,8 +61,8 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int, hidden: int, layers: int) 
         num_attention_heads=hidden // HEAD_WIDTH,
         num_key_value_heads=hidden // HEAD_WIDTH,
         max_position_embeddings=512,
-        # The usual 0.02 suits widths in the thousands. At this one it starts names and items almost
-        # equal, and the model takes thousands of steps to tell them apart.
+        # The usual 0.02 suits widths in the thousands. With this width, names and items would start
+        # almost equal, and the model would need thousands of steps to distinguish them.
         initializer_range=hidden**-0.5,
         tie_word_embeddings=True,
         eos_token_id=eos,

@@ -1,4 +1,4 @@
-"""The paper's Fig. 6: the weights alpha and beta; and two ways to average the loss."""
+"""The paper's Fig. 6 on the weights alpha and beta, and a comparison of two means of the loss."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SWEPT = {
     "alpha": (1e-6, 1e-4, 1e-2, 0.1, 0.2, 0.4, 1.0),
     "beta": (1e-6, 1e-4, 1e-2, 0.05, 0.2, 1.0),
 }
-"""The paper's four values each (Fig. 6) and finer ones where lengths change."""
+"""The paper's four values of each weight (Fig. 6), and further values where lengths change."""
 AVERAGED = ("iapo", "iapo_ne")
-"""Methods that are run with both means of the loss: over the tokens of each completion first, as
-the paper has it ("sequence"), or over all tokens at once ("token")."""
+"""Methods that are run with both means of the loss: over the tokens of each completion first, as in
+the paper's equation ("sequence"), or over all tokens at once ("token")."""
 
 
 def sweeps(
@@ -28,7 +28,7 @@ def sweeps(
     figures: str | Path = "figures",
     parallel: int | None = None,
 ) -> dict:
-    """The paper's Fig. 6: one weight of IAPO varied, the other as tuned. And the loss's mean."""
+    """Remake the paper's Fig. 6, where one weight varies, and compare the two means of the loss."""
     size, out, figures = preset_of(preset).sweeps, Path(out), Path(figures)
     check_options(out, figures, parallel)
     best = tuned(preset, out, figures, parallel)
@@ -36,7 +36,7 @@ def sweeps(
     recipes: dict[str, dict] = {}
 
     def planned(name: str, recipe: dict) -> str:
-        """The name of the run with these settings, which an earlier one may have had."""
+        """The name of the run with these settings; equal settings share one run."""
         recipe = {"aggregation": "sequence"} | recipe
         same = next((n for n, settings in recipes.items() if settings == recipe), name)
         recipes.setdefault(same, recipe)

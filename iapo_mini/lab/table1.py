@@ -1,7 +1,7 @@
-"""Table 1: every method against the start policy, equal budget.
+"""Table 1: every method and the start policy, with equal budgets.
 
-Every row is trained beyond the step that is reported, and judged on the way. The rows that decide
-have more seeds, whose runs end at the reported step.
+Training of every row continues after the reported step, and policies are judged along the way. The
+rows that decide have more seeds, whose runs end at the reported step.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from iapo_mini.sampling import from_texts, sample
 from iapo_mini.tasks import Problem
 
 DECIDING = ("grpo", "dapo", "iapo", "iapo_ne", "grpo_kimi", "grpo_efficient")
-"""Rows on which a verdict of ours hangs."""
+"""Rows that decide one of our verdicts."""
 WATCHED = (START, "grpo", "iapo")
-"""Rows whose policies are timed, and whose answers are coloured by their informativeness."""
+"""Rows whose policies are timed and whose answers are plotted with their informativeness."""
 
 
 def table1(
@@ -43,10 +43,10 @@ def table1(
     figures: str | Path = "figures",
     parallel: int | None = None,
 ) -> dict:
-    """Table 1: every method against the start policy, equal budget; results and figures.
+    """Make Table 1: train and judge every method with equal budgets; write results and figures.
 
-    Arguments, errors and the results file as for :func:`compare`; presets are those of
-    ``PRESETS``. Methods are tuned first, unless ``tuning.json`` is there.
+    Arguments, errors and the results file are those of :func:`compare`; presets are those of
+    ``PRESETS``. Methods are tuned first, unless ``tuning.json`` exists.
     """
     sizes, out, figures = preset_of(preset), Path(out), Path(figures)
     check_options(out, figures, parallel)
@@ -62,7 +62,7 @@ def table1(
         results["wall_clock"] = before["wall_clock"]
     else:
         own = _of(jobs, WATCHED, sizes.table1.seeds)
-        run_all(own, parallel)  # those that only the ledger has are made again: weights are needed
+        run_all(own, parallel)  # repeats runs that only the ledger has, since weights are needed
         results["wall_clock"] = wall_clock(own, WATCHED, sizes.timed)
     question, texts = answers_to_one_story(jobs, kept)
     results["story"] = {"question": question, "answers": texts}
@@ -86,7 +86,7 @@ def table1(
 
 
 def _jobs(sizes: Preset, out: Path, recipes: Mapping[str, dict | None]) -> list[dict]:
-    """The jobs of every row, and those of the further seeds of the rows that decide."""
+    """The jobs of every row, and the jobs of further seeds of the rows that decide."""
     size = sizes.table1
     to_primary = tuple(step for step in size.on_the_way if step <= size.primary)
     further = replace(
@@ -103,11 +103,14 @@ def _of(jobs: Sequence[dict], names: Sequence[str], seeds: Sequence[int]) -> lis
 
 
 def wall_clock(jobs: Sequence[dict], names: Sequence[str], problems: int) -> dict[str, list]:
-    """Seconds to sample 1,000 completions, by name and seed, one thread, names taken in turn.
+    """Seconds to sample 1,000 completions with one thread, by name and seed.
+
+    The names are timed in turn.
 
     Args:
-        jobs: finished jobs; names: rows to time.
-        problems: test stories, eight completions each.
+        jobs: finished jobs.
+        names: rows to time.
+        problems: number of test stories, with eight completions each.
     """
     asked = list(itertools.islice(stories("test", seed=0), problems))
     out: dict[str, list[float]] = {name: [] for name in names}
@@ -130,14 +133,15 @@ def wall_clock(jobs: Sequence[dict], names: Sequence[str], problems: int) -> dic
 def answers_to_one_story(
     jobs: Sequence[dict], kept: Path | None = None
 ) -> tuple[str, dict[str, str]]:
-    """One test story and how each policy of the first seed answers it (paper, Fig. 7 and 14).
+    """One test story and the answer of each policy of the first seed (paper, Fig. 7 and 14).
 
-    The story is the first of at least four operations that every policy answers right at least
-    once, among those of which runs keep an answer; each policy shows its right completion of median
-    length. ``(sentence, {})`` when there is no such story.
+    The story is the first one with at least four operations that every policy answers right at
+    least once, among the stories for which runs keep an answer. The answer of a policy is its right
+    completion of median length. ``(sentence, {})`` if there is no such story.
 
     Args:
-        jobs: finished; kept: the file where those without a folder are looked up.
+        jobs: finished jobs.
+        kept: file of finished runs, for jobs without a folder.
     """
     first = [job for job in jobs if job["seed"] == jobs[0]["seed"]]
     answers = {

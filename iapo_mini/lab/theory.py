@@ -1,33 +1,33 @@
-"""The paper's theory held against what happens: Theorem 4.1, Corollary 4.2, exploration.
+"""The paper's theory compared with measurements: Theorem 4.1, Corollary 4.2, exploration.
 
 :func:`theory` writes ``figures/results/theory.json`` and ``figures/theory_*.png``. An *interval* is
 ``[mean, low, high]``, 95% by Student's t over seeds; a *curve* is one interval per step size.
 
     theorem      etas, and for informativeness and for a random direction ("control"):
                  slope (curve of measured on predicted change of length, through the origin),
-                 error (curve of |measured - predicted| over |predicted|), order (interval, of the
-                 error in eta, on small steps), points (predicted and measured, one seed)
+                 error (curve of |measured - predicted| over |predicted|), order (interval, order
+                 of the error in eta for small steps), points (predicted and measured, one seed)
     corollary    tables: random, filler, clue -> premise (share of worlds in which informativeness
                  per token falls with length), shorter and shorter_raw (share in which the step
-                 shortens, with s normalised within the completion and with s as it is),
+                 shortens completions, with s normalised within the completion and without),
                  covariance (of length and informativeness per token, nats), change (of length per
                  unit step, tokens), by_length (tokens -> interval, nats per token);
                  paths: filler, clue -> grpo, iapo (curve of expected length over updates)
-                 stories: correlation, covariance (nats), slope (nats per token, for each token
-                 more), total (correlation of the whole information with length), spread (standard
+                 stories: correlation, covariance (nats), slope (nats per token, per additional
+                 token), total (correlation of the whole information with length), spread (standard
                  deviation of the whole information within a story, nats), by_steps (correlation),
                  by_length (length over the story's mean -> interval, nats per token)
     policy       the theorem on the embedded policy: predicted and measured change of length
                  (tokens), their difference, nats (rms of S)
     exploration  etas, plus and minus -> slope, error, order as above, right_sign, right_sign_plain
-                 (share of policies whose entropy moves as the paper says, natural gradient or plain
-                 gradient), points; strings -> right_sign (share of worlds, with the term as IAPO
-                 has it: normalised within the completion)
+                 (share of policies whose entropy moves as the paper says, with natural or plain
+                 gradient), points; strings -> right_sign (share of worlds, with the term of IAPO,
+                 which is normalised within the completion)
     preset, versions
 
-In the tables everything is exact: groups are infinite (mean and standard deviation of the reward
-are the policy's), every completion is enumerated in fp64, the posterior of the answer is Bayes'.
-The reward is 1 for the correct answer and 0 otherwise, alpha and beta are 1 and stand in the step.
+In tabular worlds everything is exact: groups are infinite (mean and standard deviation of the
+reward are those of the policy), all completions are enumerated in fp64, and the posterior of the
+answer follows from Bayes' rule. The reward is 1 if correct and 0 if not; alpha and beta are 1.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from iapo_mini.lab.theory_stories import story_experiments
 from iapo_mini.lab.worlds import WORLDS, random_worlds
 
 ETAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""Step sizes; the order of the error is fitted on those up to 0.3."""
+"""Step sizes. The order of the error is fitted to those up to 0.3."""
 
 Interval = tuple[float, float, float]
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -71,10 +71,10 @@ class TheorySize:
     """Size of the experiments.
 
     Attributes:
-        seeds: draws of worlds, stories and completions; intervals are over them.
+        seeds: number of draws of worlds, stories and completions; intervals are over them.
         worlds: tabular worlds or policies per seed.
-        stories: test stories per seed, an even number, eight completions each.
-        updates: of the paths.
+        stories: test stories per seed, an even number, with eight completions each.
+        updates: number of updates of the paths.
     """
 
     seeds: int
@@ -90,7 +90,7 @@ SIZES = {
 
 
 def share(values: Sequence[float]) -> Interval:
-    """Mean and interval of shares: Student's t knows no bounds, a share does."""
+    """Mean and interval of shares, cut to 0..1, which Student's t-interval may leave."""
     mean, low, high = mean_interval(values)
     return mean, max(low, 0.0), min(high, 1.0)
 
@@ -111,7 +111,7 @@ def reward_direction(strings: Strings, theta: torch.Tensor, answers: torch.Tenso
 
 
 def token_direction(strings: Strings, theta: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """What a token term adds to it: E[1/|o| sum_t values(o, t) grad log pi(o_t)].
+    """Ascent direction of a token term: E[1/|o| sum_t values(o, t) grad log pi(o_t)].
 
     Args:
         theta: (..., N, V + 1); values: (..., S, L), such as norm(s_t, s) within the completion.
@@ -120,7 +120,7 @@ def token_direction(strings: Strings, theta: torch.Tensor, values: torch.Tensor)
 
 
 def normalized_drops(strings: Strings, theta: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-    """norm(s_t, s) over the tokens of each completion, as training has it, (..., S, L)."""
+    """norm(s_t, s) over the tokens of each completion, as in training, (..., S, L)."""
     return normalize(string_drops(strings, theta, answers), strings.mask).double()
 
 
@@ -133,10 +133,10 @@ def length_change(strings: Strings, theta: torch.Tensor, change: torch.Tensor) -
     """Theorem 4.1: ``(measured, predicted)`` change of the expected length, (...,) tokens each.
 
     Args:
-        theta: (..., N, V + 1), theta_GRPO; change: what is added to it, eta included.
+        theta: (..., N, V + 1), theta_GRPO; change: the change of theta, including eta.
 
     Returns:
-        E[|o|] after the change less E[|o|] before it, and Cov(|o|, S(o)) under theta_GRPO.
+        E[|o|] after the change minus E[|o|] before it, and Cov(|o|, S(o)) under theta_GRPO.
     """
     measured = expected_length(strings, theta + change) - expected_length(strings, theta)
     p = string_logprobs(strings, theta).exp()
@@ -152,7 +152,7 @@ def agreement(
 
     Args:
         change: (seed, eta) -> (measured, predicted), (count,) each.
-        seeds: how many; etas: step sizes, at least two up to 0.3.
+        seeds: number of seeds; etas: step sizes, at least two of them up to 0.3.
 
     Returns:
         ``slope``, ``error`` (one interval per step size), ``order``, and ``points`` of seed 0 at
@@ -182,7 +182,7 @@ def agreement(
 
 
 def theorem(preset: TheorySize) -> dict:
-    """Theorem 4.1 in random worlds, for the informativeness term and for a random direction."""
+    """Test Theorem 4.1 in random worlds, for the informativeness term and a random direction."""
 
     def change(seed: int, eta: float, random: bool = False) -> Pair:
         strings, theta, answers = random_worlds(preset.worlds, seed)
@@ -206,7 +206,7 @@ def theorem(preset: TheorySize) -> dict:
 
 
 def corollary_tables(preset: TheorySize, eta: float = 0.01) -> dict:
-    """Premise and conclusion of Corollary 4.2 in three kinds of worlds, one small step each."""
+    """Test premise and conclusion of Corollary 4.2 by a small step in three kinds of worlds."""
     out: dict[str, dict] = {}
     for name, draw in WORLDS.items():
         found: dict[str, list] = {}
@@ -238,7 +238,7 @@ def corollary_tables(preset: TheorySize, eta: float = 0.01) -> dict:
 
 
 def corollary_paths(preset: TheorySize, eta: float = 1.0) -> dict:
-    """Expected length over many updates, GRPO against IAPO, in filler and in clue worlds."""
+    """Expected length over many updates of GRPO and of IAPO, in filler and clue worlds."""
     out = {}
     for name in ("filler", "clue"):
         runs: dict[str, list] = {"grpo": [], "iapo": []}
@@ -265,13 +265,13 @@ def entropy_change(
 ) -> Pair:
     """``(measured, predicted)`` change of a policy's entropy by one step, (...,) nats each.
 
-    H(pi_new) - H(pi_0) ~ -eta Cov_{o~pi_0}(log pi_0(o), A(o)) (paper, exploration) is what the
-    natural gradient of E[A] gives, which adds eta A to the logits: pi_new ~ pi_0 exp(eta A). The
-    plain gradient adds eta pi_0 (A - E[A]) instead, and the same formula holds with that for A.
+    H(pi_new) - H(pi_0) ~ -eta Cov_{o~pi_0}(log pi_0(o), A(o)) (paper, exploration) holds for the
+    natural gradient of E[A], which adds eta A to the logits: pi_new ~ pi_0 exp(eta A). The plain
+    gradient adds eta pi_0 (A - E[A]) instead; the formula then holds with this in place of A.
 
     Args:
         logits: (..., V) fp64; advantages: (..., V), A of every choice; eta: step size.
-        natural: which of the two.
+        natural: whether to use the natural gradient.
     """
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
@@ -289,7 +289,7 @@ def completion_entropy_change(strings: Strings, theta: torch.Tensor, change: tor
 
 
 def exploration(preset: TheorySize, choices: int = 8, eta: float = 0.01) -> dict:
-    """Entropy after A = +pi_0 and A = -pi_0, for random policies over ``choices`` tokens."""
+    """Test entropy after A = +pi_0 and A = -pi_0, for random policies over ``choices`` tokens."""
 
     def logits(seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -324,7 +324,7 @@ def exploration(preset: TheorySize, choices: int = 8, eta: float = 0.01) -> dict
 def theory(preset: str = "full", figures: str | Path = "figures", progress: bool = True) -> dict:
     """Run every experiment, write ``results/theory.json`` and the figures.
 
-    Files are written at the end, each whole or not at all: a run that is stopped changes nothing.
+    Files are written only at the end, so a run that is stopped changes nothing.
 
     Args:
         preset: a key of ``SIZES``; figures: folder of figures; progress: show progress bars.
@@ -351,7 +351,7 @@ def theory(preset: str = "full", figures: str | Path = "figures", progress: bool
 
 
 def draw(results: dict, figures: Path) -> None:
-    """Every figure, from the content of ``results/theory.json``."""
+    """Draw every figure from the content of ``results/theory.json``."""
     ending = "" if results["preset"]["name"] == "full" else f"_{results['preset']['name']}"
     for name in ("theorem", "corollary", "exploration"):
         figure = getattr(drawn, f"theory_{name}")(results[name])
@@ -359,7 +359,7 @@ def draw(results: dict, figures: Path) -> None:
 
 
 def summary(results: dict) -> str:
-    """One line for each claim, in Markdown: what the paper says, what was found."""
+    """Markdown table with a line for each claim: the paper's number and ours."""
     theorem, exploration = results["theorem"], results["exploration"]
     tables, told = results["corollary"]["tables"], results["corollary"]["stories"]
     policy = results["policy"]

@@ -1,6 +1,6 @@
 """Corollary 4.2's premise and Theorem 4.1 on the embedded policy and the story world.
 
-The part of :mod:`iapo_mini.lab.theory` that samples; the rest of it counts.
+This is the part of :mod:`iapo_mini.lab.theory` that samples. The other parts enumerate.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ Read = TypeVar("Read")
 
 
 def within(values: torch.Tensor, group: int) -> torch.Tensor:
-    """Values (B,) less the mean of their group of completions of one prompt; (B,) fp64."""
+    """Values (B,) minus the mean over their group of completions; (B,) fp64."""
     values = values.double().view(-1, group)
     return (values - values.mean(1, keepdim=True)).flatten()
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Of two centred (B,) vectors; 0 if one does not vary."""
+    """Correlation of two centred (B,) vectors; 0 if one is constant."""
     return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-300))
 
 
 def story_statistics(
     lengths: torch.Tensor, information: torch.Tensor, steps: torch.Tensor, group: int
 ) -> dict:
-    """Informativeness per token against length, within stories (Corollary 4.2's premise).
+    """Informativeness per token by length within stories (Corollary 4.2's premise).
 
-    Harder stories are longer and tell more, so every number is less its story's mean.
+    Completions of harder stories are longer and more informative, so the mean of its story is
+    subtracted from every number.
 
     Args:
         lengths: (B,) tokens; information: (B,) nats, sum_t s_t of each completion.
-        steps: (B,) long, operations of the story.
-        group: completions of a story, adjacent.
+        steps: (B,) long, number of operations of the story.
+        group: number of completions of a story, in adjacent rows.
 
     Returns:
         ``correlation``, ``covariance``, ``slope``, ``total``, ``spread``, ``by_steps`` and
@@ -77,7 +78,7 @@ def story_statistics(
 
 
 def sampled(policy: Policy, problems: list[Problem], seed: int) -> Rollouts:
-    """Eight completions each, with their informativeness by the library's estimator."""
+    """Sample eight completions per problem and estimate their informativeness."""
     rollouts = sample(policy, problems, seed=seed)
     entropies = answer_entropies(policy, rollouts)
     s = informativeness(entropies, rollouts.completion_mask)
@@ -85,7 +86,7 @@ def sampled(policy: Policy, problems: list[Problem], seed: int) -> Rollouts:
 
 
 def over_seeds(found: Sequence[dict]) -> dict:
-    """Numbers of every seed as intervals; keys that not every seed has are left out."""
+    """Intervals over seeds of every number; keys that some seeds lack are left out."""
     out: dict = {}
     for name, value in found[0].items():
         if isinstance(value, dict):
@@ -103,7 +104,7 @@ def information_gradient(policy: Policy, rollouts: Rollouts) -> dict[str, torch.
     values = values / rollouts.lengths[:, None] / len(values)
     parameters, group = policy.trainable(), rollouts.num_generations
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for start in range(0, len(values), 4 * group):  # memory
+    for start in range(0, len(values), 4 * group):  # in parts, to save memory
         part = rollouts.rows(start, start + 4 * group)
         logprobs, _ = token_logprobs(policy.model, part)
         weights = values[start : start + 4 * group, : logprobs.shape[1]]
@@ -138,18 +139,18 @@ def policy_length_change(
 ) -> tuple[float, float]:
     """Theorem 4.1 on a language model: ``(measured, predicted)`` change of mean length, tokens.
 
-    The predicted one is Cov(|o|, S(o)) within prompts, S by a central difference of log p(o). It
-    needs a direction that was found on *other* completions: a completion's own part in the gradient
-    would raise its S. The measured one is half the difference between a step forth and a step back,
-    which leaves out what is quadratic in the step.
+    The predicted change is Cov(|o|, S(o)) within prompts, with S from a central difference of
+    log p(o). The direction must come from *other* completions, because a completion's own part in
+    the gradient would raise its S. The measured change is half the difference between a step
+    forward and a step backward, in which terms quadratic in the step cancel.
 
     Args:
-        policy: the policy, every weight trainable; unchanged afterwards.
-        direction: by parameter name.
+        policy: the policy, with every weight trainable; it is unchanged afterwards.
+        direction: parameter name -> direction of the step.
         problems, rollouts: completions of the policy, whole groups in the order of the problems.
-        seed: of the samples after the steps; both see the same random numbers, so that choices
-            which the step does not change cancel.
-        nats: size of the step: root mean square over completions of S(o) less its prompt's mean.
+        seed: seed of the samples after the steps. Both steps use the same random numbers, so
+            choices that the step does not change cancel.
+        nats: size of the step: root mean square over completions of S(o) minus its prompt's mean.
     """
     group = rollouts.num_generations
     norm = math.sqrt(sum(float(g.square().sum()) for g in direction.values()))
@@ -176,9 +177,9 @@ def story_experiments(seeds: int, count: int, progress: bool = True) -> tuple[di
     """``corollary.stories`` and ``policy`` of ``theory.json``, on the embedded policy.
 
     Args:
-        seeds: how many draws of stories and completions.
-        count: test stories per seed, an even number, eight completions each. One half of them
-            gives the direction, the other half is judged.
+        seeds: number of draws of stories and completions.
+        count: test stories per seed, an even number, with eight completions each. One half of them
+            gives the direction, and the other half is judged.
         progress: show a progress bar.
     """
     policy = load_policy(lora_rank=0)

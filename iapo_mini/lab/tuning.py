@@ -1,8 +1,9 @@
-"""The same number of trials for every row of Table 1, on the tune stream.
+"""Tuning of every row of Table 1 with the same number of trials, on the tune stream.
 
-First five learning rates at the row's usual weight, then, at the best of them, two other weights; a
-row without a weight tries two learning rates beside the best one instead. Every trial is run with
-each of the tuning seeds, which no reported run has, and judged by their mean.
+The first five trials are learning rates with the usual weight of the row. The last two are other
+weights with the best learning rate; a row without a weight tries two learning rates next to the
+best one instead. Every trial is run with each of the tuning seeds, which no reported run uses, and
+judged by their mean.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ ROWS: dict[str, dict] = {
     "grpo": {"method": "grpo"},
     "dapo": {"method": "dapo"},
     "gfpo": {"method": "gfpo"},
-    # GFPO's authors keep 8 of 24; with 4 prompts a step that is as many completions.
+    # GFPO's authors keep 8 of 24. With 4 prompts per step the number of completions is the same.
     "gfpo_24": {"method": "gfpo", "alpha": 1 / 3, "num_generations": 24, "prompts_per_step": 4},
     "gtpo": {"method": "gtpo"},
     "gtpo_iapo": {"method": "gtpo_iapo"},
-    # S-GRPO's thresholds belong to completions of 178 tokens (the paper's 7B model on GSM8K); the
-    # start policy writes about 60, a factor of 0.35.
+    # S-GRPO's thresholds are for completions of 178 tokens (the paper's 7B model on GSM8K). The
+    # start policy writes about 60 tokens, hence the factor of 0.35.
     "sgrpo": {"method": "sgrpo", "alpha": 0.35},
     "grpo_kimi": {"method": "grpo_kimi"},
     "grpo_efficient": {"method": "grpo_efficient"},
@@ -41,7 +42,7 @@ ROWS: dict[str, dict] = {
     "iapo_ne": {"method": "iapo_ne"},
     "iapo_pmi": {"method": "iapo_pmi"},
 }
-"""Rows of Table 1 -> TrainConfig fields, without what is tuned."""
+"""Rows of Table 1 -> TrainConfig fields, without the tuned ones."""
 
 _IAPO_WEIGHTS = ({"alpha": 0.1}, {"alpha": 0.4})
 OTHER_WEIGHTS: dict[str, tuple[dict, dict]] = {
@@ -58,7 +59,7 @@ OTHER_WEIGHTS: dict[str, tuple[dict, dict]] = {
     "iapo_ne": _IAPO_WEIGHTS,
     "iapo_pmi": _IAPO_WEIGHTS,
 }
-"""The weights of the last two trials, one on each side of the usual one."""
+"""The weights of the last two trials, one below and one above the usual weight."""
 
 RULE = (
     "highest Ratio@1 (Pass@1 over mean length) among the trials whose Pass@1 is at least that of "
@@ -68,12 +69,12 @@ RULE = (
 
 
 def first_trials(row: str) -> list[dict]:
-    """The trials of the learning rates, as TrainConfig fields."""
+    """The trials of learning rates, as TrainConfig fields."""
     return [ROWS[row] | {"learning_rate": rate} for rate in RATES]
 
 
 def last_trials(row: str, best: Mapping) -> list[dict]:
-    """The two trials beside the best one of the learning rates."""
+    """The last two trials, given the best learning rate."""
     if row in OTHER_WEIGHTS:
         return [{**best, **weights} for weights in OTHER_WEIGHTS[row]]
     beside = (best["learning_rate"] / math.sqrt(2), best["learning_rate"] * math.sqrt(2))
@@ -91,7 +92,7 @@ def choose(trials: Sequence[Mapping], floor: float) -> int:
 def _tried(
     recipes: Mapping[str, dict | None], size: Size, out: Path, kept: Path, parallel: int | None
 ) -> dict[str, dict]:
-    """Name -> means over the tuning seeds, and the values of each, of runs on the tune stream."""
+    """Name -> metrics of runs on the tune stream: means over the tuning seeds, and each value."""
     jobs = make_jobs(size, out, recipes, split="tune")
     run_all(jobs, parallel, kept)
     found = collect(jobs, size, kept)["methods"]
@@ -110,10 +111,10 @@ def tune(
     figures: str | Path = "figures",
     parallel: int | None = None,
 ) -> dict:
-    """The trials of every row of :data:`ROWS` on the tune stream; write ``tuning.json``.
+    """Make the trials of every row of :data:`ROWS` on the tune stream; write ``tuning.json``.
 
-    The seeds of the trials are none of the reported runs'. Arguments, errors and the results file
-    as for :func:`compare`; presets are those of ``PRESETS``.
+    No reported run uses the seeds of the trials. Arguments, errors and the results file are those
+    of :func:`compare`; presets are those of ``PRESETS``.
     """
     sizes, out, figures = preset_of(preset), Path(out), Path(figures)
     check_options(out, figures, parallel)
@@ -153,7 +154,7 @@ def tune(
 
 
 def tuning_table(results: dict) -> str:
-    """The trials of :func:`tune` as a Markdown table; what was chosen is in bold."""
+    """The trials of :func:`tune` as a Markdown table, with the chosen ones in bold."""
     lines = ["| row | loss | learning rate | alpha | beta | length (tokens) | Pass@1 | Ratio@1 "
              "(1/1000 tokens) |", "|---" * 8 + "|"]  # fmt: skip
     for name, rows in results["trials"].items():
@@ -174,7 +175,7 @@ def tuning_table(results: dict) -> str:
 
 
 def tuned(preset: str, out: Path, figures: Path, parallel: int | None) -> dict[str, dict]:
-    """Row -> the settings that :func:`tune` chose; from its file if that has these rows."""
+    """Row -> the settings that :func:`tune` chose, from its file if it holds these rows."""
     path = results_path(figures, "tuning", preset)
     results = read_json(path, {"trials": {}, "chosen": {}}, needs=("trials", "chosen"))
     first = {row: rows[0]["settings"] for row, rows in results["trials"].items()}

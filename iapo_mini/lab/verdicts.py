@@ -1,9 +1,10 @@
-"""Whether a claim holds: values over seeds, the region where it is true, Holm's correction.
+"""Verdicts on claims, by t-tests over seeds with Holm's correction.
 
-The verdict is *holds* when a t-test finds the mean inside the region, *does not hold* when one
-finds it outside, each at a one-sided level of 0.025 that is shared by all claims of a section, and
-*cannot tell* otherwise. It is *cannot be tested* when the test would have been passed before any
-training. Where only an interval is at hand, the whole interval decides.
+A claim is true if a mean lies in a certain region. The verdict is *holds* if a t-test finds the
+mean inside the region, *does not hold* if a t-test finds it outside, and *cannot tell* otherwise.
+All claims of a section share a one-sided level of 0.025. The verdict is *cannot be tested* if the
+claim would have passed the test before any training. If only an interval is known, the verdict
+depends on whether the whole interval lies inside or outside the region.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from typing import NamedTuple
 from iapo_mini.intervals import holm, p_above
 
 LEVEL = 0.025
-"""One-sided: a 95% interval leaves as much on each side."""
+"""One-sided level. A 95% interval leaves the same share on each side."""
 
 Row = tuple[str, str, str, str]
-"""Claim, the paper's number, ours, verdict."""
+"""A claim, the paper's number, our number, and the verdict."""
 
 
 class Claim(NamedTuple):
-    """One claim before it is judged.
+    """A claim before it is judged.
 
     Attributes:
-        text, paper, ours: cells of its row.
-        values: what is judged, one for each seed; none where it was not measured.
-        low, high: the claim is true where the mean lies between them.
-        testable: whether the test could have failed.
+        text, paper, ours: cells of its row in the table.
+        values: values to judge, one for each seed; empty if not measured.
+        low, high: the claim is true if the mean lies between them.
+        testable: whether the test could fail.
     """
 
     text: str
@@ -41,7 +42,7 @@ class Claim(NamedTuple):
 
 
 def verdict(interval: Sequence[float], low: float = -math.inf, high: float = math.inf) -> str:
-    """Whether a quantity lies between ``low`` and ``high``, by its ``(mean, low, high)``."""
+    """Verdict on whether an interval ``(mean, low, high)`` lies between ``low`` and ``high``."""
     _, left, right = interval
     if math.isnan(left):
         return "cannot tell"
@@ -51,9 +52,9 @@ def verdict(interval: Sequence[float], low: float = -math.inf, high: float = mat
 
 
 def p_values(claim: Claim) -> tuple[float, float]:
-    """One-sided p-values that the mean lies inside the claim's region, and outside of it.
+    """One-sided p-values of tests that the mean is inside and outside the claim's region.
 
-    NaN where there is no test: fewer than two seeds, or a claim that can't be tested.
+    NaN if there is no test: for fewer than two seeds, or a claim that can't be tested.
     """
     if not claim.testable:
         return math.nan, math.nan
@@ -63,7 +64,7 @@ def p_values(claim: Claim) -> tuple[float, float]:
 
 
 def judge(section: Sequence[Claim]) -> list[Row]:
-    """Rows of a section with their verdicts, Holm's correction over all of them."""
+    """Rows of a section with their verdicts, with Holm's correction over the section."""
     pairs = [p_values(claim) for claim in section]
     stands = holm([min(pair) for pair in pairs], LEVEL)
     rows = []

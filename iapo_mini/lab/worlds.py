@@ -1,7 +1,7 @@
-"""Worlds of completions that the theory is tried in: which there are, how the answer hangs on them.
+"""Worlds for testing the theory: their completions, policies and answers.
 
-Every function here draws many worlds of one kind: the completions are the same in all of them
-(:class:`iapo_mini.lab.exact.Strings`), the policies, and with them the lengths, are random.
+Every function here draws many worlds of one kind. The possible completions are the same in all of
+them (:class:`iapo_mini.lab.exact.Strings`); the policies, and so the lengths, are random.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from iapo_mini.lab.exact import Strings, every_string, strings_of
 
 
 def random_worlds(count: int, seed: int) -> tuple[Strings, torch.Tensor, torch.Tensor]:
-    """All strings of up to four of two symbols; the answer (of three) hangs on the whole string.
+    """All strings of up to four out of two symbols, with one of three answers for each string.
 
-    What is told in all, H(y) - H(y | o), is the same for every completion (chain rule), so the
-    premise of Corollary 4.2 holds here by itself.
+    The whole information H(y) - H(y | o) is the same for every completion (chain rule), so the
+    premise of Corollary 4.2 always holds here.
 
     Returns:
-        The strings, logits (count, N, V + 1) and p(y | o) (count, S, 3), one answer in ten drawn
-        at random; answer 0 is the correct one.
+        The strings, logits (count, N, V + 1) and p(y | o) (count, S, 3), with one answer in ten
+        drawn at random; answer 0 is the correct one.
     """
     strings = strings_of(every_string(2, 4), 2)
     generator = torch.Generator().manual_seed(seed)
@@ -29,23 +29,24 @@ def random_worlds(count: int, seed: int) -> tuple[Strings, torch.Tensor, torch.T
 
 
 def filler_worlds(count: int, seed: int) -> tuple[Strings, torch.Tensor, torch.Tensor]:
-    """Talk, then the answer: up to six times a symbol that says nothing, then one of three answers.
+    """Worlds of talk: up to six symbols without information, then one of three answers.
 
-    Every completion tells all there is to tell, so a longer one tells less per token: the premise
-    of Corollary 4.2 holds. Returns as :func:`random_worlds`.
+    Every completion has the same information, so longer ones have less per token, and the premise
+    of Corollary 4.2 holds. Returns the same as :func:`random_worlds`.
     """
     strings = strings_of([(3,) * m + (a,) for m in range(7) for a in range(3)], 4)
     answers = torch.eye(3, dtype=torch.float64).repeat(7, 1).expand(count, -1, -1)
     theta = random_logits(strings, count, torch.Generator().manual_seed(seed))
-    theta[..., 3] += 2  # a talker
+    theta[..., 3] += 2  # makes talk likely
     return strings, theta, answers
 
 
 def clue_worlds(count: int, seed: int) -> tuple[Strings, torch.Tensor, torch.Tensor]:
-    """One clue or more: the answer has four bits, every symbol tells one, the rest is guessed.
+    """Worlds of clues: the answer has four bits, every symbol gives one, and the rest is guessed.
 
-    m clues and the end-of-sequence token tell m ln 2 nats in m + 1 tokens (with even odds), more
-    per token the longer the completion: the premise fails. Returns as :func:`random_worlds`.
+    With even odds, m clues and the end-of-sequence token give m ln 2 nats in m + 1 tokens. Longer
+    completions have more per token, so the premise fails. Returns the same as
+    :func:`random_worlds`.
     """
     told = every_string(2, 4)
     answers = torch.tensor(

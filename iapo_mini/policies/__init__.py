@@ -1,26 +1,26 @@
-"""The policies that ship with the package: their names and their folders."""
+"""Names and folders of the policies that ship with the package."""
 
 from pathlib import Path
 
 EMBEDDED = "embedded"
-"""Name under which the shipped policy is loaded."""
+"""Name of the shipped policy."""
 
 EMBEDDED_UNCALIBRATED = "embedded-uncalibrated"
-"""A second shipped policy, trained on whole chains only: what goes wrong without calibration."""
+"""Name of a shipped policy trained on whole chains only, which shows the need for calibration."""
 
 EMBEDDED_CALIBRATED = "embedded-calibrated"
-"""The embedded policy after ``calibration.calibrate``: the same chains, steadier early answers."""
+"""Name of the embedded policy after ``calibration.calibrate``, with steadier early answers."""
 
 SHIPPED = {
     EMBEDDED: Path(__file__).parent / "embedded",
     EMBEDDED_CALIBRATED: Path(__file__).parent / "embedded_calibrated",
     EMBEDDED_UNCALIBRATED: Path(__file__).parent / "embedded_uncalibrated",
 }
-"""Name -> folder."""
+"""Name of each shipped policy -> its folder."""
 
 
 def looks_local(model: str) -> bool:
-    """Whether a name is that of a shipped model or of a folder, not a hub id."""
+    """Whether a name is a shipped model or a folder, and not a hub id."""
     path = Path(model)
     local = path.exists() or path.is_absolute() or model.startswith((".", "~")) or "\\" in model
     return model in SHIPPED or local

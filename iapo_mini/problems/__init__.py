@@ -1,1 +1,1 @@
-"""Where problems come from, and whether two answers are equal."""
+"""Sources of problems, and the check whether two answers are equal."""

@@ -1,8 +1,8 @@
 """Real problems: GSM8K, MATH-500, DAPO-Math-17k and CommonsenseQA, from the hub or a local file.
 
-Everything becomes a :class:`~iapo_mini.tasks.Problem` with the system prompt of its data set and a
-normalised reference answer. A file is never read in part: rows that can't be used are named, with
-their count, and nothing is trained or judged on the rest.
+Every row becomes a :class:`~iapo_mini.tasks.Problem` with the system prompt of its data set and a
+normalised reference answer. A file is read as a whole or not at all: if some rows can't be used,
+an error gives their number and place, and the other rows are not used either.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from iapo_mini.problems.verify import as_number
 from iapo_mini.tasks import SYSTEM_PROMPT, SYSTEM_PROMPT_INTEGER, Problem
 
 ALL = "all"
-"""Split that is a whole local file."""
+"""Name of the split that holds a whole local file."""
 
 FILE_TYPES = (".jsonl", ".json", ".parquet")
 
@@ -42,12 +42,12 @@ class Source:
 
     Attributes:
         hub: repository and configuration on the hub.
-        splits: our split -> the hub's; empty when the one split of the hub ("train") is cut as a
-            local file is.
+        splits: our name of a split -> its name on the hub. Empty when the hub has only "train",
+            which is then cut into splits as a local file is.
         system: system prompt of its problems.
-        fields: what a row holds, for messages.
+        fields: description of the fields of a row, for messages.
         read: row -> (question, normalised answer); raises ValueError.
-        limit: number of different questions to take, the first ones; None takes all rows.
+        limit: number of different questions to take, from the start; None takes all rows.
     """
 
     hub: tuple[str, str]
@@ -66,16 +66,16 @@ def _field(row: object, name: str) -> str:
 
 
 def _text(value: object, name: str) -> str:
-    """A text that a tokenizer takes, without space around it; ValueError naming its field."""
+    """The text without space around it; ValueError, naming the field, if it can't be tokenised."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"no text under '{name}'")
-    if any("\ud800" <= c <= "\udfff" for c in value):  # half of a character: no tokenizer takes it
+    if any("\ud800" <= c <= "\udfff" for c in value):  # half a character, which tokenizers refuse
         raise ValueError(f"broken text under '{name}'")
     return value.strip()
 
 
 def _number(value: float | Decimal, name: str) -> str:
-    """72.0 as 72, as people write it; ValueError for what is not finite."""
+    """Write a number as people do (72.0 as 72); ValueError if it is not finite."""
     if not math.isfinite(value):
         raise ValueError(f"no text under '{name}'")
     whole = value == int(value)
@@ -83,10 +83,10 @@ def _number(value: float | Decimal, name: str) -> str:
 
 
 def _plain_number(text: str) -> str:
-    """``1,234`` as ``1234``, ``$5`` as ``5``; ValueError for what is no number."""
+    """Write ``1,234`` as ``1234`` and ``$5`` as ``5``; ValueError if the text is not a number."""
     value = as_number(text)
     if value is None:
-        raise ValueError(f"the answer '{text[:40]}' is no number")
+        raise ValueError(f"the answer '{text[:40]}' is not a number")
     plain = text.replace(",", "").replace("$", "").strip()
     return str(value) if value.denominator == 1 else plain
 
@@ -100,7 +100,7 @@ def _read_math500(row: dict) -> tuple[str, str]:
 
 
 def _read_dapo_math(row: dict) -> tuple[str, str]:
-    """Rows of the original (a chat, ``reward_model``) and of its processed copy (plain text)."""
+    """Read rows of the original (a chat, ``reward_model``) or its processed copy (plain text)."""
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if isinstance(prompt, str) and prompt.lstrip().startswith("[{"):  # a chat kept as JSON
         with contextlib.suppress(ValueError, RecursionError):
@@ -108,7 +108,7 @@ def _read_dapo_math(row: dict) -> tuple[str, str]:
     if isinstance(prompt, list) and prompt:
         asked = [t for t in prompt if isinstance(t, dict) and t.get("role", "user") == "user"]
         if not asked:
-            raise ValueError("no turn of a user under 'prompt'")
+            raise ValueError("no user turn under 'prompt'")
         question = _field(asked[-1], "content")
         answer = _field(row.get("reward_model"), "ground_truth")
     else:
@@ -120,7 +120,7 @@ def _read_dapo_math(row: dict) -> tuple[str, str]:
 
 
 def _read_commonsense_qa(row: dict) -> tuple[str, str]:
-    """Rows of the hub (lists under ``choices``) and as first published (``question.stem``)."""
+    """Read rows of the hub (lists in ``choices``) or of the first release (``question.stem``)."""
     inner = row.get("question") if isinstance(row, dict) else None
     told = inner if isinstance(inner, dict) else row
     question = _field(told, "stem" if told is inner else "question")
@@ -132,10 +132,10 @@ def _read_commonsense_qa(row: dict) -> tuple[str, str]:
         else:
             pairs = list(zip(choices["label"], choices["text"], strict=True))
     except (TypeError, KeyError, ValueError):
-        raise ValueError("no 'label' and 'text' lists of one length under 'choices'") from None
+        raise ValueError("no 'label' and 'text' lists of equal length under 'choices'") from None
     lettered = [(_text(label, "label"), _text(text, "choices")) for label, text in pairs]
     if answer not in (letter for letter, _ in lettered):
-        raise ValueError(f"the answer '{answer}' is none of the choices")
+        raise ValueError(f"the answer '{answer}' is not one of the choices")
     lines = [f"{letter}. {text}" for letter, text in lettered]
     return "\n".join([question, *lines, "Answer with the letter of one choice."]), answer
 
@@ -165,7 +165,7 @@ SOURCES: dict[str, Source] = {
     ),
     "commonsense_qa": Source(
         ("tau/commonsense_qa", "default"),
-        # The answers of the hub's own test split are not public.
+        # The answers of the hub's test split are not public.
         {"train": "train", "test": "validation"},
         SYSTEM_PROMPT,
         "'question', 'choices' with lists 'label' and 'text', and 'answerKey'",
@@ -177,7 +177,7 @@ DATA = ("stories", *SOURCES)
 
 
 def fingerprint(data_file: str) -> str:
-    """Sixteen characters that follow from the content of a file; empty for none."""
+    """Sixteen characters of the hash of a file's content; an empty text if no file is named."""
     if not data_file:
         return ""
     with Path(data_file).expanduser().open("rb") as file:
@@ -185,7 +185,7 @@ def fingerprint(data_file: str) -> str:
 
 
 def check_data(data: str, split: str, data_file: str = "") -> None:
-    """Refuse settings that can't name any problems; reads no data.
+    """Refuse settings that name no problems. Reads no data.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -194,8 +194,8 @@ def check_data(data: str, split: str, data_file: str = "") -> None:
     if data_file:
         if data == "stories":
             raise ValueError(
-                f"data_file is '{data_file}', but data is 'stories', which are made on the spot; "
-                f"say with data how the file is written: {', '.join(SOURCES)}."
+                f"data_file is '{data_file}', but data is 'stories', which need no file; "
+                f"set data to the format of the file: {', '.join(SOURCES)}."
             )
         path = Path(data_file).expanduser()
         if path.suffix.lower() not in FILE_TYPES:
@@ -203,12 +203,12 @@ def check_data(data: str, split: str, data_file: str = "") -> None:
                 f"data_file must be a file of type {', '.join(FILE_TYPES)}, got '{data_file}'"
             )
         if not path.is_file():
-            raise ValueError(f"data_file is '{data_file}', which is no file.")
+            raise ValueError(f"data_file is '{data_file}', which is not a file.")
     allowed = _splits(data, data_file)
     if split not in allowed:
         hint = ""
         if len(allowed) < len(SPLITS):
-            hint = f" for {data} from the hub (a file of your own, data_file, has every split)"
+            hint = f" for {data} from the hub (a local file, data_file, has every split)"
         raise ValueError(f"split must be one of {', '.join(allowed)}{hint}, got {shown(split)}")
 
 
@@ -221,18 +221,19 @@ def _splits(data: str, data_file: str) -> tuple[str, ...]:
 def load_problems(data: str, split: str, data_file: str = "") -> list[Problem]:
     """The problems of a split, in the order of their source.
 
-    GSM8K and CommonsenseQA keep the hub's splits, MATH-500 is for evaluation only. DAPO-Math-17k
-    and every local file are cut here (:func:`cut`); the split ``"all"`` is the whole of them.
+    GSM8K and CommonsenseQA keep the hub's splits. MATH-500 is for evaluation only. DAPO-Math-17k
+    and local files are cut by :func:`cut`; their split ``"all"`` holds all problems.
 
     Args:
         data: a key of ``SOURCES``.
-        split: ``"train"``, ``"tune"``, ``"test"`` or ``"all"``, as far as the data set has it.
-        data_file: local .jsonl, .json (a list) or .parquet file with the data set's fields; empty
-            asks the hub.
+        split: ``"train"``, ``"tune"``, ``"test"`` or ``"all"``, if the data set has it.
+        data_file: local .jsonl, .json (a list) or .parquet file with the data set's fields; if
+            empty, the data is loaded from the hub.
 
     Raises:
-        ValueError: for settings that name no problems, rows that can't be used (with their number
-            and the first of them), a file of too few problems, or a hub that can't be reached.
+        ValueError: for settings that name no problems, rows that can't be used (the message gives
+            their number and the first ones), a file with too few problems, or a hub that can't be
+            reached.
     """
     check_data(data, split, data_file)
     source = SOURCES[data]
@@ -252,7 +253,8 @@ def training_problems(
     """Endless training stream: stories, or the problems of a split, shuffled anew in every pass.
 
     Equal arguments give equal streams, so step n of a run always gets the same prompts. Real data
-    is read here, before the first problem is drawn. Raises as :func:`load_problems`.
+    is read here, before the first problem is drawn. Raises the same errors as
+    :func:`load_problems`.
     """
     check_data(data, split, data_file)
     if data == "stories":
@@ -269,11 +271,11 @@ def training_problems(
 
 
 def cut(problems: list[Problem], split: str) -> list[Problem]:
-    """A split of problems that come without one: a tenth each to tune and test, the rest to train.
+    """One split of problems that have none: tune and test get a tenth each, train gets the rest.
 
-    Questions are dealt out by their hash, with a fixed seed, so a run's own seed never moves a test
-    problem into training, and a question that stands in a file twice is in one split only. The
-    splits depend on which questions there are, not on their order.
+    The hash of a question decides its split, with a fixed seed. So the seed of a run never moves a
+    test problem into training, and a question that occurs twice in a file is in one split only. The
+    splits depend on the set of questions, not on their order.
 
     Raises:
         ValueError: for fewer than three different questions.
@@ -284,8 +286,8 @@ def cut(problems: list[Problem], split: str) -> list[Problem]:
     )
     if len(questions) < 3:
         raise ValueError(
-            f"problems must be at least three different ones to be cut into train, tune and test, "
-            f"got {len(questions)}; the split '{ALL}' takes any number"
+            f"problems must hold at least three different questions to be cut into train, tune and "
+            f"test, got {len(questions)}; the split '{ALL}' takes any number"
         )
     tenth = max(1, len(questions) // 10)
     chosen = {
@@ -298,7 +300,7 @@ def cut(problems: list[Problem], split: str) -> list[Problem]:
 
 
 def _read(rows: Iterable[tuple[str, Any]], source: Source, name: str) -> list[Problem]:
-    """Problems of all rows; a row is ``(where it stands, its object or its line of JSON)``."""
+    """Problems of all rows; a row is ``(its place for messages, its object or JSON text)``."""
     problems, bad, count = [], [], 0
     seen: set[str] = set()
     for place, row in rows:
@@ -306,8 +308,8 @@ def _read(rows: Iterable[tuple[str, Any]], source: Source, name: str) -> list[Pr
         try:
             row = json.loads(row) if isinstance(row, str) else row
             question, answer = source.read(row)
-        except (json.JSONDecodeError, RecursionError):  # the latter: nested a thousand deep
-            bad.append(f"{place} (no valid JSON)")
+        except (json.JSONDecodeError, RecursionError):  # the latter for JSON nested a thousand deep
+            bad.append(f"{place} (not valid JSON)")
             continue
         except ValueError as error:
             bad.append(f"{place} ({error})")
@@ -326,7 +328,7 @@ def _read(rows: Iterable[tuple[str, Any]], source: Source, name: str) -> list[Pr
             f"repair or remove them (a row holds {source.fields})."
         )
     if not problems:
-        raise ValueError(f"{name} there is no problem at all; a row holds {source.fields}.")
+        raise ValueError(f"{name} there are no problems; a row holds {source.fields}.")
     return problems
 
 
@@ -336,20 +338,20 @@ def _from_file(path: Path) -> Iterator[tuple[str, object]]:
         from pyarrow import parquet
 
         try:
-            # Batch by batch: the original DAPO file repeats its problems a hundred times.
+            # Read batch by batch: the original DAPO file repeats its problems a hundred times.
             with parquet.ParquetFile(path) as file:
                 rows = (row for batch in file.iter_batches(4096) for row in batch.to_pylist())
                 for number, row in enumerate(rows, start=1):
                     yield f"row {number}", row
         except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"data_file is '{path}', which is no Parquet file.") from error
+            raise ValueError(f"data_file is '{path}', which is not a Parquet file.") from error
         return
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"data_file is '{path}', which is no UTF-8 text ({error}).") from error
+        raise ValueError(f"data_file is '{path}', which is not UTF-8 text ({error}).") from error
     if path.suffix.lower() == ".jsonl":
-        # Not splitlines: it also cuts at separators that JSON allows within its strings.
+        # splitlines would also cut at separators that JSON allows within its strings.
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 yield f"line {number}", line
@@ -358,21 +360,21 @@ def _from_file(path: Path) -> Iterator[tuple[str, object]]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"data_file is '{path}', which is no valid JSON (line {error.lineno}: {error.msg}); "
-            "a file with one object a line is to be named .jsonl."
+            f"data_file is '{path}', which is not valid JSON (line {error.lineno}: {error.msg}); "
+            "name a file with one object per line .jsonl."
         ) from error
-    except (ValueError, RecursionError) as error:  # an integer of 5,000 digits, a list in a list in
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, or very deep nesting
         raise ValueError(
             f"data_file is '{path}', which can't be read as JSON ({error})."
         ) from error
     if not isinstance(rows, list):
-        raise ValueError(f"data_file must hold a list of rows, got '{path}', which holds no list")
+        raise ValueError(f"data_file must hold a list of rows, got '{path}', which has no list")
     for number, row in enumerate(rows, start=1):
         yield f"row {number}", row
 
 
 def _from_hub(data: str, source: Source, split: str) -> Iterator[tuple[str, object]]:
-    # Imported when needed: pandas and Arrow come with it and take a second.
+    # Imported only when needed: it imports pandas and Arrow, which takes a second.
     import datasets
     import huggingface_hub
 
@@ -384,7 +386,7 @@ def _from_hub(data: str, source: Source, split: str) -> Iterator[tuple[str, obje
     with reaching(repository) as unreached:
         try:
             found = datasets.load_dataset(repository, config, split=part)
-        except Exception as error:  # whatever the hub's client may raise, the way on is the same
+        except Exception as error:  # the hub's client may raise anything; the advice is the same
             reason = unreached or first_line(error)
             raise ValueError(
                 f"data is '{data}', and '{repository}' can't be loaded from the hub ({reason}); "

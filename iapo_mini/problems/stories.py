@@ -1,19 +1,19 @@
 """The arithmetic story world: problems and labelled chains of thought.
 
 A story follows one quantity through two to six events ("Mia has 12 apples. She buys 5 more. ...")
-and asks for its last value. The world also writes the chain of thought, so the role of every one of
-its tokens is known: that is the ground truth against which token informativeness is judged, and
-no benchmark of real text has it.
+and asks for its last value. The world also writes the chain of thought, so it knows the role of
+every token. This is the ground truth against which token informativeness is judged. No benchmark of
+real text has it.
 
-Three choices matter for the science, and each is deliberate:
+Three choices matter for the science:
 
-* **Streams are split by arithmetic, not by wording.** Train, tune and test are told apart by a hash
-  of the numbers and operations alone, so a test story is never a renamed training story.
+* **Streams are split by arithmetic, not by wording.** A hash of the numbers and operations alone
+  decides between train, tune and test, so a test story is never a renamed training story.
 * **Wordiness is drawn once per chain** (:func:`chain_of_thought`), so completions of one prompt
-  differ widely in length while they compute the same thing.
+  differ widely in length although they compute the same thing.
 * **A step can be an equation, prose, or a bare result.** The bare result ("35 apples.") is the
-  shortest and needs the arithmetic done in the head, which a small policy often gets wrong: being
-  brief is a temptation here, not only a virtue.
+  shortest, but the policy must then do the arithmetic without writing it down, and a small policy
+  often gets that wrong. So shorter completions are not always better ones.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ _HEDGE = (
 _CHECK = ("Check: {inverse}, good.", "Going back, {inverse}, as before.")
 _CONCLUDE = ("So {name} has {r} {items} now.", "In the end that leaves {r} {items}.")
 
-# The first words of a sentence tell its role; compute sentences are matched by `_COMPUTE`.
+# The first words of a sentence determine its role; `_COMPUTE` matches compute sentences.
 _OPENERS = {
     "plan": ("Let me go", "Next I", "Now I", "First I"),
     "restate": ("The", "We"),
@@ -119,14 +119,14 @@ _TAGS = re.compile(r"(</?think>|</?answer>|<\|[a-z_]+\|>)")
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of completion text and the role all of its tokens have."""
+    """A stretch of completion text, and the role of all its tokens."""
 
     text: str
     role: str
 
 
 def apply(value: int, op: str, operand: int) -> int:
-    """``value op operand`` for the four operations of the story world."""
+    """Compute ``value op operand`` for the four operations of the story world."""
     return {
         "+": value + operand,
         "-": value - operand,
@@ -136,7 +136,7 @@ def apply(value: int, op: str, operand: int) -> int:
 
 
 def operands(value: int) -> dict[str, list[int]]:
-    """Operations that may follow a value, each with its operands; every result in 1..MAX_VALUE."""
+    """Each operation and the operands that keep the result of ``value`` in 1..MAX_VALUE."""
     allowed = {
         "+": [n for n in range(2, 10) if value + n <= MAX_VALUE],
         "-": [n for n in range(2, 10) if value - n >= 1],
@@ -147,7 +147,7 @@ def operands(value: int) -> dict[str, list[int]]:
 
 
 def _draw_skeleton(rng: random.Random, n_steps: int) -> tuple[int, list[tuple[str, int]]]:
-    """Start value and ``n_steps`` (op, operand) pairs, every value in 1..MAX_VALUE."""
+    """Draw a start value and ``n_steps`` (op, operand) pairs; all values lie in 1..MAX_VALUE."""
     value = start = rng.randint(3, 40)
     operations = []
     for _ in range(n_steps):
@@ -160,7 +160,7 @@ def _draw_skeleton(rng: random.Random, n_steps: int) -> tuple[int, list[tuple[st
 
 
 def split_of(start: int, operations: list[tuple[str, int]]) -> str:
-    """The one stream that a story with this arithmetic belongs to: train 90%, tune 5%, test 5%."""
+    """The split of all stories with this arithmetic: 90% train, 5% tune, 5% test."""
     key = f"{start}" + "".join(f"{op}{n}" for op, n in operations)
     bucket = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "big") % 100
     return "train" if bucket < 90 else "tune" if bucket < 95 else "test"
@@ -171,7 +171,7 @@ def _sentence(text: str) -> str:
 
 
 def _tell(rng: random.Random, start: int, operations: list[tuple[str, int]]) -> Problem:
-    """Put words around a skeleton."""
+    """Write the story of a start value and its operations."""
     female = rng.random() < 0.5
     name = rng.choice(_SHE if female else _HE)
     friend = rng.choice([n for n in _SHE + _HE if n != name])
@@ -197,12 +197,12 @@ def _tell(rng: random.Random, start: int, operations: list[tuple[str, int]]) -> 
 
 
 def stories(split: str, seed: int = 0, min_steps: int = 2, max_steps: int = 6) -> Iterator[Problem]:
-    """Endless, seeded stream of stories; streams of different splits never share arithmetic.
+    """Endless, seeded stream of stories. Different splits never share arithmetic.
 
     Args:
         split: ``"train"``, ``"tune"`` or ``"test"``.
         seed: equal seeds give equal streams.
-        min_steps, max_steps: how many events a story has (uniform between the two, inclusive).
+        min_steps, max_steps: least and largest number of events (drawn uniformly, inclusive).
 
     Raises:
         ValueError: for an unknown split or an empty range of steps.
@@ -238,7 +238,7 @@ def chain_of_thought(
 
     Returns:
         Segments whose texts join to ``<think> ... </think><answer> N</answer>``. Every sentence
-        begins with a space, so that a word is the same token wherever it stands.
+        begins with a space, so a word is the same token wherever it stands.
     """
     w = rng.random() if wordiness is None else wordiness
     fill = {"name": problem.name, "items": problem.items}
@@ -286,8 +286,9 @@ def chain_of_thought(
 def label_roles(completion: str) -> list[Segment]:
     """Cut any completion, written by the world or by a policy, into segments with roles.
 
-    Works from the text alone, by the first words of each sentence. Texts of the segments join to
-    ``completion`` exactly; on the world's own chains the labels equal the writer's.
+    Only the text is used: the first words of each sentence determine its role. The texts of the
+    segments join to ``completion`` exactly. On the world's own chains the labels are those of
+    :func:`chain_of_thought`.
     """
     out: list[Segment] = []
     in_answer = False
@@ -316,7 +317,7 @@ def _label_sentence(sentence: str) -> list[Segment]:
 
 
 def token_roles(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """Role of each token of a completion: a token belongs to the segment it begins in.
+    """Role of each token of a completion. A token belongs to the segment in which it begins.
 
     Args:
         tokenizer: the policy's tokenizer.

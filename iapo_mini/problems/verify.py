@@ -1,19 +1,19 @@
-"""Are two answers equal? Numbers exactly and here, LaTeX by math-verify in a process of its own.
+"""Compare two answers: numbers exactly, LaTeX with math-verify in a second process.
 
-Three kinds of reference, told apart by how it is written:
+The way the reference is written decides how the two are compared:
 
-* a **number** (integer, decimal, fraction, mixed number, power of ten; units and currency left
-  out): the answer must be a number written in one of these ways too, and equal exactly. Nothing is
-  worked out, so 2+3 is not 5, 50% is not 50, and "71 72" is no number.
-* a **word or a letter** (Evelyn, even, (C)): the same text; words in small or capital letters, and
-  a choice's letter alone or with its text ("B. bank").
+* A **number** (integer, decimal, fraction, mixed number or power of ten, without regard to units
+  and currency): the answer must be a number in one of these forms and exactly equal. No arithmetic
+  is done, so 2+3 is not 5, 50% is not 50, and "71 72" is not a number.
+* A **word or a letter** (Evelyn, even, (C)): the texts must be the same. Capitals do not matter in
+  words, and a choice may be given as its letter alone or with its text ("B. bank").
 * **LaTeX** (roots, sets, intervals, matrices, expressions): math-verify compares the values.
 
-math-verify hands LaTeX to sympy, which can run for minutes and hold the interpreter's lock while it
-does, and its own limits use signals: they work on the main thread of a POSIX process alone. So it
-runs in a second process, started when first needed, and a comparison past ``TIME_LIMIT`` is ended;
-that works in threads, in notebooks and on Windows. This file is also that process: it imports
-nothing of the package.
+math-verify hands LaTeX to sympy, which can run for minutes and hold the interpreter lock all that
+time. The time limits of math-verify use signals, which work only on the main thread of a POSIX
+process. So math-verify runs in a second process, which starts when it is first needed, and a
+comparison that exceeds ``TIME_LIMIT`` is ended. That works in threads, in notebooks and on Windows.
+This file is also the program of that process, so it imports nothing from the package.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from fractions import Fraction
 from typing import IO, Any
 
 MAX_LENGTH = 400
-"""Characters; a longer answer is wrong (the longest of MATH-500's references has 53)."""
+"""Characters. A longer answer counts as wrong; the longest reference of MATH-500 has 53."""
 
 TIME_LIMIT = 0.9
-"""Seconds of processor time that math-verify may take for one comparison; past it the answer is
-wrong. Not of wall-clock time: a busy machine must not change a reward. An ordinary comparison takes
-milliseconds, the first of its kind up to four tenths of a second."""
+"""Seconds of processor time that math-verify may take for one comparison. After that the answer
+counts as wrong. It is not wall-clock time, because a busy machine must not change a reward. An
+ordinary comparison takes milliseconds, the first of its kind up to 0.4 seconds."""
 
 WALL_LIMIT = 60.0
-"""Seconds of wall-clock time after which a comparison ends in any case."""
+"""Seconds of wall-clock time after which every comparison is ended."""
 
 _WRAPPED = (
     ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), (r"\boxed{", "}"),
@@ -59,7 +59,7 @@ _NUMBER = re.compile(
     rf"([-+]?)\s*(?:({_DECIMAL})(?:{_TEN})?|(?:({_INTEGER})\s+)?({_INTEGER})\s*/\s*({_INTEGER})"
     rf"|({_INTEGER})?\s*{_LATEX_FRACTION})"
 )
-# A word or two after a number. What joins, doubts or scales is no unit: "5 or 6", "3 million".
+# A word or two after a number, unless they join, doubt or scale it: "5 or 6", "3 million".
 _NO_UNIT = (
     r"(?i:(?!(?:[^{}]*[^A-Za-z])?(?:or|and|but|nor|not|n?either|if|unless|except|(?:or)?else|than|"
     r"otherwise|to|by|at|is|was|are|i|we|any|less|more|fewer|maybe|perhaps|possibly|probably|about|"
@@ -79,33 +79,33 @@ _UNIT = re.compile(
 )
 _CURRENCY = r"(?:\\?\$|€|£|¥)"
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\{([^{}]*)\}")
-# Two letters are a product in mathematics (ab = ba), unless they are one of these words.
+# Two letters are a product (ab = ba), unless they are one of these words.
 _SHORT = "on|no|of|in|is|it|or|up|at|to|by|he|we|us|an|as|if|my|me|so|go|do|be|am|ok"
 _WORDS = re.compile(rf"[A-Z]|(?:{_SHORT})|[a-z]{{3,}}(?:[ '-][a-z]+)*", re.IGNORECASE)
 _CHOICE = re.compile(r"\(?([A-Z])(?:\)|[.:])\s+\S.*", re.DOTALL)
 _FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)\b")
 _DEGREES = re.compile(r"([0-9.]+)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)")
 _BASE = re.compile(r"[0-9]_\{?([0-9]+)\}?")
-# A power of a power of a number, or an exponent of five digits: sympy would write it out.
+# A power of a power of a number, or an exponent of five digits, which sympy would write out.
 _TOWER = re.compile(r"\^[\s({]*-?[0-9.]+[\s)}]*\^|\^[\s({]*-?[0-9]{5}")
 
 
 def equal_answers(given: str, reference: str) -> bool:
-    """Whether an answer equals the reference answer; how, is told at the head of this module.
+    """Whether an answer equals the reference answer, by the rules at the head of this module.
 
     Args:
-        given: what stands between the answer tags; any text.
-        reference: the right answer: a number, words or LaTeX, ``$`` and ``\\boxed`` allowed.
+        given: the text between the answer tags; any text.
+        reference: the right answer: a number, words or LaTeX; ``$`` and ``\\boxed`` are allowed.
 
     Returns:
-        False as well when the answer is empty, longer than ``MAX_LENGTH`` characters, a tower of
-        powers, or not compared within ``TIME_LIMIT`` and ``WALL_LIMIT``.
+        Also False when the answer is empty, longer than ``MAX_LENGTH`` characters, a tower of
+        powers, or when the comparison exceeds ``TIME_LIMIT`` or ``WALL_LIMIT``.
 
     Raises:
-        RuntimeError: when a comparison of LaTeX is needed and math-verify can't be started.
+        RuntimeError: when LaTeX must be compared and math-verify can't be started.
     """
     if given.strip() == reference.strip() != "":
-        return True  # whatever it is, however long
+        return True  # for texts of every kind and length
     if len(given.strip()) > MAX_LENGTH:
         return False
     given, reference = _tidy(given), _tidy(reference)
@@ -120,21 +120,21 @@ def equal_answers(given: str, reference: str) -> bool:
     if words is not None:
         return _as_words(given) == words
     if len(given) == 1 or len(reference) == 1:
-        return False  # a variable is its letter; math-verify does not tell c from C
+        return False  # a variable equals only its own letter; math-verify takes c for C
     if _told(given) != _told(reference):
         return False
-    # math-verify takes 50% for 50 and leaves out the base of a numeral: 52_8 for 52_9.
+    # math-verify takes 50% for 50 and ignores the base of a numeral: it takes 52_8 for 52_9.
     if ("%" in given) != ("%" in reference) or _BASE.findall(given) != _BASE.findall(reference):
         return False
     return not _TOWER.search(given) and _ask(_plain_latex(given), _plain_latex(reference))
 
 
 def as_number(text: str) -> Fraction | None:
-    """Exact value of a number as people write one.
+    """Exact value of a number in any of the usual notations.
 
-    1,234, 1{,}234, -3/4, 1 1/2, 1\\frac{4}{5}, \\$18.90, €5, 30^\\circ, 1.5e3,
+    Examples: 1,234, 1{,}234, -3/4, 1 1/2, 1\\frac{4}{5}, \\$18.90, €5, 30^\\circ, 1.5e3,
     3\\times10^{-19}, (5).
-    None for all else: sums, products, powers, percentages, several numbers, words.
+    None for every other text: sums, products, powers, percentages, several numbers, words.
     """
     if len(text) > MAX_LENGTH:
         return None
@@ -159,7 +159,7 @@ def as_number(text: str) -> Fraction | None:
 
 
 def _bare(text: str) -> str:
-    """A number out of what may stand around it: (5), \\text{13}."""
+    """A number without brackets or a text command around it, as in (5) or \\text{13}."""
     for start, end in (("(", ")"), (r"\text{", "}"), (r"\mathrm{", "}"), (r"\mathbf{", "}")):
         if text.startswith(start) and text.endswith(end):
             inner = text[len(start) : -len(end)].strip()
@@ -169,9 +169,9 @@ def _bare(text: str) -> str:
 
 
 def _tidy(text: str) -> str:
-    """Text without what carries no meaning: delimiters, spacing commands, a full stop."""
+    """The text without marks that have no meaning: delimiters, spacing commands, a full stop."""
     text = text.strip()
-    for start, end in _WRAPPED[5:]:  # before ** is taken for a power
+    for start, end in _WRAPPED[5:]:  # first, because ** is replaced as a power below
         inner = text[len(start) : -len(end)]
         if len(text) > len(start + end) and text == start + inner + end and start not in inner:
             return _tidy(inner)
@@ -185,9 +185,9 @@ def _tidy(text: str) -> str:
 
 
 def _as_words(text: str) -> str | None:
-    """The words or the single letter that a text is, without LaTeX and brackets; else None.
+    """The text without LaTeX and brackets if it is words or a single letter, else None.
 
-    Words are told in small letters; a single letter stays as it is, for it may be a variable.
+    Words are returned in lower case. A single letter stays as it is, since it may be a variable.
     """
     text = _TEXT.sub(r"\1", text).strip().removesuffix(".")
     choice = _CHOICE.fullmatch(text)
@@ -201,13 +201,13 @@ def _as_words(text: str) -> str | None:
 
 
 def _told(text: str) -> list[str]:
-    """The words inside \\text{...}, which math-verify passes over: 3 million is not 3."""
+    """The words inside \\text{...}, which math-verify ignores although 3 million is not 3."""
     found = " ".join(_TEXT.findall(text)).lower()
     return re.findall(r"[a-z]{2,}", found)
 
 
 def _plain_latex(text: str) -> str:
-    """LaTeX as math-verify reads it: pi for the number, degrees inside a function as radians."""
+    """LaTeX that math-verify reads rightly: \\pi for pi, and radians for degrees in functions."""
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text)
     if _FUNCTION.search(text):
         text = _DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
@@ -219,16 +219,16 @@ _process: subprocess.Popen[str] | None = None
 
 
 def _ask(given: str, reference: str) -> bool:
-    """What math-verify says; one question at a time, whichever thread asks."""
+    """Whether math-verify finds two answers equal. Threads wait for each other."""
     with _lock:
         questions, answers = _pipes(_started())
         try:
             questions.write(json.dumps([given, reference]) + "\n")
             questions.flush()
             line = answers.readline()
-        except OSError:  # it ended before it had read the question
+        except OSError:  # the process ended before it had read the question
             line = ""
-        except BaseException:  # an interrupt: its answer must not be read as the next one's
+        except BaseException:  # after an interrupt the next call must not read this answer
             _stop()
             raise
         if not line:
@@ -237,32 +237,32 @@ def _ask(given: str, reference: str) -> bool:
 
 
 def _started() -> subprocess.Popen[str]:
-    """The process that compares, running and ready."""
+    """The process that compares, started if it is not running."""
     global _process
     if _process is None or _process.poll() is not None:
-        # -P: a file's folder joins the path otherwise, and our modules would hide other people's.
+        # Without -P the folder of this file would join the path, and our modules would hide others.
         _process = subprocess.Popen(
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
-            start_new_session=True,  # a terminal's Ctrl-C, sent to the group, is no verdict
+            start_new_session=True,  # else Ctrl-C in a terminal would reach it as well
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # so on Windows
         )
         _, answers = _pipes(_process)
         if answers.readline().strip() != "ready":
             _stop()
             raise RuntimeError(
-                "math-verify can't be started; pip install 'math-verify>=0.9', and "
-                f"'{sys.executable} {__file__}' shows what it says."
+                "math-verify can't be started; pip install 'math-verify>=0.9', or "
+                f"run '{sys.executable} {__file__}' to see its error."
             )
     return _process
 
 
 def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
-    """What the process reads and what it writes."""
-    assert process.stdin is not None and process.stdout is not None  # both were asked for
+    """The pipe that the process reads from, and the pipe that it writes to."""
+    assert process.stdin is not None and process.stdout is not None  # Popen made both
     return process.stdin, process.stdout
 
 
@@ -279,10 +279,10 @@ def _stop() -> None:
 
 
 def _serve() -> None:
-    """The second process: a line ``[given, reference]`` in, a line ``true`` or ``false`` out.
+    """Run the second process: read lines ``[given, reference]``, write ``true`` or ``false``.
 
-    It forks for every comparison, and the system ends the fork at the limit: whatever sympy is busy
-    with can't hold that up, and the process itself stays ready for the next question.
+    The process forks for every comparison, and the system ends the fork at the limit. Nothing that
+    sympy does can delay that, and the process itself stays ready for the next question.
     """
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -293,7 +293,7 @@ def _serve() -> None:
     def equal(given: str, reference: str) -> bool:
         try:
             one, other = read(reference), read(given)
-            # It looks at the two in an order: a set for an inequality, and not the other way.
+            # The order matters: math-verify takes a set for an inequality, but not the reverse.
             said = any(verify(a, b, timeout_seconds=None) for a, b in ((one, other), (other, one)))
             near = _same_size(one[0], other[0]) if one and other else None
             return bool(said and near is not False) or _equal_by_algebra(one, other)
@@ -308,8 +308,8 @@ def _serve() -> None:
             signal.setitimer(signal.ITIMER_REAL, WALL_LIMIT)
             os._exit(not equal(given, reference))
         _, status, used = os.wait4(child, 0)
-        # A new kind of LaTeX takes long the first time. Learnt here as well, later forks know it.
-        # It ended within a quarter of the limit, so it is safe here, where one took twice as long.
+        # The first answer of a kind takes long, until caches are full. Repeating it here saves
+        # later forks that time. It is safe: the fork ended within a quarter of the limit.
         if os.WIFEXITED(status) and _NEW < used.ru_utime < TIME_LIMIT / 4:
             equal(given, reference)
         return status == 0
@@ -323,9 +323,9 @@ def _serve() -> None:
 
 
 def _same_size(one: Any, other: Any) -> bool | None:
-    """Whether two numbers agree to nine digits of their own size; None for what is no number.
+    """Whether two numbers agree to nine significant digits; None if one is not a number.
 
-    math-verify rounds to a number of decimal places, so that all tiny numbers are equal.
+    math-verify rounds to a number of decimal places, so all tiny numbers are equal to it.
     """
     import sympy
 
@@ -345,12 +345,12 @@ def _same_size(one: Any, other: Any) -> bool | None:
 
 
 def _equal_by_algebra(one: list, other: list) -> bool:
-    """Whether two expressions differ by nothing once they are multiplied out."""
+    """Whether two expressions are equal after they are multiplied out."""
     import sympy
 
     if not (one and other and all(isinstance(x[0], sympy.Expr) for x in (one, other))):
         return False
-    # The two readings of a letter may differ in what is assumed of it.
+    # The same letter may carry different assumptions in the two expressions.
     a, b = (
         x[0].xreplace({s: sympy.Symbol(s.name) for s in x[0].free_symbols}) for x in (one, other)
     )
@@ -364,21 +364,21 @@ _KINDS = (
     r"3\sqrt{13} - x^5 + \frac{11+9a}{20}", r"y = -2x + 1", r"x \in [-2,7]", r"x < 2",
     r"\begin{pmatrix} 1/2 \\ -3 \end{pmatrix}", r"\{1, 2\} \cup (3, \infty)", r"\sin x + 2^{n}",
 )  # fmt: skip
-"""What answers look like; compared once at the start, so that every fork knows them."""
+"""Common kinds of answers. Each is compared once at the start, to fill the caches of all forks."""
 
 
 def _watched(equal: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
-    """The limits where a process can't fork (Windows): past them the whole process ends itself.
+    """Enforce the limits where a process can't fork (Windows) by ending the whole process.
 
-    A thread watches the processor time. One huge multiplication keeps it from running, so the
-    watchdog of faulthandler, which needs no interpreter lock, keeps the wall-clock limit.
+    A thread watches the processor time. One huge multiplication can keep that thread from running,
+    so the watchdog of faulthandler, which needs no interpreter lock, enforces the wall-clock limit.
     """
     began: float | None = None
 
     def watch() -> None:
         while True:
             time.sleep(0.05)
-            start = began  # read once: the main thread may set it to None in between
+            start = began  # read once, since the main thread may set it to None in between
             if start is not None and time.process_time() - start > TIME_LIMIT:
                 os._exit(1)
 

@@ -1,4 +1,4 @@
-"""What the notebooks share: exercises that check themselves, long lines, committed results."""
+"""Helpers of the notebooks: checks of exercises, wrapped printing, and committed results."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from iapo_mini.files import read_json
 
 
 def check(attempt: Callable, *cases: tuple[tuple, object], tolerance: float = 1e-5) -> None:
-    """Say whether a reader's function does what an exercise asks. Never raises.
+    """Print whether a reader's function solves an exercise. Never raises.
 
     Args:
         attempt: the function; while it raises ``NotImplementedError`` or returns None, the exercise
-            counts as not done.
+            counts as not yet done.
         cases: pairs ``(arguments, expected)``; expected is a number, a bool, a list of numbers or a
             tensor.
         tolerance: largest difference that counts as equal, absolute and relative.
@@ -49,15 +49,15 @@ def check(attempt: Callable, *cases: tuple[tuple, object], tolerance: float = 1e
 
 
 def say(text: str) -> None:
-    """Print a text whose long lines are broken between words; notebooks break them anywhere."""
+    """Print a text with long lines broken between words, because notebooks break them anywhere."""
     print("\n".join(textwrap.fill(line, 100) for line in text.split("\n")))
 
 
 def committed_result(name: str) -> dict:
-    """A file of ``figures/results``, which an installed package holds as ``iapo_mini/results``.
+    """Read a file of ``figures/results``, which an installed package has as ``iapo_mini/results``.
 
     Args:
-        name: such as ``"estimator.json"``.
+        name: file name, such as ``"estimator.json"``.
 
     Raises:
         ValueError: when there is no such file.

@@ -1,7 +1,7 @@
-"""Is a training run healthy? Its metrics held against what is normal, and advice where they differ.
+"""Compare the metrics of a training run with normal ranges, and give advice where they differ.
 
-``iapo-mini diagnose RUN`` prints :func:`findings_text` of :func:`diagnose`. The ranges are wide:
-what lies outside deserves a look, and is not always a fault.
+``iapo-mini diagnose RUN`` prints :func:`findings_text` of :func:`diagnose`. The ranges are wide. A
+number outside its range deserves a look, but is not always a fault.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from iapo_mini.run_folder import checkpoints
 from iapo_mini.tools import diagnose_trl as trl
 
 WEIGHTS = ("adapter_model.safetensors", "trainable.safetensors")
-"""Where the adapter stands: in ``final/``, in a checkpoint."""
+"""Files that hold the adapter: in ``final/``, and in a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """What is normal for one number.
+    """The healthy range of one number, and advice.
 
     Attributes:
-        what: what is looked at.
-        read: metrics of a step -> the number, or None where the run has none.
-        low, high: the healthy range, ends included.
-        if_low, if_high: what it means and what to do below and above it.
-        always: whether every run has it.
+        what: name of the number.
+        read: metrics of a step -> the number, or None if the run does not have it.
+        low, high: the healthy range, including both ends.
+        if_low, if_high: meaning and advice for values below and above the range.
+        always: whether every run has this number.
     """
 
     what: str
@@ -46,17 +46,17 @@ class Check:
 
 
 def _number(metrics: Mapping, name: str) -> float | None:
-    """A metric of a step; None where its line has no number for it."""
+    """A metric of a step, or None if its line has no number for it."""
     value = metrics.get(name)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
-    if abs(value) > 1e100:  # no metric: squares of it would overflow
+    if abs(value) > 1e100:  # not a possible metric, and its square would overflow
         return math.inf if value > 0 else -math.inf
     return float(value)
 
 
 def _told(metrics: Mapping) -> float | None:
-    """Information of a whole completion, nats: the mean of s times the length."""
+    """Information in a whole completion, nats: the mean of s times the length."""
     s, length = _number(metrics, "informativeness"), _number(metrics, "length")
     return None if s is None or length is None else s * length
 
@@ -64,28 +64,27 @@ def _told(metrics: Mapping) -> float | None:
 CHECKS = (
     Check(
         "share well-formed (format)", lambda m: _number(m, "format"), low=0.9,
-        if_low="answers are not found where they should stand. Early on this is normal for a model "
-        "that has never seen the format; later it is not: look at completions.",
+        if_low="answers are not found in the expected place. Early on this is normal for a model "
+        "that has never seen the format. Later it is not: read some completions.",
     ),
     Check(
         "share cut at the limit (truncated)", lambda m: _number(m, "truncated"), high=0.05,
-        if_high="a cut completion counts as wrong, whatever it was about to say: raise "
-        "max_completion_length.",
+        if_high="a completion that is cut counts as wrong: raise max_completion_length.",
     ),
     Check(
         "groups whose rewards are all equal (zero_variance_groups)",
         lambda m: _number(m, "zero_variance_groups"), high=0.7,
-        if_high="they teach GRPO nothing. Take problems that are sometimes solved, or more "
-        "completions per prompt (num_generations), or stop: it has learnt what there is.",
+        if_high="GRPO learns nothing from them. Use problems that are sometimes solved, or more "
+        "completions per prompt (num_generations), or stop: the policy may have learnt all it can.",
     ),
     Check(
         "gradient norm before clipping (grad_norm)", lambda m: _number(m, "grad_norm"), 1e-6, 10.0,
         "nothing is learnt: all advantages are zero, or nothing is trainable.",
-        "steps are only as large as max_grad_norm lets them be: lower learning_rate.",
+        "max_grad_norm limits every step: lower learning_rate.",
     ),
     Check(
         "KL to the reference policy (kl, nats per token)", lambda m: _number(m, "kl"), high=0.5,
-        if_high="the policy has gone far: lower learning_rate, or raise kl_coef.",
+        if_high="the policy is far from the reference: lower learning_rate, or raise kl_coef.",
     ),
     Check(
         "tokens at the clip (clip_ratio)", lambda m: _number(m, "clip_ratio"), high=0.2,
@@ -94,14 +93,14 @@ CHECKS = (
     ),
     Check(
         "policy entropy (entropy, nats per token)", lambda m: _number(m, "entropy"), low=0.02,
-        if_low="completions of a group are nearly alike and nothing can be compared: lower "
+        if_low="completions of a group are nearly equal, so there is nothing to compare: lower "
         "learning_rate or alpha, or stop earlier.",
     ),
     Check(
         "information told by a completion (informativeness x length, nats)", _told, low=0.3,
         always=False,
-        if_low="forced answers are as sure before the reasoning as after it. If the model is not "
-        "calibrated there, the estimate is noise: see docs/estimators.md and calibrate().",
+        if_low="forced answers are as certain before the reasoning as after it. If the model is "
+        "not calibrated there, the estimate is noise: see docs/estimators.md and calibrate().",
     ),
 )  # fmt: skip
 
@@ -118,7 +117,7 @@ OF_TRL = Check(
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what was found, whether it deserves a look, and advice if any."""
+    """One line of the report: the finding, whether it deserves a look, and advice if any."""
 
     what: str
     value: str
@@ -128,20 +127,20 @@ class Finding:
 
 
 _PLAIN = re.compile(rb'\{"step": ([0-9]{1,15})(?:, "[^"\\]*+": (?:-?[0-9][0-9.e+-]*+|null))*+\}\n')
-"""A line as a run writes it, all of whose numbers are finite. Matching takes a third of parsing."""
+"""A line with only finite numbers, as a run writes it. Matching takes a third of parsing's time."""
 
 
 @dataclass
 class _Log:
-    """What is kept of a log while it is read line by line, however long it is.
+    """The parts of a log that are kept while it is read line by line, so it may be very long.
 
     Attributes:
-        last: how many steps to keep at either end.
-        steps: how many there are.
-        step: the newest.
+        last: number of steps to keep at either end.
+        steps: number of steps.
+        step: the newest step.
         first, ending: lines of the first and of the last steps.
         odd: steps with a number that is not finite.
-        unread: numbers of the lines that hold no step, or not the one after the step before.
+        unread: numbers of the lines that hold no step, or not the expected step.
     """
 
     last: int
@@ -153,7 +152,7 @@ class _Log:
     unread: list[int] = field(default_factory=list)
 
     def add(self, number: int, line: bytes) -> None:
-        """Take in a line; a last one that a kill cut short is passed over."""
+        """Take in a line; a last line that a kill cut short is skipped."""
         plain = _PLAIN.fullmatch(line)
         row = None if plain else row_of(line)
         step = int(plain[1]) if plain else None if row is None else int(row["step"])
@@ -191,16 +190,16 @@ def read_log(run: str | Path, last: int) -> _Log:
 
 
 def diagnose(run: str | Path, last: int = 10) -> list[Finding]:
-    """Look at a finished, killed or running training run.
+    """Check a finished, killed or running training run.
 
     Args:
         run: its folder, or that of a run of TRL's GRPOTrainer, whose advice has TRL's names.
         last: steps at the end that are averaged.
 
     Returns:
-        One finding for each of ``CHECKS`` that the run should have numbers for, then lines of the
-        log that can't be read, if there are any, whether all metrics are finite, where reward and
-        length are going, and whether the adapter has left zero.
+        One finding for each of ``CHECKS`` that the run should have numbers for. Further findings
+        say whether lines of the log can't be read, whether all metrics are finite, how reward and
+        length change, and whether the adapter is still zero.
 
     Raises:
         ValueError: for ``last`` below 1, or a folder without a step.
@@ -263,8 +262,8 @@ def _damage(log: _Log) -> list[Finding]:
     if log.unread:
         found.append(Finding(
             "lines of the log that can't be read or are out of order", str(len(log.unread)), "0",
-            True, f"the first is line {log.unread[0]} of {LOG}: the file was damaged after it was "
-            "written, or another program has written into it.",
+            True, f"the first is line {log.unread[0]} of {LOG}: the file was damaged, or another "
+            "program has written into it.",
         ))  # fmt: skip
     odd = log.odd
     found.append(Finding(
@@ -285,10 +284,10 @@ def _rows(lines: Sequence[bytes]) -> list[dict]:
 
 
 def _change(log: _Log, name: str) -> tuple[str, str]:
-    """Mean of the last steps less that of as many first ones: direction, and the numbers."""
+    """Mean of the last steps minus mean of the first ones: direction, and the numbers as text."""
     size = min(log.last, log.steps // 3)
     if size < 2:
-        return "", "too few steps to tell"
+        return "", "too few steps"
     ends = _rows(log.first[:size]), _rows(log.ending[-size:])
     before, after = ([x for row in part if (x := _number(row, name)) is not None] for part in ends)
     if min(len(before), len(after)) < 2:
@@ -305,8 +304,8 @@ def _reward(log: _Log) -> Finding:
     told, value = _change(log, "reward")
     advice = {
         "falls": "training makes it worse: lower learning_rate, alpha and beta.",
-        "within the noise": "more steps, or more prompts_per_step, would tell a small gain from "
-        "none. (The loss tells nothing: it is near zero by construction.)",
+        "within the noise": "more steps or more prompts_per_step would show a small gain. (The "
+        "loss does not show it: it is near zero by construction.)",
     }.get(told, "")
     look = told == "falls" or value.startswith("not ")
     return Finding("reward, end less beginning", value, "rises", look, advice)
@@ -330,18 +329,18 @@ def _adapter(run: Path, folders: Sequence[Path] | None = None) -> list[Finding]:
                 squares = [float(weights.get_tensor(n).float().square().sum()) for n in names]
         except (OSError, SafetensorError) as error:
             told = f"can't be read ({first_line(error)})"
-            advice = f"'{file}' is damaged, or belongs to somebody else."
+            advice = f"'{file}' is damaged, or was written by another program."
             return [Finding(what, told, "above 0", True, advice)]
         if not squares:  # every weight was trained
             return []
         norm = math.sqrt(sum(squares))
-        advice = "" if norm else "the adapter is as it began: the policy is still the start policy."
+        advice = "" if norm else "the adapter has not changed: the policy is the start policy."
         return [Finding(what, f"{norm:.3g}", "above 0", not 0 < norm < math.inf, advice)]
     return []
 
 
 def findings_text(found: Sequence[Finding]) -> str:
-    """Findings as text: a line each, advice below those that deserve a look."""
+    """Findings as text, one per line, with advice below those that deserve a look."""
     width = max(len(finding.what) for finding in found)
     lines = []
     for finding in found:

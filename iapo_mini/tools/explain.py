@@ -1,4 +1,4 @@
-"""Look at one completion: its tokens, what each tells about the answer, the role of each."""
+"""Explain one completion: its tokens, how much each says about the answer, and their roles."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Explained:
     """A completion token by token.
 
     Attributes:
-        problem: what was asked.
-        tokens: n token texts, end-of-sequence left out.
+        problem: the problem that was asked.
+        tokens: n token texts, without end-of-sequence.
         informativeness: n values s_t, nats.
         entropies: n + 1 answer entropies H(y | q, o_<=t), nats.
         roles: n roles by the story world's grammar; None for other problems.
@@ -39,7 +39,7 @@ class Explained:
     roles: list[str] | None
 
     def figure(self) -> Figure:
-        """Heat map of informativeness over the text (paper, Fig. 14)."""
+        """Plot a heat map of informativeness over the text (paper, Fig. 14)."""
         title = textwrap.fill(f"Question: {self.problem.question}", 110)
         return token_heatmap(self.tokens, self.informativeness, self.roles, title)
 
@@ -55,11 +55,11 @@ def explain(
     """Sample one completion and estimate the informativeness of each of its tokens.
 
     Args:
-        policy: the policy to look at.
-        problem: what it is asked.
-        temperature: of sampling; 0 is greedy.
-        seed: of sampling.
-        progress: show the tokens as they come.
+        policy: the policy to explain.
+        problem: the problem that it is asked.
+        temperature: sampling temperature; 0 is greedy.
+        seed: sampling seed.
+        progress: show the number of tokens while sampling.
 
     Raises:
         ValueError: for a temperature out of range.
@@ -83,17 +83,18 @@ def explain(
 
 
 def check_figure(out: str | Path) -> None:
-    """Refuse a figure's file that can't be drawn to or would write over something else.
+    """Refuse a figure file of a wrong type or one that would overwrite something else.
 
     Raises:
-        ValueError: for another ending than .png, .pdf or .svg, or a file that is no such figure.
+        ValueError: for an ending other than .png, .pdf or .svg, or an existing file that is not a
+            figure.
     """
     path = Path(out)
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"out must be a .png, .pdf or .svg file, got '{out}'")
-    # matplotlib writes its name into all three.
+    # matplotlib writes its name into files of all three types.
     if path.is_dir() or (path.is_file() and b"atplotlib" not in path.read_bytes()):
-        raise ValueError(f"out is '{out}', which is no figure of before; name another file")
+        raise ValueError(f"out is '{out}', which exists and is not a figure; name another file")
 
 
 def terminal_text(explained: Explained, color: bool = True) -> str:

@@ -1,10 +1,10 @@
-"""How much memory a training run will take on a card, by part, before anything is loaded.
+"""Predict the GPU memory of a training run by part, before anything is loaded.
 
-Weights, adapter, optimiser and cache are counted, not estimated (tests hold them against real
-tensors). For the built-in shapes that takes no model code; another architecture is built on torch's
-``meta`` device, which holds shapes and no numbers.
-Activations are the sum of what one decoder layer of the Llama family keeps for its backward pass;
-working memory and the CUDA context are estimates, and say so in the table.
+Weights, adapter, optimiser and cache are counted exactly, and tests compare them with real tensors.
+The built-in shapes need no model code. Other architectures are built on torch's ``meta`` device,
+which holds shapes but no numbers. Activations are the tensors that decoder layers of the Llama
+family keep for the backward pass. Working memory and the CUDA context are estimates, and the table
+marks them as such.
 
 A GB is 2**30 bytes here, as on the box of a graphics card and in ``nvidia-smi``.
 """
@@ -28,14 +28,14 @@ GB = 2**30
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a causal LM decides how much memory it takes.
+    """The sizes of a causal LM that determine its memory.
 
     Attributes:
         hidden, inner: widths of the residual stream and of the MLP.
-        layers, heads, kv_heads, head_dim: of the decoder.
+        layers, heads, kv_heads, head_dim: sizes of the decoder.
         vocabulary: rows of the vocabulary head.
-        linear: (inputs, outputs) of every linear layer but the vocabulary head.
-        other: numbers that are no weights of those: embeddings, head, norms, biases.
+        linear: (inputs, outputs) of every linear layer except the vocabulary head.
+        other: number of all other parameters: embeddings, head, norms, biases.
     """
 
     hidden: int
@@ -52,7 +52,7 @@ class Shape:
 def _qwen2(
     hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int
 ) -> Shape:
-    """A Qwen2 architecture: biases on queries, keys and values, two norms a layer, tied head."""
+    """Shape of a Qwen2 model: biases on queries, keys, values; two norms per layer; tied head."""
     head_dim = hidden // heads
     kv = kv_heads * head_dim
     layer = ((hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden),
@@ -63,7 +63,7 @@ def _qwen2(
 
 
 def _untied(model: Shape) -> Shape:
-    """The same with a vocabulary head of its own."""
+    """The same shape with a vocabulary head that is separate from the embedding."""
     return replace(model, other=model.other + model.vocabulary * model.hidden)
 
 
@@ -73,14 +73,14 @@ SHAPES = {
     "qwen2.5-3b": _qwen2(2048, 11_008, 36, 16, 2, 151_936),
     "qwen2.5-7b": _untied(_qwen2(3584, 18_944, 28, 28, 4, 152_064)),
 }
-"""Shapes that need no network, from the models' config.json."""
+"""Built-in shapes, from the models' config.json, which need no network."""
 
 UNTIED = ("qwen2.5-7b",)
-"""Those whose vocabulary head is not their embedding."""
+"""Shapes with a vocabulary head that is separate from the embedding."""
 
 
 def config_of(name: str) -> PreTrainedConfig:
-    """The configuration of a built-in shape, to make a model of it. Loads transformers."""
+    """The configuration of a built-in shape, for making a model. Imports transformers."""
     from transformers import Qwen2Config
 
     model = SHAPES[name]
@@ -92,13 +92,13 @@ def config_of(name: str) -> PreTrainedConfig:
 
 
 CARD_GB = {"t4": 14.7}
-"""GB of cards known by name; others are given by size, such as ``12gb``."""
+"""Memory in GB of GPUs that are known by name; others are given by size, such as ``12gb``."""
 
 CONTEXT_GB = 0.6
-"""What the CUDA context and the kernels take before the first tensor; an estimate."""
+"""Bytes of the CUDA context and kernels before the first tensor; an estimate."""
 
 FRAGMENTATION = 0.05
-"""Share of everything that the allocator reserves and can't use; an estimate."""
+"""Share of memory that the allocator reserves but can't use; an estimate."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class Plan:
 
     Attributes:
         always: part -> bytes held from the first step to the last.
-        phases: phase of a step -> part -> bytes held during it. Phases follow each other, so the
-            largest counts.
+        phases: phase of a step -> part -> bytes held during it. Phases follow each other, so only
+            the largest counts.
     """
 
     always: dict[str, int]
@@ -116,29 +116,29 @@ class Plan:
 
     @property
     def peak(self) -> str:
-        """The phase that takes most."""
+        """The phase that needs most memory."""
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
     def tensors(self) -> int:
-        """Bytes of tensors at the peak: what ``torch.cuda.max_memory_allocated`` reports."""
+        """Bytes of tensors at the peak, as ``torch.cuda.max_memory_allocated`` reports them."""
         return sum(self.always.values()) + sum(self.phases[self.peak].values())
 
     @property
     def total(self) -> int:
-        """Bytes of the card at the peak: tensors, fragmentation and the CUDA context."""
+        """Bytes of GPU memory at the peak: tensors, fragmentation and the CUDA context."""
         return int(self.tensors * (1 + FRAGMENTATION) + CONTEXT_GB * GB)
 
 
 def shape(model: str) -> Shape:
-    """The shape of a model: a built-in one, or that of a folder's or a hub id's config.json.
+    """The shape of a model, which is built in or taken from its config.json.
 
     Args:
-        model: a key of ``SHAPES``, a hub id of one of those (``Qwen/Qwen2.5-7B-Instruct``), a
-            folder, or another hub id if this machine can reach it.
+        model: a key of ``SHAPES``, the hub id of one of them (``Qwen/Qwen2.5-7B-Instruct``), a
+            folder, or another hub id that this machine can reach.
 
     Raises:
-        ValueError: when there is no configuration to be had.
+        ValueError: when the configuration can't be loaded.
     """
     name = model.rsplit("/", 1)[-1].lower()
     for known, found in SHAPES.items():
@@ -158,7 +158,7 @@ def shape(model: str) -> Shape:
         except (OSError, KeyError) as error:
             raise ValueError(
                 "model must be a model folder, a hub id that this machine can reach, or one of "
-                f"{', '.join(SHAPES)}, got '{model}', whose config.json can't be had"
+                f"{', '.join(SHAPES)}, got '{model}', whose config.json can't be loaded"
                 + (f" ({unreached})" if unreached else "")
             ) from error
 
@@ -188,10 +188,10 @@ def shape_of(config: PreTrainedConfig) -> Shape:
 
 
 def card_gb(gpu: str) -> float:
-    """Memory of a card in GB.
+    """Memory of a GPU in GB.
 
     Raises:
-        ValueError: for a card that is neither known nor given by its size.
+        ValueError: for a GPU that is neither known by name nor given by size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*gb", gpu.lower())
     if gpu.lower() in CARD_GB:
@@ -204,13 +204,13 @@ def card_gb(gpu: str) -> float:
 
 
 def weight_bytes(model: Shape, rank: int, four_bit: bool, width: int) -> dict[str, int]:
-    """Bytes of all that has weights: part -> bytes.
+    """Bytes of model, adapter and optimiser: part -> bytes.
 
     Args:
         model: shape of a causal LM.
-        rank: of the adapter on every linear layer but the vocabulary head.
-        four_bit: whether those layers are in NF4 with double quantisation: half a byte a weight, a
-            byte for 64 of them, four bytes for 256 of those, and the tables of a layer.
+        rank: rank of the adapter on every linear layer except the vocabulary head.
+        four_bit: whether those layers are in NF4 with double quantisation. That takes half a byte
+            per weight, one byte per 64 weights, four bytes per 256 of these, and a layer's tables.
         width: bytes of a weight that is not quantised.
     """
     adapter = 4 * sum(rank * (inputs + outputs) for inputs, outputs in model.linear)
@@ -218,7 +218,7 @@ def weight_bytes(model: Shape, rank: int, four_bit: bool, width: int) -> dict[st
     quantised = 0
     for inputs, outputs in model.linear if four_bit else ():
         blocks = math.ceil(inputs * outputs / 64)
-        tables = 4 * (16 + 256 + 1)  # NF4's values, those of the second quantisation, their mean
+        tables = 4 * (16 + 256 + 1)  # values of NF4, values of the second quantisation, one mean
         quantised += math.ceil(inputs * outputs / 2) + blocks
         quantised += 4 * math.ceil(blocks / 256) + tables
     kept = width * (model.other + (0 if four_bit else inner))
@@ -232,7 +232,7 @@ def weight_bytes(model: Shape, rank: int, four_bit: bool, width: int) -> dict[st
 
 
 def cache_bytes(model: Shape, rows: int, prompt: int, completion: int, width: int) -> int:
-    """Bytes of the keys and values of ``rows`` completions as sampling lays them out."""
+    """Bytes of the keys and values of ``rows`` completions in the buffers of sampling."""
     # The buffers of sampling.sample grow by a block whenever a token no longer fits.
     length = prompt + CACHE_BLOCK
     while length < prompt + completion:
@@ -241,10 +241,10 @@ def cache_bytes(model: Shape, rows: int, prompt: int, completion: int, width: in
 
 
 def layer_bytes(model: Shape, rank: int, width: int) -> int:
-    """Bytes that one decoder layer under LoRA keeps of one token for the backward pass.
+    """Bytes that one decoder layer with LoRA keeps for one token until the backward pass.
 
-    The adapter computes in fp32, so in 16 bits it keeps its own copy of the input of each of the
-    seven linear layers; that, and not the model, is the larger part.
+    The adapter computes in fp32. If the model is in 16 bits, the adapter keeps its own copy of the
+    input of each of the seven linear layers, and these copies are the larger part.
     """
     queries = model.heads * model.head_dim
     norms = 2 * 4 * model.hidden
@@ -258,10 +258,10 @@ def plan(model: Shape, settings: TrainConfig, prompt: int, width: int | None = N
 
     Args:
         model: from :func:`shape`.
-        settings: of the run; its ``model`` is not looked at.
-        prompt: tokens of the longest prompt.
+        settings: settings of the run; ``model`` is not used.
+        prompt: number of tokens of the longest prompt.
         width: bytes of a weight that is not quantised and of an activation; default 2 with
-            ``four_bit``, else 4, as :func:`iapo_mini.policy.load_policy` does on a card.
+            ``four_bit``, else 4, as in :func:`iapo_mini.policy.load_policy` on a GPU.
 
     Raises:
         ValueError: for a prompt without tokens, or full fine-tuning.
@@ -269,7 +269,7 @@ def plan(model: Shape, settings: TrainConfig, prompt: int, width: int | None = N
     check_number("prompt", prompt, 1, MOST_TOKENS)
     if settings.lora_rank < 1:
         raise ValueError(
-            "lora_rank must be at least 1 for the planner, which knows adapters, got 0"
+            "lora_rank must be at least 1 for the planner, which plans only adapters, got 0"
         )
     width = width or (2 if settings.four_bit else 4)
     group, hidden, inner = settings.num_generations, model.hidden, model.inner
@@ -290,13 +290,13 @@ def plan(model: Shape, settings: TrainConfig, prompt: int, width: int | None = N
         copied = size * prompt * 2 * model.heads * model.head_dim * width
         kept_by_layers = model.layers * (layer + copied)
         layer = 0
-    # Final hidden states, those picked for the head, and their gradients.
+    # Final hidden states, the ones selected for the head, and the gradients of both.
     kept_by_layers += 4 * size * completion * hidden * width
     logits = min(int(LOGITS_MB * 2**20), LOGIT_BYTES * size * completion * model.vocabulary)
     phases = {
         "sampling": {
             "KV cache": kept,
-            # One after the other: logits and what is made of them, the weights of the largest
+            # These do not coincide: logits and tensors of their size, the weights of the largest
             # layer, and the buffer of one layer while it grows.
             "working memory (estimate)": max(
                 rows * model.vocabulary * (width + 5 * 4), dequantised, kept // model.layers
@@ -321,11 +321,11 @@ def plan(model: Shape, settings: TrainConfig, prompt: int, width: int | None = N
 def lower(
     model: Shape, settings: TrainConfig, prompt: int, limit: float
 ) -> list[tuple[str, TrainConfig, Plan]]:
-    """What to change, cheapest first, until the run fits into ``limit`` bytes.
+    """Changes of settings, cheapest first, that make a run fit into ``limit`` bytes.
 
     Returns:
-        (change in words, settings after it and all before it, their plan); the last one fits unless
-        nothing is left to lower.
+        (change in words, settings with all changes so far, their plan) for each change. The last
+        plan fits, unless nothing is left to lower.
     """
 
     def halved(name: str, least: int) -> dict:
@@ -335,7 +335,7 @@ def lower(
     steps: list[tuple[str, TrainConfig, Plan]] = []
     now = plan(model, settings, prompt)
     while now.total > limit:
-        options = (  # time lost grows from the first to the last
+        options = (  # from the smallest loss of time to the largest
             {} if settings.four_bit else {"four_bit": True},
             {} if settings.gradient_checkpointing else {"gradient_checkpointing": True},
             halved("micro_batch_size", 1 if settings.gradient_checkpointing else 8),
@@ -357,7 +357,7 @@ def lower(
 
 
 def plan_table(plans: dict[str, Plan]) -> str:
-    """Plans side by side as a Markdown table, in GB; the keys of ``plans`` head the columns."""
+    """Markdown table of plans side by side, in GB, with the keys of ``plans`` as column heads."""
     columns = list(plans.values())
     parts = [("always", part) for part in dict.fromkeys(p for x in columns for p in x.always)]
     parts += dict.fromkeys(

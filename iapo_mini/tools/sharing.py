@@ -9,12 +9,12 @@ from typing import Any
 import huggingface_hub
 
 from iapo_mini.adapters import base_of
-from iapo_mini.config import RECIPES
 from iapo_mini.errors import first_line, shown
 from iapo_mini.files import read_json, replace_folder, versions, writable_folder
 from iapo_mini.intervals import format_interval
 from iapo_mini.metrics import LOG, logged
 from iapo_mini.policy import load_policy
+from iapo_mini.recipes import RECIPES
 
 KINDS = ("merged", "adapter")
 """What is shared: one plain model, or the adapter alone."""

@@ -1,9 +1,9 @@
-"""An explorer for notebooks: step through a completion and watch the answer sharpen.
+"""An explorer for notebooks: step through a completion and watch the answer become certain.
 
-Pick a story and a completion, move through its tokens, and see what the policy would answer if it
-had to answer now, what each token told about the answer, and the advantage that GRPO and IAPO give
-it, recoloured live by sliders for alpha and beta. All pictures are HTML and SVG, so a move costs
-milliseconds; the model is asked once, when the explorer is made. Needs ipywidgets
+Choose a story and a completion and move through its tokens. The explorer shows what the policy
+would answer if it had to answer now, how much each token says about the answer, and the advantages
+of GRPO and IAPO, which follow the sliders for alpha and beta. All pictures are HTML and SVG, so a
+move takes milliseconds. The model runs only once, when the explorer is made. Needs ipywidgets
 (``pip install 'iapo-mini[notebooks]'``; Colab has it).
 """
 
@@ -41,7 +41,7 @@ _PAGE = "font-family:monospace;background:white;color:black;padding:6px;line-hei
 
 @dataclass(frozen=True)
 class ForcedAnswers:
-    """What the policy answers after every prefix when it has to answer now.
+    """The forced answers of a policy after every prefix.
 
     Attributes:
         entropies: (B, L + 1) fp32 nats, H(y | q, o_<=t).
@@ -66,7 +66,7 @@ def forced_answers(policy: Policy, rollouts: Rollouts, k: int = 6) -> ForcedAnsw
 
     def read(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         p, ids = torch.softmax(logits[:, 0].float(), dim=-1).topk(k)
-        # Ids below 2**24 stay exact.
+        # Ids below 2**24 are exact in fp32.
         return torch.cat([logits_entropy(logits), p, ids.float()], dim=1)
 
     found = ask(policy.for_inference(), rollouts, Question(encode_postfix(policy), read))
@@ -76,12 +76,14 @@ def forced_answers(policy: Policy, rollouts: Rollouts, k: int = 6) -> ForcedAnsw
 def tokens_html(
     tokens: Sequence[str], values: Sequence[float], roles: Sequence[str] | None, at: int, unit: str
 ) -> str:
-    """The completion as text: colour by value, a line by role, what is not yet read in grey.
+    """HTML of a completion, with colours by value, lines by role, and tokens not yet read in grey.
 
     Args:
-        tokens: n texts; values: n numbers, for the ground and the tooltip; roles: n, or None.
-        at: tokens read so far, 0 to n; the last of them is framed.
-        unit: of the values, for the tooltip.
+        tokens: n texts.
+        values: n numbers, for background and tooltip.
+        roles: n roles, or None.
+        at: number of tokens read so far, 0 to n; the last of them is framed.
+        unit: unit of the values, for the tooltip.
     """
     limit = max(0.1, *(abs(v) for v in values)) if values else 0.1
     out = []
@@ -107,7 +109,7 @@ def tokens_html(
 
 
 def answers_html(answers: Sequence[str], probabilities: Sequence[float], nats: float) -> str:
-    """Bars of the most likely forced answers, and the entropy over all of them."""
+    """HTML bars of the most likely forced answers, and the entropy over all answers."""
     rows = [
         f'<div><span style="display:inline-block;min-width:5em;text-align:right">'
         f"{html.escape(a).replace(' ', '&nbsp;')}</span>"
@@ -120,7 +122,7 @@ def answers_html(answers: Sequence[str], probabilities: Sequence[float], nats: f
 
 
 def bars_svg(values: Sequence[float], at: int, label: str) -> str:
-    """One bar a token; those not yet read in grey, the last read one with a dark edge."""
+    """SVG with one bar per token: grey if not yet read, with a dark edge for the last one read."""
     limit, n = max(0.1, *(abs(v) for v in values)) if values else 0.1, max(1, len(values))
     width, half = 420, 60
     step = width / n
@@ -143,7 +145,7 @@ def bars_svg(values: Sequence[float], at: int, label: str) -> str:
 
 @dataclass(frozen=True)
 class _Scene:
-    """What the explorer shows: B completions, G of each problem, with all that is known of them."""
+    """The data of the explorer: B completions, G of each problem, and everything about them."""
 
     policy: Policy
     problems: list[Problem]
@@ -151,15 +153,15 @@ class _Scene:
     forced: ForcedAnswers
 
     def length(self, i: int) -> int:
-        """Tokens of completion i, without end of sequence."""
+        """Number of tokens of completion i, without end of sequence."""
         return int(self.rollouts.lengths[i]) - int(self.rollouts.finished[i])
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """Each token as it stands behind another, special ones included."""
+        """The text of each token when it follows another, including special tokens."""
         return token_texts(self.policy.tokenizer, ids)
 
     def completions(self, problem: int) -> list[tuple[str, int]]:
-        """Title and index of each completion of a problem, as a menu takes them."""
+        """Title and index of each completion of a problem, for a menu."""
         group = self.rollouts.num_generations
         return [
             (f"{self.length(i)} tokens, {'right' if self.rollouts.correct[i] else 'wrong'}", i)
@@ -177,21 +179,21 @@ class _Scene:
         return values[i, : self.length(i)].tolist(), unit
 
     def completion_html(self, i: int, at: int, values: list[float], unit: str) -> str:
-        """Completion i of which ``at`` tokens are read; only a story's tokens have roles."""
+        """HTML of completion i with ``at`` tokens read; only tokens of stories have roles."""
         ids = self.rollouts.completion_ids[i, : self.length(i)].tolist()
         is_story = bool(self.problems[i // self.rollouts.num_generations].steps)
         roles = token_roles(self.policy.tokenizer, ids) if is_story else None
         return tokens_html(self.texts(ids), values, roles, at, unit)
 
     def forced_html(self, i: int, at: int) -> str:
-        """What the policy answers after ``at`` tokens of completion i."""
+        """HTML of the forced answers after ``at`` tokens of completion i."""
         likely = self.texts(self.forced.ids[i, at].tolist())
         p, nats = self.forced.probabilities[i, at].tolist(), float(self.forced.entropies[i, at])
         return answers_html(likely, p, nats)
 
 
 class _Controls:
-    """The explorer's controls and pictures; whoever moves a control has the pictures drawn anew."""
+    """The explorer's controls and pictures. Moving a control draws the pictures again."""
 
     def __init__(self, scene: _Scene, alpha: float, beta: float) -> None:
         import ipywidgets as w
@@ -216,7 +218,7 @@ class _Controls:
             for name, value in (("alpha", alpha), ("beta", beta))
         )
         self.question, self.tokens, self.answers, self.bars = (w.HTML() for _ in range(4))
-        self.busy = False  # while controls set each other, nothing is drawn
+        self.busy = False  # True while controls set each other, when nothing is drawn
         self.story.observe(self.choose_story, "value")
         self.completion.observe(self.choose_completion, "value")
         for control in (self.position, self.color, self.alpha, self.beta):
@@ -225,7 +227,7 @@ class _Controls:
 
     def choose_story(self, _: object = None) -> None:
         options = self.scene.completions(self.story.value)
-        self.busy = True  # the assignments below would each draw everything
+        self.busy = True  # otherwise each assignment below would draw everything
         self.completion.options, self.completion.value = options, options[0][1]
         asked = self.scene.problems[self.story.value].question
         self.question.value = f"<b>{html.escape(asked)}</b>"
@@ -261,14 +263,14 @@ def explorer(
     beta: float = 0.05,
     seed: int = 0,
 ) -> ipywidgets.VBox:
-    """Controls and pictures of completions, as one widget.
+    """Make the explorer, a widget of controls and pictures.
 
     Args:
-        policy: it samples the completions and is forced to answer.
+        policy: the policy that writes the completions and is forced to answer.
         problems: stories or other problems to choose from, at least one.
-        num_generations: completions of each, G, at least 2 for the advantages to have a group.
-        alpha, beta: where the sliders stand at first.
-        seed: for sampling.
+        num_generations: completions per problem, G; advantages need at least 2.
+        alpha, beta: first values of the sliders.
+        seed: seed of sampling.
 
     Returns:
         An ``ipywidgets.VBox``. ``story``, ``completion``, ``position``, ``color``, ``alpha`` and

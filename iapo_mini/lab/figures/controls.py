@@ -1,6 +1,6 @@
-"""Figures of the controls: every seed a dot, since seeds fall into two groups in many rows.
+"""Figures of the controls. Every seed is a dot, since seeds form two groups in many rows.
 
-As in :mod:`iapo_mini.plots`, every function returns a figure; nothing is shown or saved.
+As in :mod:`iapo_mini.plots`, every function returns a figure and does not show or save it.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ NAMES = {
     "roles_token": "roles, at the token", "roles_spread": "roles, spread over the sentence",
     "roles_first": "roles, at the sentence's first token", "roles_to_go": "roles, reward to go",
 }  # fmt: skip
-"""Label of a row that :data:`iapo_mini.plots.LABELS` does not have."""
+"""Labels of rows that :data:`iapo_mini.plots.LABELS` does not have."""
 
 
 def label(name: str) -> str:
-    """A row's name as figures and tables show it."""
+    """The label of a row in figures and tables."""
     return NAMES.get(name, LABELS.get(name, name))
 
 
 def dots(ax: Axes, rows: Mapping[str, Sequence[float]], highlight: str = "") -> None:
-    """One line of dots for each row, the mean and its 95% interval as a bar above them.
+    """Draw a line of dots for each row, with the mean and its 95% interval as a bar above them.
 
     Args:
-        ax: axes; rows: name -> one value per seed, first row on top.
-        highlight: row that is drawn in IAPO's colour.
+        ax: axes to draw on.
+        rows: name -> one value per seed; the first row is on top.
+        highlight: the row that is drawn in IAPO's colour.
     """
     for y, (name, values) in enumerate(rows.items()):
         color = COLORS["iapo"] if name == highlight else COLORS["grpo"]
@@ -50,7 +51,7 @@ def dots(ax: Axes, rows: Mapping[str, Sequence[float]], highlight: str = "") -> 
 
 
 def controls(results: Mapping) -> Figure:
-    """Length and Pass@1 of every control under both means, and of every way to pay.
+    """Plot length and Pass@1 of every control with both means, and of every kind of payment.
 
     Args:
         results: as written by ``controls.controls``.
@@ -75,7 +76,7 @@ def controls(results: Mapping) -> Figure:
 
 
 def choices(results: Mapping) -> Figure:
-    """What each term pays computing over talk at choices, under both means of the loss.
+    """Plot how much each term favours computing over talk at choices, with both means of the loss.
 
     Args:
         results: as written by ``choices.choices``.

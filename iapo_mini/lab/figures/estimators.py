@@ -1,6 +1,6 @@
 """Figures of the study of the estimators: AUC, growth and speed.
 
-As in :mod:`iapo_mini.plots`, every function returns a figure; nothing is shown or saved.
+As in :mod:`iapo_mini.plots`, every function returns a figure and does not show or save it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _POLICY_LOOK = {
 
 
 def estimator_auc(results: Mapping) -> Figure:
-    """How well each estimator tells computing tokens from talk, and follows the true drop.
+    """Plot how well each estimator separates computing tokens from talk and follows the true drop.
 
     Args:
-        results: ``results/estimator.json``.
+        results: content of ``results/estimator.json``.
     """
     fig = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = fig.subplots(1, 2)
@@ -57,7 +57,7 @@ def estimator_auc(results: Mapping) -> Figure:
 
 
 def estimator_steps(results: Mapping) -> Figure:
-    """AUC by number of operations in the story, calibrated policy against the exact posterior."""
+    """Plot AUC by number of operations, for the calibrated policy and the exact posterior."""
     fig = Figure(figsize=(6, 3.6), layout="constrained")
     ax = fig.subplots()
     by_steps = results["auc_by_steps"]["calibrated"]
@@ -79,7 +79,7 @@ def estimator_steps(results: Mapping) -> Figure:
 
 
 def estimator_growth(growth: Mapping) -> Figure:
-    """Seconds against completion length for each way of asking, both axes logarithmic.
+    """Plot seconds by completion length for each way of asking, on logarithmic axes.
 
     Args:
         growth: ``lengths`` (tokens), ``seconds`` and fitted ``slopes`` by method.
@@ -108,7 +108,7 @@ def estimator_growth(growth: Mapping) -> Figure:
 
 
 def estimator_speed(results: Mapping) -> Figure:
-    """Time and extra memory of packing against its rivals, by setting; 1 is the rival."""
+    """Plot time and extra memory of packing as ratios to other ways, by setting."""
     fig = Figure(figsize=(8, 3.4), layout="constrained")
     ax = fig.subplots()
     ratios = {

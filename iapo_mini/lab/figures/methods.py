@@ -1,6 +1,6 @@
 """Figures of the experiments on all methods: Table 1, Fig. 5 to 7 of the paper, departures.
 
-As in :mod:`iapo_mini.plots`, every function returns a figure; nothing is shown or saved.
+As in :mod:`iapo_mini.plots`, every function returns a figure and does not show or save it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def tradeoff(methods: Mapping[str, Mapping], ks: Sequence[int]) -> Figure:
-    """Pass@k against Length@k at the least and the largest k, and Ratio@k over k.
+    """Plot Pass@k against Length@k at the smallest and largest k, and Ratio@k over k.
 
-    Up and to the left is better. Bars are 95% intervals.
+    Points further up and left are better. Bars are 95% intervals.
 
     Args:
         methods: method -> metrics, as in the results of ``table1``.
@@ -66,7 +66,7 @@ def tradeoff(methods: Mapping[str, Mapping], ks: Sequence[int]) -> Figure:
 
 
 def by_steps(methods: Mapping[str, Mapping]) -> Figure:
-    """Accuracy and length by the number of operations of the story.
+    """Plot accuracy and length by the number of operations of the story.
 
     Args:
         methods: method -> ``{"by_steps": {operations: {"accuracy", "length": [per seed]}}}``.
@@ -93,16 +93,18 @@ def by_steps(methods: Mapping[str, Mapping]) -> Figure:
 
 
 COLUMNS = 110
-"""Letters per line of a completion."""
+"""Number of letters per line of a completion."""
 
 
 def case_study(
     question: str, texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase
 ) -> Figure:
-    """One story answered by several policies, every token on the colour of its role (Fig. 7).
+    """Plot the answers of several policies to one story, with tokens coloured by role (Fig. 7).
 
     Args:
-        question: the story; texts: method -> completion; tokenizer: counts and cuts the tokens.
+        question: the story.
+        texts: method -> completion.
+        tokenizer: tokenizer that splits the completions into tokens.
     """
     blocks = {}
     for name, text in texts.items():
@@ -120,10 +122,11 @@ def case_study(
 
 
 def heat_maps(question: str, completions: Mapping[str, tuple], span: float = 2.0) -> Figure:
-    """Informativeness of every token in the answers of several policies (Fig. 14).
+    """Plot the informativeness of every token in the answers of several policies (Fig. 14).
 
     Args:
-        question: the story; completions: method -> ``(pieces, values)``, token texts and nats.
+        question: the story.
+        completions: method -> ``(pieces, values)``, token texts and nats.
         span: nats at which the colour is full, in both directions.
     """
     scale = ScalarMappable(Normalize(-span, span), colormaps["PuOr_r"])
@@ -145,7 +148,7 @@ def heat_maps(question: str, completions: Mapping[str, tuple], span: float = 2.0
 
 
 def _stacked(question: str, blocks: Mapping[str, list[tuple[str, tuple]]]) -> tuple[Figure, Axes]:
-    """Story on top, then a titled block of text for each policy, every token on its colour."""
+    """Draw the story on top, then a titled block of text for each policy with coloured tokens."""
     wrapped = {}
     for title, pieces in blocks.items():
         lines: list[list[tuple[str, tuple]]] = [[]]
@@ -157,10 +160,10 @@ def _stacked(question: str, blocks: Mapping[str, list[tuple[str, tuple]]]) -> tu
             lines[-1].append((piece.replace("\n", " "), color))
             used += len(piece)
         wrapped[title] = lines
-    told = textwrap.wrap(question, COLUMNS - 10)  # where letters are rounded to whole pixels
+    told = textwrap.wrap(question, COLUMNS - 10)  # shorter, as rounding to pixels widens letters
     rows = len(told) + sum(len(lines) + 1.5 for lines in wrapped.values()) + 4
     size = 8.2
-    # A monospaced letter is 0.602 of its size wide: the axis counts letters.
+    # The axis counts letters. A monospaced letter is 0.602 of the font size wide.
     fig = Figure(figsize=((COLUMNS + 2) * 0.602 * size / 72 / 0.98, 0.22 * rows + 0.2))
     ax = fig.add_axes((0.01, 0.01, 0.98, 0.98))
     ax.set_axis_off()
@@ -185,7 +188,7 @@ def _stacked(question: str, blocks: Mapping[str, list[tuple[str, tuple]]]) -> tu
 
 
 def sweeps(results: Mapping) -> Figure:
-    """Length, Pass@k and entropy against each weight (Fig. 6), 95% intervals over seeds.
+    """Plot length, Pass@k and entropy by each weight (Fig. 6), with 95% intervals over seeds.
 
     Args:
         results: as written by ``sweeps.sweeps``.
@@ -210,13 +213,13 @@ def sweeps(results: Mapping) -> Figure:
 
 
 def _drawn(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95% interval as they are drawn: a single value has no interval."""
+    """Mean and 95% interval for drawing; the interval of a single value has width 0."""
     mean, low, high = mean_interval(values)
     return (mean, mean, mean) if len(values) == 1 else (mean, low, high)
 
 
 def means(results: Mapping) -> Figure:
-    """Two ways to average the loss: length by training step, and Pass@1 after it.
+    """Plot length by training step and Pass@1 after training for two ways to average the loss.
 
     Args:
         results: as written by ``sweeps.sweeps``.
@@ -252,7 +255,7 @@ def means(results: Mapping) -> Figure:
 
 
 def departures(results: Mapping) -> Figure:
-    """What each departure does to the advantages, and to length and Pass@1 after training.
+    """Plot the effect of each departure on the advantages, and on length and Pass@1 after training.
 
     Args:
         results: as written by ``departures.departures``.
@@ -289,7 +292,7 @@ def departures(results: Mapping) -> Figure:
 
 
 def starts(results: Mapping) -> Figure:
-    """Length, Pass@1 and right answers per token after training, by start policy and method.
+    """Plot length, Pass@1 and right answers per token after training, by start policy and method.
 
     Args:
         results: as written by ``starts.starts``.

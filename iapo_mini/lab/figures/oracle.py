@@ -1,6 +1,6 @@
-"""Figures of what only the story world can tell: real continuations against early exits.
+"""Figures that compare early exits with real continuations.
 
-As in :mod:`iapo_mini.plots`, every function returns a figure; nothing is shown or saved.
+As in :mod:`iapo_mini.plots`, every function returns a figure and does not show or save it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from iapo_mini.lab.figures.controls import dots
 
 
 def agreement(results: Mapping) -> Figure:
-    """Answer entropy by place, asked and real, for each policy; and what training with it gives.
+    """Plot estimated and real answer entropy by place for each policy, and results of training.
 
     Args:
         results: as written by ``oracle.oracle``.

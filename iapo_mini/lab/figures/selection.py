@@ -1,6 +1,6 @@
-"""Figures of selection: what a number gains when a checkpoint is chosen by it.
+"""Figures of the bias of a number when a checkpoint is chosen by it.
 
-As in :mod:`iapo_mini.plots`, every function returns a figure; nothing is shown or saved.
+As in :mod:`iapo_mini.plots`, every function returns a figure and does not show or save it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAMES = {
     "test": "the reported stories", "tune": "as many tune stories",
     "tune_pool": "all tune stories", "last": "nothing: the last checkpoint",
 }  # fmt: skip
-"""On what a rule chooses, as figures and tables show it."""
+"""The stories by which each rule chooses, as named in figures and tables."""
 _LOOKS = {
     "test": (COLORS["iapo"], "o", "-"), "tune": (COLORS["grpo"], "s", "--"),
     "tune_pool": (COLORS["gfpo"], "^", "-."), "last": (COLORS["start"], "X", ":"),
@@ -26,14 +26,14 @@ _LOOKS = {
 
 
 def _points(ax: Axes, x: Sequence[float], rows: Sequence[Sequence[float]], **look: Any) -> None:
-    """Intervals ``(mean, low, high)`` in percent, over x."""
+    """Draw intervals ``(mean, low, high)`` in percent over x."""
     mean, low, high = 100 * np.array(rows).T
     ends = np.nan_to_num([mean - low, high - mean]).clip(min=0)  # a single run has no interval
     ax.errorbar(x, mean, yerr=ends, capsize=2, **look)
 
 
 def _lines(ax: Axes, rows: Mapping[str, Mapping]) -> None:
-    """A line for each rule over the numbers that are the keys of ``rows``."""
+    """Draw a line for each rule over the numbers that are the keys of ``rows``."""
     for i, (rule, (color, marker, style)) in enumerate(_LOOKS.items()):
         x = [place + 0.06 * (i - 1.5) for place in range(len(rows))]
         own = [row[rule] for row in rows.values()]
@@ -42,7 +42,7 @@ def _lines(ax: Axes, rows: Mapping[str, Mapping]) -> None:
 
 
 def selection(results: Mapping) -> Figure:
-    """Bias of Ratio@k by reported stories and by candidates, and the ablation that was not tuned.
+    """Plot the bias of Ratio@k by reported stories and by candidates, and the untuned ablation.
 
     Args:
         results: as written by ``selection.selection``.

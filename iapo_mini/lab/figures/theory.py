@@ -1,6 +1,6 @@
 """Figures of the theory: Theorem 4.1, Corollary 4.2, exploration.
 
-As in :mod:`iapo_mini.plots`, every function returns a figure; nothing is shown or saved.
+As in :mod:`iapo_mini.plots`, every function returns a figure and does not show or save it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _curve(
 
 
 def _predicted_measured(ax: Axes, looks: Mapping[str, tuple], unit: str) -> None:
-    """Measured against predicted, both per unit of step, and the line on which they are equal.
+    """Plot measured against predicted change per unit of step, and the line where they are equal.
 
     Args:
         looks: label -> ``(points, eta, color, marker)``, points ``[predicted, measured]``.
@@ -40,7 +40,11 @@ def _predicted_measured(ax: Axes, looks: Mapping[str, tuple], unit: str) -> None
 
 
 def _error_by_step(ax: Axes, etas: Sequence[float], curves: Mapping[str, tuple]) -> None:
-    """Relative error of the prediction by step size; label -> ``(intervals, color, style)``."""
+    """Plot the relative error of the prediction by step size.
+
+    Args:
+        curves: label -> ``(intervals, color, style)``.
+    """
     for label, (intervals, color, style) in curves.items():
         _curve(ax, etas, np.maximum(intervals, 1e-9), label, color, style)
     first = min(intervals[0][0] for intervals, _, _ in curves.values())
@@ -54,10 +58,10 @@ def _error_by_step(ax: Axes, etas: Sequence[float], curves: Mapping[str, tuple])
 
 
 def theory_theorem(theorem: Mapping) -> Figure:
-    """Theorem 4.1: is the change of expected length the covariance?
+    """Plot Theorem 4.1: the change of expected length against the covariance.
 
     Args:
-        theorem: that section of ``results/theory.json``.
+        theorem: section ``theorem`` of ``results/theory.json``.
     """
     fig = Figure(figsize=(10, 3.5), layout="constrained")
     left, middle, right = fig.subplots(1, 3)
@@ -91,10 +95,10 @@ def theory_theorem(theorem: Mapping) -> Figure:
 
 
 def theory_corollary(corollary: Mapping) -> Figure:
-    """Corollary 4.2: where informativeness per token falls with length, and what length does.
+    """Plot Corollary 4.2: informativeness per token by length, and the change of length.
 
     Args:
-        corollary: that section of ``results/theory.json``.
+        corollary: section ``corollary`` of ``results/theory.json``.
     """
     fig = Figure(figsize=(10, 3.5), layout="constrained")
     left, middle, right = fig.subplots(1, 3)
@@ -127,16 +131,16 @@ def theory_corollary(corollary: Mapping) -> Figure:
         ax.set_ylabel("informativeness (nats per token)")
     for ax in (left, middle, right):
         ax.grid(alpha=0.3)
-        loc = "lower right" if ax is left else "best"  # above, its marks would touch a curve
+        loc = "lower right" if ax is left else "best"  # further up it would touch a curve
         ax.legend(frameon=False, fontsize=8, loc=loc)
     return fig
 
 
 def theory_exploration(exploration: Mapping) -> Figure:
-    """Entropy after a step with A = +pi or A = -pi: as predicted, and with the sign it should have?
+    """Plot the change of entropy by a step with A = +pi or A = -pi, and its sign.
 
     Args:
-        exploration: that section of ``results/theory.json``.
+        exploration: section ``exploration`` of ``results/theory.json``.
     """
     fig = Figure(figsize=(10, 3.5), layout="constrained")
     left, middle, right = fig.subplots(1, 3)
