@@ -136,7 +136,7 @@ def test_what_stands_on_table1_is_told_as_judged(table1_results):
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     testable = sum(row[3] != "cannot be tested" for row in rows)
     assert testable == len(rows) - 5  # Pass@32, at 1 before training
-    shorter = {row[0].split(" (Length")[0].removeprefix("IAPO writes fewer tokens than ")
+    shorter = {row[0].split(" (")[0].removeprefix("IAPO writes fewer tokens than ")
                for row in rows[:5] if row[3] == "holds"}  # fmt: skip
     ratio = [row[3] == "holds" for row in rows[10:15]]
     assert shorter == {"GRPO", "S-GRPO"} and ratio == [True, False, False, False, False]
