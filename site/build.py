@@ -18,12 +18,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 SITE = Path(__file__).parent.resolve()
 ROOT = SITE.parent
-REPOSITORY = "https://github.com/iapo-mini/iapo-mini"
-_RAW = "https://raw.githubusercontent.com/iapo-mini/iapo-mini"
+with (ROOT / "pyproject.toml").open("rb") as file:
+    REPOSITORY = tomllib.load(file)["project"]["urls"]["Repository"]
+_RAW = REPOSITORY.replace("://github.com", "://raw.githubusercontent.com")
 _ON_MAIN = re.compile(rf"(?:{REPOSITORY}/(?:blob|tree|raw)|{_RAW})/main/(.+)")
 GROUPS = {
     "iapo_mini": "The method",
@@ -138,7 +140,7 @@ def _api(sources: Path) -> None:
             f"{name}\n{'=' * len(name)}\n\n.. automodule:: {name}\n   :members:\n"
             "   :member-order: bysource\n   :show-inheritance:\n",
         )
-    text = ["# API", "Made from the docstrings. Each page links to its source.", ""]
+    text = ["# API", "Made from the docstrings. Every name links to its source.", ""]
     for package in sorted(groups, key=lambda p: (list(GROUPS).index(p) if p in GROUPS else 99, p)):
         heading = GROUPS.get(package, package)
         text += [f"## {heading}", "", "| module | holds |", "|---|---|"]
@@ -194,9 +196,8 @@ def build(out: Path) -> int:
     """Build the site into a folder; returns Sphinx's exit status, 0 if nothing was wrong."""
     sources = out.parent / f"{out.name}-sources"
     gather(sources)
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q"]
+    command = [sys.executable, "-m", "sphinx", "-W", "-q"]
     command += ["-d", str(out.parent / f"{out.name}-doctrees")]
-    command += ["-D", f"html_theme_options.github_url={REPOSITORY}"]
     places = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [*command, str(sources), str(out)], env=os.environ | {"PYTHONPATH": places}

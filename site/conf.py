@@ -1,8 +1,16 @@
 """Sphinx's settings; ``build.py`` lays the sources out and calls it."""
 
+import importlib
+import inspect
 import re
+import tomllib
+from pathlib import Path
 
 import iapo_mini
+
+ROOT = Path(iapo_mini.__file__).parent.parent
+with (ROOT / "pyproject.toml").open("rb") as file:
+    REPOSITORY = tomllib.load(file)["project"]["urls"]["Repository"]
 
 project = "iapo-mini"
 author = "the authors of iapo-mini"
@@ -12,7 +20,7 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
+    "sphinx.ext.linkcode",
     "sphinx.ext.mathjax",
 ]
 # Exercises are third-level headings right below the title.
@@ -31,7 +39,10 @@ autodoc_mock_imports = ["vllm", "trl", "bitsandbytes", "ipywidgets"]
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
+# A line of ours may speak of several arguments, which the default takes for a type and a name.
+napoleon_use_param = False
+napoleon_custom_sections = [("Attributes", "params_style")]
+highlight_language = "none"
 python_maximum_signature_line_length = 90
 
 html_context = {"default_mode": "auto"}
@@ -42,6 +53,7 @@ html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
 html_theme_options = {
+    "github_url": REPOSITORY,
     "navbar_align": "left",
     "header_links_before_dropdown": 6,
     "show_prev_next": True,
@@ -52,6 +64,22 @@ html_theme_options = {
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
 html_sidebars = {"index": [], "explorer": []}
+
+
+def linkcode_resolve(domain, info):
+    """Address of the lines in the repository that a name stands for."""
+    module = importlib.import_module(info["module"])
+    found = module
+    try:
+        for part in info["fullname"].split("."):
+            found = getattr(found, part)
+        # A property is its getter, and a decorated function what was decorated.
+        found = inspect.unwrap(getattr(found, "fget", None) or found)
+        lines, first = inspect.getsourcelines(found)
+        file = Path(inspect.getsourcefile(found)).relative_to(ROOT).as_posix()
+    except (AttributeError, TypeError, ValueError, OSError):  # a constant
+        return None
+    return f"{REPOSITORY}/blob/main/{file}#L{first}-L{first + len(lines) - 1}"
 
 
 def _read(app, what, name, obj, options, lines):
@@ -75,6 +103,12 @@ def _read(app, what, name, obj, options, lines):
     lines[:] = out
 
 
+def _signature(app, what, name, obj, options, signature, returned):
+    """A default that can't be parsed would leave the whole signature without links."""
+    return (signature or "").replace("<factory>", "...") or None, returned
+
+
 def setup(app):
     """Called by Sphinx."""
+    app.connect("autodoc-process-signature", _signature)
     app.connect("autodoc-process-docstring", _read, priority=400)

@@ -81,7 +81,7 @@ function make(tag, attributes = {}, ...children) {
   return e;
 }
 
-const signed = (x) => (x < 0 ? "\u2212" : "+") + Math.abs(x).toFixed(2);
+const signed = (x) => (Math.abs(x) < 0.005 ? "" : x < 0 ? "\u2212" : "+") + Math.abs(x).toFixed(2);
 const visible = (text) => text.replace(/\n/g, "\u21b5").replace(/^ | $/g, "\u00a0") || "\u00a0";
 const percent = (p) => (p < 0.005 ? "<1%" : `${Math.round(100 * p)}%`);
 
