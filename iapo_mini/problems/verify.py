@@ -11,9 +11,8 @@ Three kinds of reference, told apart by how it is written:
 
 math-verify hands LaTeX to sympy, which can run for minutes and hold the interpreter's lock while it
 does, and its own limits use signals: they work on the main thread of a POSIX process alone. So it
-runs in a second process, started when first needed, and a comparison past ``TIME_LIMIT`` is ended;
-that works in threads, in notebooks and on Windows. This file is also that process: it imports
-nothing of the package.
+runs in a second process (this file, which imports nothing of the package), started when first
+needed. A comparison past ``TIME_LIMIT`` is ended, in threads, in notebooks and on Windows, too.
 """
 
 from __future__ import annotations
@@ -301,7 +300,8 @@ def _serve() -> None:
             return False
 
     def within_limits(given: str, reference: str) -> bool:
-        assert sys.platform != "win32"  # for mypy, which knows that there is no fork
+        if sys.platform == "win32":  # for mypy, which then knows that there is a fork below
+            raise OSError("no fork here")
         child = os.fork()
         if child == 0:
             signal.setitimer(signal.ITIMER_PROF, TIME_LIMIT)
