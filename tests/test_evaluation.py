@@ -288,11 +288,11 @@ def test_fewer_values_of_k_are_read_off_the_same_completions(policy, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [("folder", "must be a .json file"), ("e.jsonl", "must be a .json file"),
-     ("data.json", "would overwrite data_file"), ("config.json", "else than results"),
-     ("text.json", "else than results"), ("result.json", "else than results"),
-     ("metrics.json", "metrics.jsonl' holds something else than completions"),
-     ("mine.json", "mine.settings.json' holds something else than the settings"),
-     ("chats.json", "chats.jsonl' holds something else than completions")],
+     ("data.json", "would overwrite data_file"), ("config.json", "does not hold results"),
+     ("text.json", "does not hold results"), ("result.json", "does not hold results"),
+     ("metrics.json", "metrics.jsonl' does not hold completions"),
+     ("mine.json", "mine.settings.json' does not hold the settings"),
+     ("chats.json", "chats.jsonl' does not hold completions")],
 )  # fmt: skip
 def test_results_write_over_nothing_else(tmp_path, name, message):
     (tmp_path / "folder").mkdir()
