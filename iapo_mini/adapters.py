@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import peft.import_utils
 import torch
 
 from iapo_mini.errors import first_line
@@ -38,6 +37,8 @@ def pass_over_old_torchao() -> None:
     peft looks for torchao at every LoRA layer and raises ImportError if it finds an old one, as on
     Colab, even when no weight uses torchao.
     """
+    import peft.import_utils  # not at the top: whoever reads a run needs no model code
+
     try:
         peft.import_utils.is_torchao_available()
     except ImportError:
