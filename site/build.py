@@ -138,7 +138,8 @@ def _api(sources: Path) -> None:
         _write(
             sources / f"api/{name}.rst",
             f"{name}\n{'=' * len(name)}\n\n.. automodule:: {name}\n   :members:\n"
-            "   :member-order: bysource\n   :show-inheritance:\n",
+            "   :member-order: bysource\n   :show-inheritance:\n"
+            "   :ignore-module-all:\n",
         )
     text = ["# API", "Made from the docstrings. Every name links to its source.", ""]
     for package in sorted(groups, key=lambda p: (list(GROUPS).index(p) if p in GROUPS else 99, p)):

@@ -100,6 +100,10 @@ def _read(app, what, name, obj, options, lines):
         parts = [line] if shown else re.split(r"(``[^`]*``)", line)
         code = ("``", "    ") if shown else ("``",)
         out.append("".join(p if p.startswith(code) else p.replace("|", "\\|") for p in parts))
+    if what == "module" and name == "iapo_mini":
+        # Each of these is described where it is at home.
+        homes = (f":obj:`~{getattr(obj, public).__module__}.{public}`" for public in obj.__all__)
+        out += ["", f"``from iapo_mini import ...`` gives {', '.join(homes)}."]
     lines[:] = out
 
 
