@@ -3,13 +3,16 @@
 Skipped where the tools of the site, node or a Chromium are not installed.
 """
 
+import functools
 import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -228,7 +231,7 @@ class Page(HTMLParser):
         self.anchors |= {given[name] for name in ("id", "name") if given.get(name)}
         if tag == "a" and given.get("href"):
             self.leads.add(given["href"])
-        if tag == "link" and given.get("rel") in ("stylesheet", "preload", "icon"):
+        if tag == "link" and given.get("rel") in ("stylesheet", "preload", "icon", "shortcut icon"):
             self.loads.add(given["href"])
         if given.get("src"):
             self.loads.add(given["src"])
@@ -284,8 +287,25 @@ def browser():
         browser.close()
 
 
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves files and says nothing."""
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    """Where the site is served: the summaries of its search are fetched, which files can't be."""
+    handler = functools.partial(Quiet, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 @pytest.fixture
-def visit(site, browser):
+def visit(address, browser):
     """Opens a page of the site; at the end, nothing may have gone wrong on any of them."""
     faults, contexts = [], []
 
@@ -298,9 +318,11 @@ def visit(site, browser):
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda m: m.type in ("error", "warning") and faults.append(m.text))
         page.on("requestfailed", lambda request: faults.append(request.url))
-        page.on("request", lambda r: r.url.startswith("http") and faults.append(r.url))
-        name, mark, query = name.partition("?")
-        page.goto((site / name).as_uri() + mark + query)
+        page.on(
+            "request",
+            lambda r: r.url.startswith((address, "file:", "data:")) or faults.append(r.url),
+        )
+        page.goto(name if name.startswith("file:") else f"{address}/{name}")
         return page
 
     yield open_page
@@ -366,8 +388,8 @@ def test_explorer_follows_the_switch_of_the_site(visit):
     assert contrast(color(page, "body", "backgroundColor"), color(page, ".ex-told", "color")) >= 4.5
 
 
-def test_explorer_plays_and_pauses(visit):
-    page = visit("explorer.html")
+def test_explorer_plays_and_pauses_and_needs_no_server(visit, site):
+    page = visit((site / "explorer.html").as_uri())
     page.get_by_role("button", name="Play").click()
     page.wait_for_function("document.querySelectorAll('.ex-read').length >= 3")
     page.get_by_role("button", name="Pause").click()
