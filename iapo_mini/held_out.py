@@ -121,6 +121,6 @@ class HeldOut:
 
             replace_folder(self.folder / BEST, write)
         self.rows.append(row)
-        with (self.folder / EVALUATIONS).open("a", encoding="utf-8") as file:
+        with (self.folder / EVALUATIONS).open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(row) + "\n")
         return row
