@@ -1,7 +1,7 @@
 """Build a static HTML of the whole course: ``python notebooks/build_course.py --out build/course``.
 
-Notebooks are converted as they are committed, outputs included; nothing is run. The syllabus
-becomes the start page, and links between pages are turned to their HTML.
+Notebooks are converted as committed, with their outputs; nothing is run. The syllabus becomes the
+start page, and links between pages lead to their HTML.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ td, th {{ padding: 2px 10px; text-align: left; vertical-align: top }}
 
 
 def turn_links(html: str, page: Path, pages: dict[Path, str], out: str) -> str:
-    """Links of a page to other pages of the course lead to their HTML, those to files to GitHub.
+    """Make links to other pages of the course lead to their HTML, and links to files to GitHub.
 
     Args:
-        html: of the page; page: file that it was made from.
-        pages: file -> where its HTML lies, relative to the course's folder.
-        out: where this page's HTML lies, likewise.
+        html: HTML of the page.
+        page: file that the page was made from.
+        pages: file -> path of its HTML, relative to the course's folder.
+        out: path of this page's HTML, relative to the same folder.
     """
 
     def turn(match: re.Match) -> str:
@@ -46,7 +47,7 @@ def turn_links(html: str, page: Path, pages: dict[Path, str], out: str) -> str:
 
 
 def build(out: Path) -> list[Path]:
-    """Write the course to a folder; returns the pages written."""
+    """Write the course to a folder and return the pages."""
     lessons = sorted((ROOT / "notebooks").glob("*.ipynb"))
     solutions = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
     syllabus = (ROOT / "docs" / "syllabus.md").resolve()
