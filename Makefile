@@ -1,9 +1,12 @@
 # Everything runs in .venv, which is made on first use; `make clean` removes it.
-PYTHON ?= python3
+ON_WINDOWS := $(filter Windows_NT,$(OS))
+PYTHON ?= $(if $(ON_WINDOWS),python,python3)
 VENV := .venv
-RUN := $(VENV)/bin/python -m
+VENV_PYTHON := $(VENV)/$(if $(ON_WINDOWS),Scripts,bin)/python
+RUN := $(VENV_PYTHON) -m
 
-.PHONY: demo full long test alone check types fast torture real policy notebooks course clean
+.PHONY: demo full long test alone check style types fast torture real policy notebooks site \
+  repository help clean
 
 demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy and compare them, with three seeds (about six minutes)
 	$(RUN) iapo_mini compare --preset demo
@@ -12,20 +15,23 @@ full: $(VENV)/ready  ## the same with five seeds, for the results in the README
 	$(RUN) iapo_mini compare --preset full
 
 check: $(VENV)/ready  ## check style and types, and run the fast tests (under ninety seconds on two cores)
-	$(RUN) ruff check .
+	$(MAKE) style
 	$(MAKE) --jobs 2 types fast
 
-types: $(VENV)/ready
+style: $(VENV)/ready  ## check faults and format with ruff
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+types: $(VENV)/ready  ## check types with mypy
 	$(RUN) mypy
 
 FAST := structure config question rollouts advantages objective intervals metrics tasks stories \
   strides reading rewards flat attention diagnose exact datasets
-fast: $(VENV)/ready
+fast: $(VENV)/ready  ## run the tests that take only seconds
 	$(RUN) pytest -q $(FAST:%=tests/test_%.py)
 
 test: $(VENV)/ready  ## check style and types, and run every test and notebook
-	$(RUN) ruff check .
-	$(RUN) mypy
+	$(MAKE) style types
 	$(RUN) pytest -n auto --dist loadfile
 	$(MAKE) alone
 
@@ -55,13 +61,20 @@ policy: $(VENV)/ready  ## remake the embedded policy and its report in runs/
 notebooks: $(VENV)/ready  ## run the notebooks and keep their outputs
 	$(RUN) jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb notebooks/solutions/*.ipynb
 
-course: $(VENV)/ready  ## write static HTML of the committed course to build/course
-	$(VENV)/bin/python notebooks/build_course.py
+site: $(VENV)/ready  ## build the site in build/site: documents, committed course, API, explorer
+	$(RUN) pip install --quiet --editable '.[site]'
+	$(VENV_PYTHON) site/build.py
 
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --quiet --requirement requirements.txt
 	touch $@
 
-clean:
+repository:  ## change the address of the repository everywhere: OWNER=... NAME=...
+	$(PYTHON) .ci/repository.py "$(OWNER)" "$(NAME)"
+
+help:  ## print this list
+	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+clean:  ## remove the virtual environment and what was built
 	rm -rf $(VENV) build *.egg-info

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, Qwen2ForCausalLM
 
+from iapo_mini.callbacks import Callback
 from iapo_mini.config import TrainConfig
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.early_exit.reading import logits_entropy
@@ -211,7 +212,7 @@ def _train_in_turn(name: str, threads: int, steps: int, folder: str, mine, follo
     config = TrainConfig(**STEPS[name], max_steps=steps, learning_rate=1e-12, threads=threads)
     mine.acquire()
     try:
-        train(config, folder, on_step=on_step, progress=False)
+        train(config, folder, callbacks=[Callback(on_step)], progress=False)
     finally:
         told.put((name, done))
         following.release()
@@ -373,8 +374,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="judge the committed results only")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(parts):
-        parser.error(f"parts must be among {', '.join(parts)}, got {', '.join(sorted(unknown))}")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        parser.error(f"parts must be of {', '.join(parts)}, got {', '.join(sorted(unknown))}")
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if not options.check:
         torch.set_num_threads(options.threads)
         for part in options.parts or parts:

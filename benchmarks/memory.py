@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
 
+from iapo_mini.callbacks import Callback
 from iapo_mini.config import CARDS, TrainConfig
 from iapo_mini.files import versions, write_json
 from iapo_mini.policy import Policy, load_policy
@@ -66,7 +67,7 @@ def write_random_model(config: PreTrainedConfig, folder: Path, device: str) -> N
         save_file(weights, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(names, file)
     index = {"metadata": {}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     config.save_pretrained(folder)
     load_policy(lora_rank=0, device="cpu").tokenizer.save_pretrained(folder)
 
@@ -101,7 +102,7 @@ def measure(name: str, config: PreTrainedConfig, settings: TrainConfig, prompt: 
         with tempfile.TemporaryDirectory() as folder:
             train(
                 dataclasses.replace(settings, method=method), folder, policy=policy,
-                problems=problems, on_step=lines.append, progress=False,
+                problems=problems, callbacks=[Callback(lines.append)], progress=False,
             )  # fmt: skip
         seconds[method] = {
             phase: statistics.median(line[f"seconds_{phase}"] for line in lines[1:])
@@ -152,7 +153,7 @@ def main() -> None:
     if args.steps < 2:
         parser.error(f"--steps must be at least 2, got {args.steps}")
     out = args.out or (Path("runs") / "memory_tiny.json" if args.tiny else RESULTS)
-    before = json.loads(out.read_text())["rows"] if out.exists() else []
+    before = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
     for name in ["tiny"] if args.tiny else args.shapes:
         settings = TrainConfig(**{**CARDS[CARD_OF.get(name, "t4")], "max_steps": args.steps})
         if args.tiny:

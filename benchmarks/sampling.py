@@ -128,7 +128,7 @@ def main() -> None:
             told = row["error"] if speed is None else f"{speed:.0f} tokens/s"
             print(f"{name}, {weights}, {way}: {told}", flush=True)
     out = args.out or (Path("runs") / "sampling_tiny.json" if args.tiny else RESULTS)
-    before = json.loads(out.read_text())["rows"] if out.exists() else []
+    before = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
     rows = [x for x in before if x["shape"] != name] + rows
     write_json(out, {"rows": rows, "versions": versions()})
 

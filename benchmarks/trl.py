@@ -31,6 +31,7 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from iapo_mini.callbacks import Callback
 from iapo_mini.config import TrainConfig
 from iapo_mini.engines.trl import answer_reward, dataset
 from iapo_mini.files import versions, write_json
@@ -92,7 +93,8 @@ def step_seconds(repeats: int, prompts: int, group: int, limit: int) -> dict:
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             train(config, Path(folder) / "run", policy=policy, problems=batches[step],
-                  progress=False, on_step=lambda line: lengths.append(line["length"]))  # fmt: skip
+                  progress=False,
+                  callbacks=[Callback(lambda line: lengths.append(line["length"]))])  # fmt: skip
 
     clock = _Interleaved(ours)
     with tempfile.TemporaryDirectory() as folder:
@@ -165,7 +167,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="judge the committed results only")
     options = parser.parse_args()
     if options.check:
-        results = json.loads(options.out.read_text())
+        results = json.loads(options.out.read_text(encoding="utf-8"))
     else:
         torch.set_num_threads(1)
         sizes = (options.prompts, options.group, options.limit)

@@ -1,4 +1,4 @@
-"""Train with IAPO on TRL's engine, with every option of TRL's GRPOConfig and of IAPOConfig.
+"""Train with IAPO on TRL's engine; takes every option of TRL's GRPOConfig and of IAPOConfig.
 
     accelerate launch --config_file examples/deepspeed_8gpu.yaml \\
         examples/train_trl.py --config examples/gsm8k_8gpu.yaml
@@ -27,7 +27,7 @@ class Source:
         data: stories, gsm8k, math500, dapo_math or commonsense_qa.
         data_file: local file with the problems; if empty, the data is loaded from the hub.
         problems: number of problems, from the start of the training stream.
-        lora_rank: rank of an adapter on all linear layers; 0 trains every weight.
+        lora_rank: rank of the adapter on all linear layers; 0 trains every weight.
     """
 
     model: str = field(default="embedded", metadata={"help": "embedded, a folder or a hub id"})

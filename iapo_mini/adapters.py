@@ -76,7 +76,7 @@ def write_base(
 ) -> None:
     """Write ``base.json`` into an adapter's folder; ``asked`` holds subfolder and revision."""
     told = {"model": name, **asked, "weights": some_weights(model)}
-    (Path(folder) / BASE).write_text(json.dumps(told) + "\n")
+    (Path(folder) / BASE).write_text(json.dumps(told) + "\n", encoding="utf-8", newline="\n")
 
 
 def base_of(adapter: str | Path) -> dict[str, str]:

@@ -58,7 +58,7 @@ def grpo(rollouts: Rollouts, alpha: float = 0.0, beta: float = 0.0) -> torch.Ten
 def dapo(rollouts: Rollouts, alpha: float = 0.0, beta: float = 0.0) -> torch.Tensor:
     """DAPO: A_i of the reward minus the soft over-long punishment (arXiv 2503.14476, Eq. 13).
 
-    The rest of DAPO is settings (``config.RECIPES``): the mean of the loss over all tokens of the
+    The rest of DAPO is settings (``recipes.RECIPES``): the mean of the loss over all tokens of the
     batch, a clip range of 0.2 below and 0.28 above, no KL, and dynamic sampling. alpha and beta are
     not used.
     """
@@ -228,7 +228,7 @@ def iapo(rollouts: Rollouts, alpha: float, beta: float) -> torch.Tensor:
     """IAPO: A_{i,t} = norm(r_i, r) + alpha * norm(s_{i,t}, s_i) + beta * norm(c_{i,t}, c_i).
 
     The first norm is over the group, the other two over the tokens of the completion without
-    padding (paper, Section 4). The recipe (``config.RECIPES``) decides which s the rollouts have:
+    padding (paper, Section 4). The recipe (``recipes.RECIPES``) decides which s the rollouts have:
 
     * ``iapo``: the drop of the answer entropy;
     * ``iapo_ne`` (paper, Fig. 5): the drop of the next-token entropy;
@@ -268,7 +268,7 @@ ADVANTAGES: dict[str, Rule] = {
     "grpo_kimi": grpo_kimi,
     "grpo_efficient": grpo_efficient,
 }
-"""Rules by name. ``config.RECIPES`` says which rule and which settings make up each method, and
+"""Rules by name. ``recipes.RECIPES`` says which rule and which settings make up each method, and
 docs/methods.md says how to add a method."""
 
 COUNTED: dict[str, Callable[[Rollouts, float], torch.Tensor]] = {

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from iapo_mini import __version__
-from iapo_mini.config import CARDS, TrainConfig, use_methods
+from iapo_mini import command_options as options
+from iapo_mini.config import CARDS, TrainConfig
 from iapo_mini.errors import (
     MOST_PROBLEMS,
     MOST_ROWS,
     MOST_SEED,
+    MOST_STEPS,
     MOST_THREADS,
     MOST_TOKENS,
     check_choice,
@@ -32,12 +34,10 @@ from iapo_mini.hub import check_in_reach
 from iapo_mini.lab.commands import add_lab
 from iapo_mini.options import (
     Parser,
-    add_policy_options,
-    add_train_options,
     in_one_sentence,
-    number,
-    whole,
+    print_any_text,
 )
+from iapo_mini.recipes import use_methods
 
 # The libraries read this when they are imported, so it is set first.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -50,88 +50,6 @@ def _policy(args: argparse.Namespace) -> Any:
 
     names = ("adapter", "subfolder", "revision", "four_bit", "device")
     return load_policy(args.model, lora_rank=0, **{name: getattr(args, name) for name in names})
-
-
-def _add_compare(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--preset", default="demo",
-        help="size: quick (seconds), demo (three seeds, under ten minutes on two cores), full "
-        "(five seeds, for the README's table) or long (three seeds, 60 steps); %(default)s",
-    )  # fmt: skip
-    add("--out", default="runs/compare", help="folder of the runs (%(default)s)")
-    add("--figures", default="figures", help="folder of figures (%(default)s)")
-    add("--parallel", type=whole, help="number of processes at a time (default: one per core)")
-
-
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--out", required=True, help="folder of the run")
-    add("--resume", action="store_true", help="continue from the newest checkpoint")
-    add("--methods", help="Python module with your own methods (docs/methods.md; default: none)")
-    add_train_options(parser)
-
-
-def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    add_policy_options(parser)
-    add = parser.add_argument
-    add("--data", default="stories",
-        help="stories, gsm8k, math500, dapo_math or commonsense_qa (%(default)s)")  # fmt: skip
-    add("--data-file", default="", help=".jsonl, .json or .parquet file (default: use the hub)")
-    add("--split", default="test", help="train, tune, test, or all of a local file (%(default)s)")
-    add("--problems", type=whole, default=200,
-        help="number of problems, from the start of the split (%(default)s)")  # fmt: skip
-    add("--k", type=whole, nargs="+", default=[1, 2, 4, 8],
-        help="values of k; the largest is the number of completions per problem (1 2 4 8)",
-    )  # fmt: skip
-    add("--max-completion-length", type=whole, default=224, help="tokens (%(default)s)")
-    add("--batch-size", type=whole, default=128, help="completions sampled at once (%(default)s)")
-    add("--temperature", type=number, default=1.0, help="of sampling; 0 is greedy (%(default)s)")
-    add("--seed", type=whole, default=0, help="sampling seed (%(default)s)")
-    add("--out",
-        help="JSON file of results; completions go beside it as JSONL, and the same command "
-        "continues from them (default: in runs/evaluate, named by the settings)")  # fmt: skip
-    add("--threads", type=whole, default=2, help="CPU threads (%(default)s)")
-
-
-def _add_explain(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("story", help="the question, in quotes; '-' takes a random test story")
-    add_policy_options(parser)
-    add("--temperature", type=number, default=1.0, help="of sampling; 0 is greedy (%(default)s)")
-    add("--seed", type=whole, default=0, help="sampling seed (%(default)s)")
-    add("--out", default="runs/explain.png", help="file of the heat map (%(default)s)")
-    add("--color", choices=("auto", "always", "never"), default="auto",
-        help="colour tokens in the terminal; 'never' prints nats beside them (%(default)s)",
-    )  # fmt: skip
-
-
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--gpu", help="t4, or a size such as 12gb (default: the GPU of --card, else 12gb)")
-    add("--shape", help="qwen2.5-0.5b, -1.5b, -3b or -7b, instead of --model")
-    add("--prompt", type=whole, default=200, help="prompt tokens (%(default)s)")
-    add("--completion", type=whole, help="the same as --max-completion-length")
-    add_train_options(parser)
-
-
-def _add_diagnose(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="folder of a training run, finished or not")
-    parser.add_argument("--last", type=whole, default=10,
-                        help="number of last steps to average (%(default)s)")  # fmt: skip
-
-
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", help="'embedded', a folder, or a hub id (default: the adapter's model)")
-    add("--adapter", required=True, help="folder of a trained adapter: RUN/final")
-    add("--out", required=True, help="new folder for safetensors and tokenizer")
-    add("--four-bit", action=argparse.BooleanOptionalAction,
-        help="dequantise the 4-bit weights that the adapter was trained on, and merge into them "
-        "(default: as in the adapter's run)")  # fmt: skip
-
-
-def _add_methods(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--methods", help="Python module with your own methods (default: none)")
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -153,10 +71,15 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _train_config(args: argparse.Namespace) -> TrainConfig:
-    """Make a TrainConfig from the card, if any, and the options that were given."""
+    """Make a TrainConfig from the card and the settings file, if any, and the given options."""
+    filed = {}
+    if args.config:
+        from iapo_mini.config_file import read_settings
+
+        filed = read_settings(args.config)
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
-    return TrainConfig(**{**CARDS.get(args.card, {}), **given})
+    return TrainConfig(**{**CARDS.get(args.card, {}), **filed, **given})
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -164,14 +87,20 @@ def _train(args: argparse.Namespace) -> None:
         sys.path.insert(0, "")  # modules of this folder, as with python -m
         use_methods(args.methods)
     config = _train_config(args)
+    check_number("keep_completions", args.keep_completions, 0, MOST_STEPS)
     taken = ", ".join(f"{name} {config.settings()[name]}" for name in config.from_recipe())
     if taken:
         print(f"From the recipe of {config.method}: {taken}.")
     check_in_reach(config.model)
+    from iapo_mini.engines.reporting import reporters
     from iapo_mini.trainer import train
 
+    callbacks = reporters(args.report_to, Path(args.out), config.settings())
     try:
-        train(config, args.out, resume=args.resume)
+        train(
+            config, args.out, resume=args.resume, callbacks=callbacks,
+            keep_completions=args.keep_completions,
+        )  # fmt: skip
     except KeyboardInterrupt as stopped:
         told = str(stopped) or "the same command with --resume continues"
         raise SystemExit(f"\nInterrupted; {told}.") from None
@@ -219,6 +148,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         _policy(args), problems, ks=args.k, num_generations=max(args.k),
         max_completion_length=args.max_completion_length, temperature=args.temperature,
         batch_size=args.batch_size, seed=args.seed, save_to=out.with_suffix(".jsonl"),
+        lenient=args.lenient,
     )  # fmt: skip
     del result["completions"]  # they are in their file
     print(evaluation_table(result, args.k))
@@ -236,7 +166,9 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 def _digest(args: argparse.Namespace) -> str:
     """Eight characters of the hash of all settings of a command, except where results go."""
-    settings = {name: x for name, x in _given(args).items() if name not in ("out", "threads")}
+    settings = {
+        name: x for name, x in _given(args).items() if name not in ("out", "threads", "lenient")
+    }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -261,15 +193,25 @@ def _explain(args: argparse.Namespace) -> None:
     explained = explain(
         policy, problem, temperature=args.temperature, seed=args.seed, progress=True
     )
-    color = args.color == "always" or (
-        args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    )
     print(problem.question + (f" (answer: {problem.answer})" if problem.answer else "") + "\n")
-    print(terminal_text(explained, color))
+    print(terminal_text(explained, _colored(args.color)))
     print(f"\nAnswer entropy before reasoning {explained.entropies[0]:.2f} nats, at the end "
           f"{explained.entropies[-1]:.2f} nats; {len(explained.tokens)} tokens.")  # fmt: skip
     explained.figure().savefig(args.out, dpi=150)
     print(f"Heat map: {args.out}")
+
+
+def _colored(color: str) -> bool:
+    """Whether ``--color`` asks for colours, on this terminal."""
+    return color == "always" or (
+        color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    )
+
+
+def _look(args: argparse.Namespace) -> None:
+    from iapo_mini.tools.look import group_text
+
+    print(group_text(args.run, args.step, args.group, args.show, _colored(args.color)))
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -302,24 +244,19 @@ def _diagnose(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     check_in_reach(args.model)
-    from iapo_mini.files import read_json, replace_folder, writable_folder
-    from iapo_mini.policy import load_policy
+    from iapo_mini.tools.sharing import check_repository, export, model_card, push
 
-    out = Path(args.out)
-    writable_folder(out, "out")
-    if any(out.iterdir()):
-        raise ValueError(f"out must be a new folder, got '{out}', which is not empty")
-    trained = read_json(Path(args.adapter).parent / "config.json", {})
-    four_bit = bool(trained.get("four_bit")) if args.four_bit is None else args.four_bit
-    policy = load_policy(args.model, adapter=args.adapter, four_bit=four_bit)
-    merged = policy.merged("cpu")
-
-    def write(folder: Path) -> None:
-        merged.save_pretrained(folder)
-        policy.tokenizer.save_pretrained(folder)
-
-    replace_folder(out, write)
-    print(f"Merged model: {out}")
+    if args.push:
+        check_repository(args.push)
+    card = ""
+    if args.card or args.push or args.evaluation:
+        card = model_card(args.adapter, args.kind, args.push or "", args.evaluation)
+    export(
+        args.adapter, args.out, kind=args.kind, model=args.model, four_bit=args.four_bit, card=card
+    )
+    print(f"{'Merged model' if args.kind == 'merged' else 'Adapter'}: {args.out}")
+    if args.push:
+        print(f"On the hub: {push(args.out, args.push, args.private)}")
 
 
 def _methods(args: argparse.Namespace) -> None:
@@ -332,14 +269,19 @@ def _methods(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    "compare": ("train GRPO and IAPO from one start and compare", _add_compare, _compare),
-    "train": ("train a policy", _add_train, _train),
-    "evaluate": ("Pass@k, Length@k and Ratio@k of a policy", _add_evaluate, _evaluate),
-    "explain": ("show how much each token of an answer informs", _add_explain, _explain),
-    "plan": ("predict the GPU memory of a training run", _add_plan, _plan),
-    "diagnose": ("check whether a run is healthy, and give advice", _add_diagnose, _diagnose),
-    "export": ("merge an adapter into its model, in one folder", _add_export, _export),
-    "methods": ("list every method with its source and settings", _add_methods, _methods),
+    "compare": ("train GRPO and IAPO from one start and compare", options.add_compare, _compare),
+    "train": ("train a policy", options.add_train, _train),
+    "evaluate": ("Pass@k, Length@k and Ratio@k of a policy", options.add_evaluate, _evaluate),
+    "explain": ("show how much each token of an answer informs", options.add_explain, _explain),
+    "plan": ("predict the GPU memory of a training run", options.add_plan, _plan),
+    "diagnose": (
+        "check whether a run is healthy, and give advice",
+        options.add_diagnose,
+        _diagnose,
+    ),
+    "look": ("read the completions that a run kept, token by token", options.add_look, _look),
+    "export": ("merge an adapter into its model, or share it", options.add_export, _export),
+    "methods": ("list every method with its source and settings", options.add_methods, _methods),
 }
 """Command -> (help text, function that adds its options, function that runs it)."""
 
@@ -363,6 +305,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command; bad input ends with one sentence on stderr and exit status 2."""
+    print_any_text()
     args = _parser().parse_args(argv)
     try:
         with in_one_sentence("iapo-mini"):

@@ -1,22 +1,21 @@
-"""The settings of a training run, and the recipe of each method.
+"""The settings of a training run. Nothing heavy is imported here.
 
-A method is more than its advantages: DAPO without its token mean and its clip range is not DAPO.
-So the table :data:`RECIPES` holds everything that belongs to a method, and a field of
-:class:`TrainConfig` that is left at None is taken from it. Nothing heavy is imported here.
+A field of :class:`TrainConfig` that is left at None is taken from the recipe of its method
+(:mod:`iapo_mini.recipes`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from iapo_mini.early_exit.question import EarlyExit, check_stride
 from iapo_mini.errors import (
     AUTO,
+    MOST_PROBLEMS,
     MOST_RANK,
     MOST_REAL,
     MOST_ROWS,
@@ -28,11 +27,11 @@ from iapo_mini.errors import (
     check_device,
     check_number,
     check_temperature,
-    first_line,
     shown,
 )
 from iapo_mini.policies import EMBEDDED
 from iapo_mini.problems.datasets import check_data
+from iapo_mini.recipes import FROM_RECIPE, RECIPES, Recipe
 
 AGGREGATIONS = ("sequence", "token")
 """Ways to average the loss (:func:`iapo_mini.objective.aggregate`)."""
@@ -40,126 +39,11 @@ AGGREGATIONS = ("sequence", "token")
 ENGINES = ("native", "vllm")
 """Engines for sampling (:mod:`iapo_mini.sampling`, :mod:`iapo_mini.engines.vllm`)."""
 
+MEASURES = ("ratio@1", "pass@1", "length")
+"""Measures of the best policy (:mod:`iapo_mini.held_out`)."""
+
 REWARDS = ("strict", "released")
 """Reward functions (:mod:`iapo_mini.rewards`)."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that defines a method.
-
-    Attributes:
-        rule: function from rollouts to advantages: a key of ``advantages.ADVANTAGES``, or your own
-            function ``(rollouts, alpha, beta) -> (B, L)``.
-        information: the informativeness s that the rule uses: a key of
-            ``information.INFORMATION``, your own function of the same form, or None. With None
-            there is no estimate, and no time is spent on one.
-        label: name in tables.
-        what: the advantage of token t of completion i, in one line.
-        source: the publication that the method comes from.
-        alpha, beta: weights of its token terms; ``what`` says what they weigh.
-        aggregation: mean of the loss, ``"sequence"`` or ``"token"``.
-        epsilon, epsilon_high: clip range of the importance ratio below and above 1.
-        kl_coef: weight of KL(pi || pi_ref).
-        counted: the tokens that are in the loss: a key of ``advantages.COUNTED``, your own function
-            ``(rollouts, alpha) -> (B, L) bool``, or None for all tokens.
-        sampling_rounds: largest number of batches to sample until ``prompts_per_step`` groups hold
-            both right and wrong completions (dynamic sampling); 1 takes every group.
-        absent: what the method's source does and this library does not.
-    """
-
-    rule: str | Callable
-    information: str | Callable | None = None
-    label: str = ""
-    what: str = ""
-    source: str = ""
-    alpha: float = 0.2
-    beta: float = 0.05
-    aggregation: str = "sequence"
-    epsilon: float = 0.2
-    epsilon_high: float = 0.2
-    kl_coef: float = 0.001
-    counted: str | Callable | None = None
-    sampling_rounds: int = 1
-    absent: str = ""
-
-
-FROM_RECIPE = ("alpha", "beta", "aggregation", "epsilon", "epsilon_high", "kl_coef")
-"""Fields of :class:`TrainConfig` that the method's recipe sets if they are not given."""
-
-_IAPO = "IAPO, arXiv 2602.19049"
-_RELEASED: dict[str, Any] = {"aggregation": "token", "epsilon_high": 0.28}
-"""Loss and clip range of the released code for IAPO and its ablations (``main.py``). They differ
-from the GRPO equation in the paper."""
-
-RECIPES: dict[str, Recipe] = {
-    "grpo": Recipe(
-        "grpo", label="GRPO", what="A_i = norm(r_i) over the group",
-        source="DeepSeekMath, arXiv 2402.03300", alpha=0.0, beta=0.0,
-    ),
-    "dapo": Recipe(
-        "dapo", label="DAPO",
-        what="A_i of the reward with a soft punishment of over-long completions; groups that are "
-        "all right or all wrong are replaced by new ones, at most twice",
-        source="DAPO, arXiv 2503.14476", alpha=0.0, beta=0.0,
-        aggregation="token", epsilon_high=0.28, kl_coef=0.0, sampling_rounds=3,
-    ),
-    "gfpo": Recipe(
-        "gfpo", label="GFPO",
-        what="A_i among the shortest of each group, without the others; alpha is the share kept",
-        source="GFPO, arXiv 2508.09726", alpha=0.75, beta=0.0, aggregation="token", counted="gfpo",
-    ),
-    "gtpo": Recipe(
-        "gtpo", label="GTPO",
-        what="the reward shaped by alpha times the share of entropy at t (of inverse entropy if "
-        "wrong); tokens of right and wrong completions are normalised separately",
-        source="GTPO, arXiv 2508.04349", alpha=0.1, beta=0.0, aggregation="token",
-        epsilon_high=0.28, kl_coef=0.0,
-    ),
-    "gtpo_iapo": Recipe(
-        "gtpo_iapo", label="GTPO (IAPO's)",
-        what="A_i, plus alpha times the share of entropy at t if right, minus alpha times the "
-        "share of inverse entropy if wrong",
-        source=f"baseline of {_IAPO}", alpha=0.1, beta=0.0, aggregation="token",
-    ),
-    "sgrpo": Recipe(
-        "sgrpo", label="S-GRPO",
-        what="A_i at the first 150 tokens, and at a random half of the next ones up to 341 if the "
-        "completion is shorter than that; alpha scales both thresholds",
-        source="S-GRPO of Lee and Tong, arXiv 2504.20834", alpha=1.0, beta=0.0, counted="sgrpo",
-    ),
-    "iapo": Recipe(
-        "iapo", "answer_entropy", label="IAPO",
-        what="A_i + alpha norm(s_it) + beta norm(c_it), where s is the drop of the answer entropy",
-        source=_IAPO, **_RELEASED,
-    ),
-    "iapo_ni": Recipe(
-        "iapo_ni", label="IAPO-NI", what="IAPO without s", source=f"{_IAPO}, Fig. 5", alpha=0.0,
-        **_RELEASED,
-    ),
-    "iapo_ne": Recipe(
-        "iapo", "next_token_entropy", label="IAPO-NE",
-        what="IAPO, where s is the drop of the next-token entropy", source=f"{_IAPO}, Fig. 5",
-        **_RELEASED,
-    ),
-    "iapo_pmi": Recipe(
-        "iapo", "answer_surprisal", label="IAPO-PMI",
-        what="IAPO, where s is the pointwise information on the completion's own answer",
-        source="a variant of this library", **_RELEASED,
-    ),
-    "grpo_kimi": Recipe(
-        "grpo_kimi", label="GRPO + length (Kimi)",
-        what="A_i of the reward plus alpha times a term from 0.5 for the shortest of the group to "
-        "-0.5 for the longest, at most 0 if wrong",
-        source="length reward of Kimi k1.5, arXiv 2501.12599", alpha=0.5, beta=0.0,
-    ),
-    "grpo_efficient": Recipe(
-        "grpo_efficient", label="GRPO + length (A&Z)",
-        what="A_i of the reward minus alpha times the sigmoid of the normalised length if right",
-        source="Arora and Zanette, arXiv 2502.04463", alpha=0.4, beta=0.0,
-    ),
-}  # fmt: skip
-"""Method -> recipe. :func:`use_methods` adds the methods of your own module."""
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -168,6 +52,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_iterations": (1, MOST_STEPS), "prompts_per_step": (1, MOST_ROWS),
     "num_generations": (2, MOST_ROWS), "micro_batch_size": (1, MOST_ROWS),
     "max_completion_length": (1, MOST_TOKENS), "lora_rank": (0, MOST_RANK),
+    "eval_every": (0, MOST_STEPS), "eval_problems": (1, MOST_PROBLEMS), "patience": (0, MOST_STEPS),
     "threads": (1, MOST_THREADS), "seed": (0, MOST_SEED),
 }  # fmt: skip
 """Smallest and largest values of fields that may be 0 or are whole numbers."""
@@ -184,7 +69,7 @@ class TrainConfig:
     """Settings of one run. The names are those of TRL where TRL has the same setting.
 
     Attributes:
-        method: training method, a key of ``config.RECIPES``; `iapo-mini methods` lists them.
+        method: training method, a key of ``recipes.RECIPES``; `iapo-mini methods` lists them.
         model: ``"embedded"``, a model folder or a hub id.
         data: ``"stories"`` or a data set: gsm8k, math500, dapo_math, commonsense_qa.
         data_file: local file with the problems (.jsonl, .json or .parquet); if empty, the data is
@@ -224,6 +109,11 @@ class TrainConfig:
         gradient_checkpointing: compute activations twice instead of keeping them.
         engine: engine for sampling: ``"native"`` (``iapo_mini.sampling``) or, if installed,
             ``"vllm"``.
+        eval_every: judge the policy after every so many steps, on problems that are neither
+            trained on nor reported (:mod:`iapo_mini.held_out`); 0 never does.
+        eval_problems: number of these problems, four completions each.
+        best_by: measure of the best policy, which ``best/`` keeps: ratio@1, pass@1 or length.
+        patience: stop after so many evaluations without a better one; 0 never stops.
         reward: ``"strict"`` (an answer counts only in a well-formed completion) or ``"released"``
             (format and answer are judged separately, as in the paper's released code).
 
@@ -263,12 +153,17 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     engine: str = "native"
     reward: str = "strict"
+    eval_every: int = 0
+    eval_problems: int = 64
+    best_by: str = "ratio@1"
+    patience: int = 0
 
     def __post_init__(self) -> None:
         self._check_types()
         check_choice("method", self.method, RECIPES)
         check_choice("engine", self.engine, ENGINES)
         check_choice("reward", self.reward, REWARDS)
+        check_choice("best_by", self.best_by, MEASURES)
         if self.aggregation is not None:
             check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_data(self.data, self.split, self.data_file)
@@ -361,30 +256,3 @@ CARDS: dict[str, dict[str, Any]] = {
 }
 """Fields of TrainConfig for real models of the paper's three sizes, each on the smallest GPU with
 enough memory for it. docs/real_models.md lists the memory of each part."""
-
-
-def use_methods(module: str) -> None:
-    """Add the methods of your own module to those of the library.
-
-    Args:
-        module: name of an importable module with a dictionary ``RECIPES`` (docs/methods.md shows
-            an example).
-
-    Raises:
-        ValueError: when there is no such module, it has no ``RECIPES``, or a name is taken.
-    """
-    try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(
-            "methods must be the name of a Python module in this folder or on the Python path, got "
-            f"'{module}', which can't be imported ({first_line(error)})"
-        ) from error
-    theirs = getattr(found, "RECIPES", None)
-    if not isinstance(theirs, dict) or not all(isinstance(x, Recipe) for x in theirs.values()):
-        raise ValueError(
-            f"methods is '{module}', which has no dictionary RECIPES with values of config.Recipe."
-        )
-    for name, recipe in theirs.items():
-        if RECIPES.setdefault(name, recipe) is not recipe:
-            raise ValueError(f"methods is '{module}', whose method '{name}' exists already.")

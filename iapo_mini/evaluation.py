@@ -19,7 +19,7 @@ from iapo_mini.files import read_json, replace_text, write_json
 from iapo_mini.intervals import format_interval
 from iapo_mini.policy import Policy
 from iapo_mini.progress import tokens_shown
-from iapo_mini.rewards import check_completion, score
+from iapo_mini.rewards import check_completion, lenient_correct, score
 from iapo_mini.sampling import check_length, sample
 from iapo_mini.tasks import Problem, messages
 
@@ -73,6 +73,7 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
     save_to: str | Path | None = None,
+    lenient: bool = False,
 ) -> dict[str, Any]:
     """Sample completions for every problem and report the paper's three metrics.
 
@@ -90,12 +91,14 @@ def evaluate(
             it in ``*.settings.json``. If the file holds completions by the same policy for the same
             problems and settings, sampling continues after the last complete batch. The numbers are
             the same as without a break, because every batch has its own seed.
+        lenient: also judge answers in whatever format (:func:`iapo_mini.rewards.lenient_answer`).
 
     Returns:
         ``{"pass@k", "length@k", "ratio@k" for each k, "length" (mean tokens of all completions),
         "problems", "intervals": {metric: [low, high]}, "completions": [{"problem", "text",
-        "correct", "tokens"}, ...]}``. Pass@k is the unbiased estimate; Length@k is the mean length
-        of the first k; Ratio@k is per token. Intervals are 95%, by bootstrap over the problems.
+        "correct", "tokens"}, ...]}``, and with ``lenient`` "lenient pass@k" for each k. Pass@k is
+        the unbiased estimator; Length@k is the mean length of the first k; Ratio@k is per token.
+        Intervals are 95%, by bootstrap over the problems.
 
     Raises:
         ValueError: for an empty problem list, a k outside 1..num_generations, or completions in
@@ -113,7 +116,16 @@ def evaluate(
     completions = _sample_all(policy, problems, how, path, progress)
     right = torch.tensor([c["correct"] for c in completions]).view(len(problems), -1).sum(1)
     tokens = torch.tensor([c["tokens"] for c in completions], dtype=torch.float64)
-    metrics = summary(right.tolist(), tokens.view(len(problems), -1), ks)
+    lengths = tokens.view(len(problems), -1)
+    metrics = summary(right.tolist(), lengths, ks)
+    if lenient:
+        also = torch.tensor(
+            [lenient_correct(c["text"], problems[c["problem"]].answer) for c in completions]
+        )
+        judged = summary(also.view(len(problems), -1).sum(1).tolist(), lengths, ks)
+        for name in (f"pass@{k}" for k in ks):
+            metrics[f"lenient {name}"] = judged[name]
+            metrics["intervals"][f"lenient {name}"] = judged["intervals"][name]
     return {**metrics, "completions": completions}
 
 
@@ -202,7 +214,7 @@ def check_out(out: Path, data_file: str = "") -> None:
 def _holds(path: Path, names: set[str]) -> bool:
     """Whether this file holds a JSON object with these names."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
         return False
     return isinstance(found, dict) and names <= found.keys()
@@ -218,10 +230,16 @@ def _settings_beside(path: Path) -> Path:
 
 def evaluation_table(result: dict[str, Any], ks: Sequence[int]) -> str:
     """Markdown table of Pass@k, Length@k and Ratio@k of :func:`evaluate`, with intervals."""
-    lines = ["| k | Pass@k | Length@k (tokens) | Ratio@k (1/1000 tokens) |", "|---|---|---|---|"]
+    columns = [
+        ("pass", "Pass@k", 3, 1), ("length", "Length@k (tokens)", 1, 1),
+        ("ratio", "Ratio@k (1/1000 tokens)", 2, 1000), ("lenient pass", "Pass@k, any format", 3, 1),
+    ]  # fmt: skip
+    columns = [column for column in columns if f"{column[0]}@{ks[0]}" in result]
+    lines = ["| k | " + " | ".join(title for _, title, _, _ in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
     for k in ks:
         cells = []
-        for name, digits, unit in (("pass", 3, 1), ("length", 1, 1), ("ratio", 2, 1000)):
+        for name, _, digits, unit in columns:
             interval = (result[f"{name}@{k}"], *result["intervals"][f"{name}@{k}"])
             cells.append(format_interval([unit * x for x in interval], digits))
         lines.append(f"| {k} | " + " | ".join(cells) + " |")
@@ -241,7 +259,10 @@ def _sample_all(
     bar = tqdm(
         total=len(problems), initial=done, desc="evaluate", unit="problem", disable=not progress
     )
-    with bar, open(save_to, "a") if save_to is not None else contextlib.nullcontext() as log:
+    appended: Any = contextlib.nullcontext()
+    if save_to is not None:
+        appended = save_to.open("a", encoding="utf-8", newline="\n")
+    with bar, appended as log:
         for start in range(done, len(problems), size):
             part = list(problems[start : start + size])
             with tokens_shown(bar) as on_token:

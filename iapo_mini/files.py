@@ -7,12 +7,17 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from iapo_mini.errors import first_line
+
+HELD = 2.0 if os.name == "nt" else 0.0
+"""Seconds for which another program (an indexer, a virus scanner) may hold a file on Windows, which
+then refuses to rename it. Elsewhere a file that is open can be renamed."""
 
 
 def writable_folder(folder: Path, name: str) -> None:
@@ -32,16 +37,46 @@ def writable_folder(folder: Path, name: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so it is never left incomplete."""
+    """Write a file under a temporary name and rename it, so it is never left incomplete.
+
+    The bytes are the same on every system: UTF-8, lines that end in a line feed.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    rename(temporary, path)
+
+
+def rename(path: Path, target: Path) -> None:
+    """Give a file or folder another name, in place of a file that has it.
+
+    Raises:
+        OSError: when the system refuses, on Windows for ``HELD`` seconds.
+    """
+    end = time.monotonic() + HELD
+    while True:
+        try:
+            os.replace(path, target)
+            return
+        except PermissionError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.05)
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
     packages = ("torch", "transformers", "peft", "tokenizers", "iapo-mini")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file under a temporary name, then rename, so that it is whole or absent."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -97,7 +132,7 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
         remove(temporary)  # frees the space on a full disk
         raise
     remove(folder)
-    os.replace(temporary, folder)
+    rename(temporary, folder)
 
 
 def remove(path: Path) -> None:
@@ -106,7 +141,7 @@ def remove(path: Path) -> None:
         doomed = path.with_name(f".{path.name.strip('.')}.old.tmp")
         if path != doomed:
             shutil.rmtree(doomed, ignore_errors=True)
-            os.replace(path, doomed)
+            rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

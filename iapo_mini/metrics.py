@@ -108,8 +108,8 @@ def row_of(line: str | bytes) -> dict | None:
 
 def logged(log: Path) -> list[tuple[str, dict]]:
     """Lines of a run's log with their metrics; a line that a kill cut short is skipped."""
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    return [(line, row) for line in lines if (row := row_of(line)) is not None]
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return [(line, row) for line in text.splitlines() if (row := row_of(line)) is not None]
 
 
 def trim_log(log: Path, done: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -83,13 +83,13 @@ def of_repository(model: str, subfolder: str, revision: str | None) -> tuple[str
     Raises:
         ValueError: for a subfolder that leads out of the repository, or a revision of a folder.
     """
-    inner = PurePosixPath(subfolder)
-    if inner.is_absolute() or ".." in inner.parts:
+    inner = PureWindowsPath(subfolder)  # which takes both kinds of slash, on every system
+    if inner.anchor or ".." in inner.parts:
         raise ValueError(
             f"subfolder is '{subfolder}'; it must be the path of a folder inside '{model}'."
         )
     if not looks_local(model):
-        asked = {"subfolder": subfolder, "revision": revision or ""}
+        asked = {"subfolder": inner.as_posix() if subfolder else "", "revision": revision or ""}
         return model, {name: value for name, value in asked.items() if value}
     if revision:
         raise ValueError(
@@ -99,7 +99,7 @@ def of_repository(model: str, subfolder: str, revision: str | None) -> tuple[str
         raise ValueError(
             f"subfolder is '{subfolder}', but model is '{model}', which has no subfolders."
         )
-    return (str(Path(model) / inner) if subfolder else model), {}
+    return (str(Path(model, *inner.parts)) if subfolder else model), {}
 
 
 def _settings(model: str, folder: Path) -> dict[str, dict]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import re
 import sys
 import typing
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from iapo_mini.config import CARDS, FROM_RECIPE, RECIPES, TrainConfig
+from iapo_mini.config import CARDS, TrainConfig
 from iapo_mini.errors import AUTO, check_choice, first_line, shown
+from iapo_mini.recipes import FROM_RECIPE, RECIPES
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,6 +61,15 @@ def _number_or_word(text: str) -> int | str:
         return int(text)
     except ValueError:
         return text
+
+
+def print_any_text() -> None:
+    """Print ``?`` for a character that stdout can't show, instead of an error.
+
+    A pipe on Windows takes the characters of cp1252 alone, and a completion may hold any.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 @contextlib.contextmanager
@@ -118,6 +129,11 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
             (kind,) = kinds
             settings |= {"type": _TYPES[kind], "metavar": kind.__name__.upper()}
         parser.add_argument(option, **settings)
+    parser.add_argument(
+        "--config", metavar="FILE",
+        help="YAML or JSON file with settings by the names below, or the config.json of a run; "
+        "options given beside it take precedence (default: none)",
+    )  # fmt: skip
     parser.add_argument(
         "--card", choices=tuple(CARDS),
         help="settings for a real model on one GPU; other options override them (default: none, "

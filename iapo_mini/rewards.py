@@ -16,6 +16,8 @@ from iapo_mini.sampling import from_texts
 from iapo_mini.tasks import Problem
 
 _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 # The dots here do not match line breaks, so a thought of two lines has a bad format.
 _PLAIN = r"(?:(?!<think>|<answer>).)*"
@@ -70,6 +72,27 @@ def released_reward(completion: str, reference: str) -> tuple[float, bool]:
     formed = _RELEASED_FORMAT.fullmatch(completion) is not None
     correct = equal_answers(answer, reference)
     return (0.5 if formed else -0.5) + (1.0 if correct else -1.0), correct
+
+
+def lenient_answer(completion: str) -> str | None:
+    """The answer that a completion gives in whatever format.
+
+    It is the content of the last ``<answer>`` tag, else that of the last ``\\boxed{}``, else the
+    last number of the text. None where there is none of them.
+    """
+    _, opened, rest = completion.rpartition("<answer>")
+    if opened and (tagged := rest.split("</answer>")[0].strip()):
+        return tagged
+    if boxed := _BOXED.findall(completion):
+        return boxed[-1].strip()
+    numbers = _NUMBER.findall(completion)
+    return numbers[-1] if numbers else None
+
+
+def lenient_correct(completion: str, reference: str) -> bool:
+    """Whether :func:`lenient_answer` is right: the skill of a policy apart from its format."""
+    answer = lenient_answer(completion)
+    return answer is not None and equal_answers(answer, reference)
 
 
 JUDGES: dict[str, Callable[[str, str], tuple[float, bool]]] = {

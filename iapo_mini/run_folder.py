@@ -95,7 +95,9 @@ def save_checkpoint(run: Path, step: int, policy: Policy, optimizer: torch.optim
         }
         save_file(moments, folder / "optimizer.safetensors")
         sums = _sums(folder) | {LOG: sum_of_log(run / LOG, step)}
-        (folder / "sha256.json").write_text(json.dumps(sums, indent=1) + "\n")
+        (folder / "sha256.json").write_text(
+            json.dumps(sums, indent=1) + "\n", encoding="utf-8", newline="\n"
+        )
 
     replace_folder(run / f"checkpoint-{step}", write)
     for old in checkpoints(run)[:-2]:
@@ -115,7 +117,7 @@ def restore_checkpoint(run: Path, policy: Policy, optimizer: torch.optim.Optimiz
     told = None
     for checkpoint in reversed(checkpoints(run)):
         try:
-            sums = json.loads((checkpoint / "sha256.json").read_text())
+            sums = json.loads((checkpoint / "sha256.json").read_text(encoding="utf-8"))
             logged_sum = sums.pop(LOG, None)
             if _sums(checkpoint) != sums:
                 raise ValueError("its files do not match their checksums")
@@ -148,7 +150,8 @@ def restore_checkpoint(run: Path, policy: Policy, optimizer: torch.optim.Optimiz
         state = optimizer.state_dict()
         for name, value in moments.items():
             index, key = name.split("/")
-            state["state"].setdefault(int(index), {})[key] = value
+            # A copy: what is loaded is the file itself, which Windows would then not remove.
+            state["state"].setdefault(int(index), {})[key] = value.clone()
         optimizer.load_state_dict(state)
         return _step_of(checkpoint)
     if told:
@@ -210,7 +213,7 @@ class Run:
                 )
             return
         try:
-            saved = json.loads((run / "config.json").read_text())
+            saved = json.loads((run / "config.json").read_text(encoding="utf-8"))
             before = with_defaults(saved)
             self._before = saved
         except (ValueError, TypeError, AttributeError) as error:
@@ -274,7 +277,10 @@ class Run:
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``, flushed at once."""
-        with writing(self.folder), (self.folder / LOG).open("a") as log:
+        with (
+            writing(self.folder),
+            (self.folder / LOG).open("a", encoding="utf-8", newline="\n") as log,
+        ):
             log.write(json.dumps(metrics) + "\n")
 
     def save(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
@@ -319,7 +325,9 @@ class Run:
                     folder / "rollouts.safetensors",
                 )
                 texts = rollouts.texts(policy.tokenizer)
-                (folder / "completions.json").write_text(json.dumps(texts, indent=1) + "\n")
+                (folder / "completions.json").write_text(
+                    json.dumps(texts, indent=1) + "\n", encoding="utf-8", newline="\n"
+                )
 
             with writing(self.folder):
                 replace_folder(kept, write)

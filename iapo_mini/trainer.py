@@ -14,23 +14,27 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from iapo_mini.advantages import ADVANTAGES, COUNTED
-from iapo_mini.config import Recipe, TrainConfig
+from iapo_mini.callbacks import Watcher, ending
+from iapo_mini.config import TrainConfig
 from iapo_mini.engines.vllm import sampler_of
+from iapo_mini.errors import MOST_STEPS, check_number
+from iapo_mini.held_out import HeldOut, held_out_problems
 from iapo_mini.information import encode_postfix, inform
+from iapo_mini.kept_completions import keep
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.metrics import Stopwatch, role_metrics, step_metrics
 from iapo_mini.objective import policy_loss
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.datasets import training_problems
 from iapo_mini.progress import tokens_shown
+from iapo_mini.recipes import Recipe
 from iapo_mini.rewards import check_completion, score
 from iapo_mini.rollouts import Rollouts, joined
 from iapo_mini.run_folder import Run
@@ -50,11 +54,12 @@ def train(
     resume: bool = False,
     policy: Policy | None = None,
     problems: list[Problem] | None = None,
-    on_step: Callable[[dict[str, Any]], None] | None = None,
+    callbacks: Sequence[Watcher] = (),
+    keep_completions: int = 0,
     progress: bool = True,
     wait: float = 0.0,
 ) -> Policy:
-    """Train a policy with GRPO, IAPO or another method of ``config.RECIPES``.
+    """Train a policy with GRPO, IAPO or another method of ``recipes.RECIPES``.
 
     Args:
         config: validated settings.
@@ -62,7 +67,8 @@ def train(
         resume: continue from the newest checkpoint, with the same numbers as an uninterrupted run.
         policy: start policy; default is ``config.model`` with a new adapter.
         problems: training problems, cycled; default is the endless stream of ``config.data``.
-        on_step: called with each step's metrics.
+        callbacks: called after every step and evaluation, and at the end.
+        keep_completions: keep the completions of every n-th step in ``output_dir``; 0 keeps none.
         progress: show a progress bar.
         wait: seconds to wait for another process to leave the folder.
 
@@ -70,38 +76,33 @@ def train(
         The trained policy, also saved to ``output_dir/final``.
 
     Raises:
-        ValueError: for an empty problem list, a folder that is in use or can't be written, data
-            that can't be read, or a resume with another config.
+        ValueError: for no problems, a folder in use or read-only, bad data, or another config.
         OSError: when the disk is full or has become read-only; the last checkpoint is unchanged.
         FloatingPointError: when log-probabilities, informativeness, loss or gradient are not
             finite. The update is not made, and its batch is in ``output_dir/failed-step-<n>``.
-        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP in the main thread, when the step is done
-            and saved; after a second signal at once.
+        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, when the step is saved.
     """
-    stream = _problem_stream(config, problems)
+    check_number("keep_completions", keep_completions, 0, MOST_STEPS)
+    stream, held_out = _problem_stream(config, problems), held_out_problems(config)
     torch.set_num_threads(config.threads)
     recipe, how = config.recipe(), config.early_exit()
-    with Run(output_dir, config, resume=resume, wait=wait) as run:
+    with Run(output_dir, config, resume=resume, wait=wait) as run, ending(callbacks) as watcher:
         policy = start_policy(config) if policy is None else policy
         stream = _checked(policy, stream, config)
-        optimizer = torch.optim.AdamW(
-            policy.trainable().values(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
-        )
+        optimizer = _optimizer(policy, config)
         done = run.restore(policy, optimizer)
+        judge = HeldOut(run.folder, config, held_out, done)
         size = config.prompts_per_step * recipe.sampling_rounds
         stream = itertools.islice(stream, done * size, None)
-        weigh = ADVANTAGES[recipe.rule] if isinstance(recipe.rule, str) else recipe.rule
-        sample = sampler_of(config.engine, config.model)
-        bar = tqdm(
-            range(done, config.max_steps), initial=done, total=config.max_steps,
-            desc=config.method, unit="step", disable=not progress,
-        )  # fmt: skip
-        for step in bar:
+        weigh, sample = _rule(recipe), sampler_of(config.engine, config.model)
+        for step in (bar := _bar(config, done, progress)):
+            if judge.ended:
+                break
             watch = Stopwatch()
             # Sample G completions for each prompt from the current ("old") policy and score them.
+            asked = list(itertools.islice(stream, size))
             with tokens_shown(bar) as seen:
                 drawn = functools.partial(sample, on_token=seen)
-                asked = list(itertools.islice(stream, size))
                 rollouts, batch, sampled = collect(policy, asked, drawn, config, step)
             watch.lap("sampling")
             # Estimate how much each token says about the answer, if the method uses it.
@@ -118,11 +119,30 @@ def train(
             metrics |= role_metrics(rollouts, advantages, policy.tokenizer, batch)
             run.log(metrics)
             bar.set_postfix(reward=f"{metrics['reward']:.2f}", length=f"{metrics['length']:.1f}")
-            if on_step is not None:
-                on_step(metrics)
+            if keep_completions and (step + 1) % keep_completions == 0:
+                keep(run.folder, step + 1, rollouts, advantages, policy.tokenizer)
+            watcher.on_step(metrics)
+            if (found := judge(step + 1, policy)) is not None:
+                watcher.on_evaluate(found)
             run.save(step + 1, policy, optimizer)
         run.finish(policy)
     return policy
+
+
+def _rule(recipe: Recipe) -> Callable[..., torch.Tensor]:
+    return ADVANTAGES[recipe.rule] if isinstance(recipe.rule, str) else recipe.rule
+
+
+def _optimizer(policy: Policy, config: TrainConfig) -> torch.optim.Optimizer:
+    weights = policy.trainable().values()
+    return torch.optim.AdamW(weights, config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def _bar(config: TrainConfig, done: int, progress: bool) -> tqdm:
+    return tqdm(
+        range(done, config.max_steps), initial=done, total=config.max_steps, desc=config.method,
+        unit="step", disable=not progress,
+    )  # fmt: skip
 
 
 def _problem_stream(config: TrainConfig, problems: list[Problem] | None) -> Iterator[Problem]:

@@ -293,7 +293,7 @@ def explicit_entropies(policy, rollouts, postfix=POSTFIX):
 
 def metrics(folder):
     """The logged lines without numbers that depend on the clock."""
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     timing = ("seconds_", "tokens_per_second")
     return [{k: v for k, v in json.loads(x).items() if not k.startswith(timing)} for x in lines]
 

@@ -128,7 +128,7 @@ def test_an_adapter_finds_its_base(adapter, tiny_folder):
 def test_an_adapter_of_the_embedded_policy_names_it_and_no_folder_of_this_machine(tmp_path):
     load_policy(lora_rank=2).save(tmp_path)
     assert base_of(tmp_path) == {"model": EMBEDDED}
-    assert json.loads((tmp_path / "base.json").read_text())["model"] == EMBEDDED
+    assert json.loads((tmp_path / "base.json").read_text(encoding="utf-8"))["model"] == EMBEDDED
 
 
 def test_another_base_is_refused(adapter, tiny_folder, tmp_path):
@@ -163,7 +163,7 @@ def test_the_base_of_a_foreign_adapter_is_found_by_pefts_entry(adapter, tiny_fol
 @pytest.mark.parametrize("name", ["base.json", "adapter_config.json"])
 def test_a_damaged_file_about_the_base_is_named(adapter, tiny_folder, name):
     (adapter / "base.json").unlink()
-    (adapter / name).write_text('{"model": ')
+    (adapter / name).write_text('{"model": ', encoding="utf-8")
     with pytest.raises(ValueError, match=rf"{name}"):
         load_policy(adapter=adapter)
     with pytest.raises(ValueError, match=r"base.json' can't be used|adapter must be "):
@@ -197,10 +197,12 @@ again.merged()
 def test_lora_works_beside_a_torchao_that_peft_refuses(tmp_path):
     """Colab has such a torchao. It is never imported; the one in this test is empty."""
     (tmp_path / "torchao").mkdir()
-    (tmp_path / "torchao" / "__init__.py").write_text("")
+    (tmp_path / "torchao" / "__init__.py").write_text("", encoding="utf-8")
     facts = tmp_path / "torchao-0.10.0.dist-info"
     facts.mkdir()
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: torchao\nVersion: 0.10.0\n")
+    (facts / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchao\nVersion: 0.10.0\n", encoding="utf-8"
+    )
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", BESIDE_OLD_TORCHAO], cwd=tmp_path, timeout=PATIENCE,

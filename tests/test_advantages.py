@@ -21,8 +21,8 @@ from iapo_mini.advantages import (
     iapo_ni,
     normalize,
 )
-from iapo_mini.config import RECIPES
 from iapo_mini.information import INFORMATION
+from iapo_mini.recipes import RECIPES
 
 
 def test_grpo_by_hand():

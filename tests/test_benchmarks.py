@@ -24,7 +24,7 @@ def test_the_memory_benchmark_runs_on_a_tiny_shape(tmp_path):
     out = tmp_path / "memory.json"
     done = run("memory.py", "--tiny", "--device", "cpu", "--steps", 2, "--out", out)
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads(out.read_text())["rows"]
+    (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert row["shape"] == "tiny" and row["device"] == "cpu" and row["prompt"] == 200
     assert row["peak_gb"] is None  # nothing is measured on a CPU, so nothing is said
     assert 0 < row["planned_tensors_gb"] < row["planned_gb"]
@@ -40,7 +40,7 @@ def test_the_sampling_benchmark_runs_on_a_tiny_shape(tmp_path):
     out = tmp_path / "sampling.json"
     done = run("sampling.py", "--tiny", "--device", "cpu", "--out", out)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(out.read_text())["rows"]
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert {(r["weights"], r["way"]) for r in rows} == {
         (weights, way)
         for weights in ("4-bit", "merged")
@@ -54,7 +54,7 @@ def test_the_trl_benchmark_runs_on_a_few_completions(tmp_path):
     out = tmp_path / "trl.json"
     sizes = ("--repeats", 1, "--prompts", 2, "--group", 2, "--limit", 16)
     done = run("trl.py", *sizes, "--out", out)
-    results = json.loads(out.read_text())
+    results = json.loads(out.read_text(encoding="utf-8"))
     assert done.returncode in (0, 1), done.stderr  # 1: so few completions say nothing of the ratio
     assert 0 <= results["max_loss_difference"] < 1e-5
     median = results["median_seconds"]

@@ -63,7 +63,9 @@ def test_pay_is_computing_minus_talk_in_standard_deviations(policy, rollouts, mo
 
 def test_the_study_at_its_smallest(tmp_path):
     found = choices.choices("quick", out=tmp_path / "runs", figures=tmp_path / "figures")
-    saved = json.loads((tmp_path / "figures/results/choices_quick.json").read_text())
+    saved = json.loads(
+        (tmp_path / "figures/results/choices_quick.json").read_text(encoding="utf-8")
+    )
     assert saved == json.loads(json.dumps(found)) and found["terms"].keys() == choices.TERMS.keys()
     lines = choices.choices_table(found).splitlines()
     assert len(lines) == 2 + len(choices.TERMS)

@@ -212,7 +212,7 @@ def test_claims_runs_every_experiment_and_judges_every_claim(tmp_path):
     command += ["--out", tmp_path / "runs", "--figures", tmp_path / "figures"]
     done = run(*command)
     assert done.returncode == 0, done.stderr
-    text = (tmp_path / "figures/claims_quick.md").read_text()
+    text = (tmp_path / "figures/claims_quick.md").read_text(encoding="utf-8")
     assert text.strip() in done.stdout
     for section in ("Table 1", "Fig. 5", "Fig. 6", "Theory", "released code"):
         assert section in text
@@ -230,5 +230,8 @@ def test_claims_runs_every_experiment_and_judges_every_claim(tmp_path):
     # A second call makes no runs and gives the same text.
     runs = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("result.json")}
     again = run(*command)
-    assert again.returncode == 0 and (tmp_path / "figures/claims_quick.md").read_text() == text
+    assert (
+        again.returncode == 0
+        and (tmp_path / "figures/claims_quick.md").read_text(encoding="utf-8") == text
+    )
     assert runs == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("result.json")}

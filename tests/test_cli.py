@@ -10,7 +10,7 @@ import pytest
 from helpers import PATIENCE
 
 from iapo_mini.cli import COMMANDS
-from iapo_mini.config import RECIPES
+from iapo_mini.recipes import RECIPES
 from iapo_mini.tools.methods import recipe_line
 
 SMALL = ["--max-steps", "1", "--prompts-per-step", "2", "--num-generations", "2", "--threads", "1"]
@@ -41,7 +41,9 @@ def test_compare_prints_the_table_and_writes_the_files_it_names(compared):
     assert done.returncode == 0, done.stderr
     for row in ("| start policy |", "| GRPO |", "| IAPO |", "Pass@8", "Length@8", "Ratio@8"):
         assert row in done.stdout
-    results = json.loads((folder / "figures/results/compare_quick.json").read_text())
+    results = json.loads(
+        (folder / "figures/results/compare_quick.json").read_text(encoding="utf-8")
+    )
     assert results["seeds"] == [0]
     for method in ("start", "grpo", "iapo"):
         for metric in ("length", "pass@1", "pass@8", "ratio@8"):
@@ -56,12 +58,12 @@ def test_compare_prints_the_table_and_writes_the_files_it_names(compared):
 def test_compare_again_keeps_finished_runs(compared):
     folder, arguments, _ = compared
     results = folder / "figures/results/compare_quick.json"
-    before = results.read_text()
+    before = results.read_text(encoding="utf-8")
     made = (folder / "runs/quick/grpo-0/result.json").stat().st_mtime_ns
     results.unlink()
     assert run(*arguments).returncode == 0
     assert (folder / "runs/quick/grpo-0/result.json").stat().st_mtime_ns == made
-    assert results.read_text() == before
+    assert results.read_text(encoding="utf-8") == before
 
 
 def test_evaluate_reads_the_trained_adapter(compared, tmp_path):
@@ -71,9 +73,9 @@ def test_evaluate_reads_the_trained_adapter(compared, tmp_path):
                "--out", tmp_path / "e.json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Ratio@k" in done.stdout
-    result = json.loads((tmp_path / "e.json").read_text())
+    result = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
     assert result["length@2"] > 0 and len(result["intervals"]["pass@1"]) == 2
-    lines = (tmp_path / "e.jsonl").read_text().splitlines()
+    lines = (tmp_path / "e.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 6 and json.loads(lines[0])["text"].startswith("<think>")
 
 
@@ -84,7 +86,10 @@ def test_train_then_resume(tmp_path):
     more[1] = "2"
     done = run("train", "--out", out, *more, "--resume")
     assert done.returncode == 0, done.stderr
-    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert steps == [1, 2]
 
 
@@ -96,7 +101,7 @@ def questions(tmp_path):
         {"question": f"What is {n} + {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"}
         for n in range(1, 13)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -106,8 +111,11 @@ def test_train_and_evaluate_on_a_local_file(tiny_folder, questions, tmp_path):
     small[1] = "2"
     done = run("train", "--out", out, *small)
     assert done.returncode == 0, done.stderr
-    assert json.loads((out / "config.json").read_text())["data"] == "gsm8k"
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["data"] == "gsm8k"
+    metrics = [
+        json.loads(line)
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [m["step"] for m in metrics] == [1, 2] and "tokens/compute" not in metrics[0]
 
     results = tmp_path / "e.json"
@@ -118,13 +126,21 @@ def test_train_and_evaluate_on_a_local_file(tiny_folder, questions, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr  # the libraries are kept quiet
     assert "5 of 12 problems of gsm8k (all)" in done.stdout
-    whole, text = results.read_text(), results.with_suffix(".jsonl").read_text()
+    whole, text = (
+        results.read_text(encoding="utf-8"),
+        results.with_suffix(".jsonl").read_text(encoding="utf-8"),
+    )
     assert text.count("\n") == 10
     # The state after a kill: no results, and one and a half batches.
     results.unlink()
-    results.with_suffix(".jsonl").write_text("".join(text.splitlines(keepends=True)[:5]) + '{"pro')
+    results.with_suffix(".jsonl").write_text(
+        "".join(text.splitlines(keepends=True)[:5]) + '{"pro', encoding="utf-8"
+    )
     assert run(*judge).returncode == 0
-    assert (results.read_text(), results.with_suffix(".jsonl").read_text()) == (whole, text)
+    assert (
+        results.read_text(encoding="utf-8"),
+        results.with_suffix(".jsonl").read_text(encoding="utf-8"),
+    ) == (whole, text)
     other = run(*judge, "--seed", 1)
     assert other.returncode == 2
     assert other.stderr.splitlines()[-1].startswith("iapo-mini: seed is 1, but")
@@ -218,8 +234,8 @@ BAD = [
 
 @pytest.mark.parametrize("arguments, named", BAD, ids=[" ".join(a) for a, _ in BAD])
 def test_bad_input_is_one_sentence_and_status_two(arguments, named, tmp_path):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "bad.jsonl").write_text("{")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / "bad.jsonl").write_text("{", encoding="utf-8")
     done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
@@ -252,7 +268,7 @@ def test_commands_without_a_model_import_no_model_code(arguments, tmp_path):
     line = {"step": 1, "loss": 0.0, "reward": 1.0, "format": 1.0, "truncated": 0.0, "length": 9.0,
             "zero_variance_groups": 0.0, "grad_norm": 1.0, "kl": 0.0, "clip_ratio": 0.0,
             "entropy": 0.5, "informativeness": 0.1}  # fmt: skip
-    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
     code = (
         "import sys\nfrom iapo_mini.cli import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert not end.code\n"
@@ -292,7 +308,7 @@ def test_train_prints_the_settings_from_the_recipe(tmp_path, schooled_folder):
     assert done.returncode == 0, done.stderr
     taken = "alpha 0.0, beta 0.0, aggregation token, epsilon_high 0.28, kl_coef 0.0"
     assert f"From the recipe of dapo: {taken}." in done.stdout
-    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    settings = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert (settings["epsilon"], settings["epsilon_high"]) == (0.1, 0.28)
     assert "epsilon" not in settings["from_recipe"] and "aggregation" in settings["from_recipe"]
 

@@ -8,8 +8,9 @@ from helpers import content, make_rollouts, metrics, run
 
 from iapo_mini import trainer
 from iapo_mini.advantages import sgrpo, sgrpo_tokens
-from iapo_mini.config import RECIPES, Recipe
+from iapo_mini.callbacks import Callback
 from iapo_mini.objective import policy_loss
+from iapo_mini.recipes import RECIPES, Recipe
 from iapo_mini.sampling import sample
 from iapo_mini.tasks import Problem
 from iapo_mini.trainer import collect
@@ -82,7 +83,7 @@ def test_a_run_with_dynamic_sampling_resumes_to_the_same_numbers(config, tmp_pat
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / "cut", on_step=stop)
+        run(config, tmp_path / "cut", callbacks=[Callback(stop)])
     run(config, tmp_path / "cut", resume=True)
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
 

@@ -9,9 +9,10 @@ from helpers import make_rollouts, run
 
 from iapo_mini import config, objective
 from iapo_mini.advantages import ADVANTAGES, COUNTED
-from iapo_mini.config import CARDS, FROM_RECIPE, RECIPES, TrainConfig, with_defaults
+from iapo_mini.config import CARDS, TrainConfig, with_defaults
 from iapo_mini.engines.vllm import sampler_of
 from iapo_mini.information import INFORMATION
+from iapo_mini.recipes import FROM_RECIPE, RECIPES
 from iapo_mini.rewards import JUDGES
 
 # Settings in the source of each method: mean of the loss, clip range below and above, weights.
@@ -52,7 +53,7 @@ def test_training_with_defaults_uses_what_the_methods_source_uses(
     monkeypatch.setattr("iapo_mini.trainer.policy_loss", lose)
     run(dataclasses.replace(config, method=method, max_steps=1), tmp_path / "run")
     assert set(seen) == {(alpha, beta), (aggregation, low, high)}
-    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    saved = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert (saved["aggregation"], saved["epsilon"], saved["epsilon_high"]) == (
         aggregation,
         low,

@@ -9,12 +9,13 @@ from helpers import run_here, written
 
 from iapo_mini.advantages import grpo, normalize
 from iapo_mini.chat import token_texts
-from iapo_mini.config import RECIPES as LIBRARY
-from iapo_mini.config import TrainConfig, use_methods
+from iapo_mini.config import TrainConfig
 from iapo_mini.early_exit.question import EVERY_PREFIX
 from iapo_mini.lab import controls
 from iapo_mini.lab.sizes import Size
 from iapo_mini.policy import load_policy
+from iapo_mini.recipes import RECIPES as LIBRARY
+from iapo_mini.recipes import use_methods
 
 CHAIN = "<think> That makes 14 + 7 = 21 stamps. Check: 21 - 7 = 14, good.</think><answer> 21"
 TINY = Size(seeds=(0, 1), max_steps=1, problems=2, prompts_per_step=1, num_generations=2, ks=(1, 2))
@@ -155,7 +156,9 @@ def test_the_experiment_at_its_smallest(tmp_path, monkeypatch):
     monkeypatch.setattr(controls, "tuned", lambda *_: settings)
     options = {"out": tmp_path / "runs", "figures": tmp_path / "figures"}
     found = controls.controls("quick", **options)
-    saved = json.loads((tmp_path / "figures/results/controls_quick.json").read_text())
+    saved = json.loads(
+        (tmp_path / "figures/results/controls_quick.json").read_text(encoding="utf-8")
+    )
     assert saved == json.loads(json.dumps(found))
     for row in found["rows"].values():
         assert row.keys() == {"token", "sequence"}

@@ -127,7 +127,7 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path):
     lines[4] = '{"question": "What?"}'
     lines[5] = '["What?", "5"]'
     lines[6] = '{"question": "What?", "answer": "#### five"}'
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(ValueError) as raised:
         load_problems("gsm8k", "all", str(path))
     message = str(raised.value)
@@ -363,7 +363,7 @@ def test_answers_that_are_numbers_are_read_as_people_write_them(tmp_path, value,
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "true", "null", "[5]"])
 def test_answers_that_are_not_numbers_are_refused(tmp_path, value):
     path = tmp_path / "n.jsonl"
-    path.write_text('{"question": "How many?", "answer": ' + value + "}\n")
+    path.write_text('{"question": "How many?", "answer": ' + value + "}\n", encoding="utf-8")
     with pytest.raises(ValueError, match="1 of 1 rows can't be used: line 1"):
         load_problems("gsm8k", "all", str(path))
 
@@ -384,7 +384,9 @@ def test_commonsense_qa_is_read_in_its_first_format(tmp_path):
 def test_a_choice_that_is_not_text_is_refused(tmp_path, text):
     choices = {"label": ["A", "B"], "text": ["bank", text]}
     path = tmp_path / "c.jsonl"
-    path.write_text(json.dumps({**ROWS["commonsense_qa"], "choices": choices}) + "\n")
+    path.write_text(
+        json.dumps({**ROWS["commonsense_qa"], "choices": choices}) + "\n", encoding="utf-8"
+    )
     with pytest.raises(ValueError, match=r"line 1 \((no|broken) text under 'choices'\)"):
         load_problems("commonsense_qa", "all", str(path))
 

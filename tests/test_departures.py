@@ -9,11 +9,11 @@ from helpers import make_rollouts, unpadded
 
 from iapo_mini import config
 from iapo_mini.advantages import grpo, iapo
-from iapo_mini.config import RECIPES
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.information import answer_entropies, encode_postfix, inform
 from iapo_mini.lab import departures
 from iapo_mini.policy import load_policy
+from iapo_mini.recipes import RECIPES
 
 
 @pytest.fixture(scope="module")

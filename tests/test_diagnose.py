@@ -21,7 +21,7 @@ HEALTHY = {
 def write(folder, steps=30, **changes):
     """Write a run with a rising reward and some changed metrics: values, or functions of step."""
     folder.mkdir(exist_ok=True)
-    with (folder / "metrics.jsonl").open("w") as log:
+    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as log:
         for step in range(1, steps + 1):
             row = {"step": step, "reward": 0.02 * step + 0.01 * (step % 3), **HEALTHY, **changes}
             row = {k: v(step) if callable(v) else v for k, v in row.items()}
@@ -82,7 +82,7 @@ def test_a_method_without_information_is_not_asked_for_it(tmp_path):
 
 def test_an_incomplete_last_line_is_skipped(tmp_path):
     path = write(tmp_path) / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"step": 31, "los')
+    path.write_text(path.read_text(encoding="utf-8") + '{"step": 31, "los', encoding="utf-8")
     assert read_log(tmp_path, 10).steps == 30 and not looks(diagnose(tmp_path))
 
 
@@ -129,9 +129,9 @@ def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, c
 
 
 def damage(path, at, line):
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     lines[at - 1 : at] = line
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -164,11 +164,13 @@ def test_numbers_that_are_not_finite_deserve_a_look(tmp_path, value):
 
 
 def test_the_log_of_another_tool_is_refused(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 3.2, "_runtime": 7}\n' * 9)
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "train/loss": 3.2, "_runtime": 7}\n' * 9, encoding="utf-8"
+    )
     found = diagnose(tmp_path)
     assert sum(f.value == "not in the log" for f in found) == sum(c.always for c in CHECKS) + 2
     for text in ("", "epoch,loss\n1,3.2\n", '{"epoch": 1}\n', "\0" * 99):
-        (tmp_path / "metrics.jsonl").write_text(text)
+        (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="holds no step of a training run"):
             diagnose(tmp_path)
 

@@ -66,7 +66,7 @@ def test_ceiling_is_the_auc_of_the_true_drops(told):
 
 
 def test_figures_are_drawn_from_the_committed_results(tmp_path):
-    results = json.loads(RESULTS.read_text())
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
     estimators.draw(results, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {f"estimator_{x}.png" for x in ("auc", "steps", "growth", "speed")}

@@ -13,9 +13,16 @@ from helpers import TRIVIAL, perturb_lora
 from tqdm import tqdm
 
 from iapo_mini import evaluation, progress
-from iapo_mini.evaluation import check_out, evaluate, pass_at_k, ratio_at_k, summary
+from iapo_mini.evaluation import (
+    check_out,
+    evaluate,
+    evaluation_table,
+    pass_at_k,
+    ratio_at_k,
+    summary,
+)
 from iapo_mini.policy import load_policy
-from iapo_mini.rewards import reward
+from iapo_mini.rewards import lenient_correct, reward
 from iapo_mini.tasks import Problem
 
 
@@ -107,6 +114,22 @@ def test_tokens_count_the_end_of_the_sequence(policy):
         assert c["tokens"] == len(ids) + 1
 
 
+def test_lenient_judges_the_same_completions_by_their_last_answer(policy):
+    strict, both = run(policy), run(policy, lenient=True)
+    assert {k: v for k, v in both.items() if not k.startswith("lenient")} == {
+        **strict, "intervals": both["intervals"]
+    }  # fmt: skip
+    problems = [*TRIVIAL, TRIVIAL[0]]
+    right = [lenient_correct(c["text"], problems[c["problem"]].answer) for c in both["completions"]]
+    assert both["lenient pass@1"] == pytest.approx(sum(right) / len(right))
+    low, high = both["intervals"]["lenient pass@4"]
+    assert low <= both["lenient pass@4"] <= high
+    assert "| k | Pass@k |" in evaluation_table(strict, [1])
+    assert "any format" in evaluation_table(both, [1]) and "any" not in evaluation_table(
+        strict, [1]
+    )
+
+
 def test_equal_seeds_give_equal_results(policy):
     assert run(policy, seed=1) == run(policy, seed=1)
     assert run(policy, seed=1)["completions"] != run(policy, seed=2)["completions"]
@@ -168,7 +191,7 @@ def test_a_bar_is_restored_after_a_batch(monkeypatch):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture
@@ -216,10 +239,10 @@ def test_an_interrupted_evaluation_continues_to_the_same_numbers(policy, interru
 def test_a_batch_that_a_kill_cut_short_is_sampled_again(policy, left, tmp_path):
     path = tmp_path / "c.jsonl"
     whole = run(policy, batch_size=8, save_to=path)
-    text = path.read_text()
-    path.write_text(text[:left])
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text[:left], encoding="utf-8")
     assert run(policy, batch_size=8, save_to=path) == whole
-    assert path.read_text() == text
+    assert path.read_text(encoding="utf-8") == text
 
 
 @pytest.mark.parametrize(
@@ -233,10 +256,10 @@ def test_a_batch_that_a_kill_cut_short_is_sampled_again(policy, left, tmp_path):
     ],
 )
 def test_completions_of_other_settings_are_refused(policy, interrupted, change, named):
-    before = interrupted.read_text()
+    before = interrupted.read_text(encoding="utf-8")
     with pytest.raises(ValueError, match=named):
         run(policy, **{"batch_size": 4, "save_to": interrupted} | change)
-    assert interrupted.read_text() == before
+    assert interrupted.read_text(encoding="utf-8") == before
 
 
 def test_completions_of_other_problems_or_another_policy_are_refused(
@@ -273,12 +296,12 @@ def test_fewer_values_of_k_use_the_same_completions(policy, tmp_path):
 )  # fmt: skip
 def test_results_overwrite_no_other_files(tmp_path, name, message):
     (tmp_path / "folder").mkdir()
-    (tmp_path / "data.json").write_text("[]")
-    (tmp_path / "config.json").write_text('{"method": "iapo"}')
-    (tmp_path / "text.json").write_text("not JSON")
-    (tmp_path / "result.json").write_text('{"intervals": {}, "train_minutes": 3}')
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}')
-    (tmp_path / "mine.settings.json").write_text('{"editor": "vi"}')
+    (tmp_path / "data.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"method": "iapo"}', encoding="utf-8")
+    (tmp_path / "text.json").write_text("not JSON", encoding="utf-8")
+    (tmp_path / "result.json").write_text('{"intervals": {}, "train_minutes": 3}', encoding="utf-8")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}', encoding="utf-8")
+    (tmp_path / "mine.settings.json").write_text('{"editor": "vi"}', encoding="utf-8")
     (tmp_path / "chats.jsonl").mkdir()
     before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(ValueError, match=message):
@@ -289,7 +312,7 @@ def test_results_overwrite_no_other_files(tmp_path, name, message):
 def test_earlier_results_may_be_overwritten(policy, tmp_path):
     result = run(policy, save_to=tmp_path / "e.jsonl")
     check_out(tmp_path / "e.json")  # as a kill before the results leaves it
-    (tmp_path / "e.json").write_text(json.dumps(result | {"config": {}}))
+    (tmp_path / "e.json").write_text(json.dumps(result | {"config": {}}), encoding="utf-8")
     check_out(tmp_path / "e.json")
     check_out(tmp_path / "new.json", str(tmp_path / "data.jsonl"))
 
@@ -310,9 +333,9 @@ def test_completions_do_not_overwrite_the_data(tmp_path):
 def test_a_damaged_line_of_completions_is_refused_and_left_alone(policy, tmp_path, line):
     file = tmp_path / "x.jsonl"
     run(policy, save_to=file)
-    lines = file.read_text().splitlines()
+    lines = file.read_text(encoding="utf-8").splitlines()
     lines[5] = line
-    file.write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     before = file.read_bytes()
     with pytest.raises(ValueError, match=r"x.jsonl' is damaged: line 6 .* of problem 1; restore"):
         run(policy, save_to=file)
@@ -322,14 +345,14 @@ def test_a_damaged_line_of_completions_is_refused_and_left_alone(policy, tmp_pat
 def test_a_missing_line_of_completions_is_refused(policy, tmp_path):
     file = tmp_path / "x.jsonl"
     run(policy, save_to=file)
-    lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(lines[:3] + lines[4:]))
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(lines[:3] + lines[4:]), encoding="utf-8")
     with pytest.raises(ValueError, match="line 4 does not hold a completion of problem 0"):
         run(policy, save_to=file)
 
 
 def test_damaged_settings_of_completions_are_named(policy, tmp_path):
     run(policy, save_to=tmp_path / "x.jsonl")
-    (tmp_path / "x.settings.json").write_text("{")
+    (tmp_path / "x.settings.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"x.settings.json' can't be used .*; restore it"):
         run(policy, save_to=tmp_path / "x.jsonl")

@@ -21,6 +21,7 @@ from helpers import PATIENCE, content, run
 from safetensors.torch import load_file
 
 from iapo_mini import run_folder, trainer
+from iapo_mini.callbacks import Callback
 from iapo_mini.cli import main
 from iapo_mini.information import INFORMATION
 from iapo_mini.policy import load_policy
@@ -42,7 +43,7 @@ def stopped_at(config, folder, step):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(config, folder, on_step=stop)
+        run(config, folder, callbacks=[Callback(stop)])
 
 
 @pytest.fixture
@@ -88,7 +89,8 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(
     damage(folder / "checkpoint-4" / name)
     seen = []
     with pytest.warns(UserWarning, match=r"checkpoint-4' is damaged .* is not used"):
-        run(config, folder, resume=True, on_step=lambda line: seen.append(line["step"]))
+        watcher = Callback(lambda line: seen.append(line["step"]))
+        run(config, folder, resume=True, callbacks=[watcher])
     assert seen == [3, 4, 5]  # from checkpoint-2
     assert content(folder) == whole
     # The damaged checkpoint was written again, and is used next time without a warning.
@@ -117,17 +119,22 @@ def test_a_damaged_config_is_refused_in_one_sentence(config, tmp_path):
     folder = tmp_path / "run"
     stopped_at(config, folder, 3)
     for text in ('{"method": ', "[1]"):
-        (folder / "config.json").write_text(text)
+        (folder / "config.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=r"output_dir is .* config.json is damaged"):
             run(config, folder, resume=True)
 
 
 HOLD = """
 import json, sys, time
+from iapo_mini.callbacks import Callback
 from iapo_mini.trainer import TrainConfig, train
 
+def hold(line):
+    print(line["step"], flush=True)
+    time.sleep(float(sys.argv[3]))
+
 train(TrainConfig(**json.loads(sys.argv[1])), sys.argv[2], progress=False,
-      on_step=lambda line: (print(line["step"], flush=True), time.sleep(float(sys.argv[3]))))
+      callbacks=[Callback(hold)])
 """
 
 
@@ -160,7 +167,7 @@ def test_two_threads_of_one_process_can_not_share_a_run(config, tmp_path):
         with pytest.raises(ValueError, match="another process is training"):
             run(config, tmp_path / "run", resume=True)
 
-    run(replace(config, max_steps=1), tmp_path / "run", on_step=step)
+    run(replace(config, max_steps=1), tmp_path / "run", callbacks=[Callback(step)])
 
 
 @pytest.fixture
@@ -186,11 +193,11 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_continue(config, tmp_pat
             os.kill(os.getpid(), getattr(signal, name))
 
     with pytest.raises(KeyboardInterrupt, match=r"step 3 is saved in .*--resume"):
-        run(config, folder, on_step=interrupt)
+        run(config, folder, callbacks=[Callback(interrupt)])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert (folder / "checkpoint-3").is_dir() and not (folder / "final").exists()
     seen = []
-    run(config, folder, resume=True, on_step=lambda line: seen.append(line["step"]))
+    run(config, folder, resume=True, callbacks=[Callback(lambda line: seen.append(line["step"]))])
     assert seen == [4, 5] and content(folder) == whole
 
 
@@ -207,7 +214,7 @@ def test_a_second_ctrl_c_does_not_wait(config, tmp_path, whole):
         reached.append("second")
 
     with pytest.raises(KeyboardInterrupt):
-        run(config, folder, on_step=interrupt)
+        run(config, folder, callbacks=[Callback(interrupt)])
     assert reached == ["first"] and not list(folder.glob("checkpoint-*"))
     run(config, folder, resume=True)
     assert content(folder) == whole
@@ -228,7 +235,7 @@ def test_ctrl_c_on_the_command_line_ends_with_one_sentence(config, tmp_path, who
         env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     log = folder / "metrics.jsonl"
-    while not (log.exists() and log.read_text()):
+    while not (log.exists() and log.read_text(encoding="utf-8")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -281,7 +288,7 @@ def test_informativeness_that_is_not_finite_stops_before_the_update(
     assert not kept["informativeness"].isfinite().all()
     assert kept["completion_ids"].shape == kept["old_logprobs"].shape
     assert kept["rewards"].shape == (4,)
-    texts = json.loads((folder / "failed-step-3" / "completions.json").read_text())
+    texts = json.loads((folder / "failed-step-3" / "completions.json").read_text(encoding="utf-8"))
     assert len(texts) == 4 and any("<think>" in text for text in texts)
     # Without the cause the run continues as if nothing had happened.
     run(config, folder, resume=True)

@@ -43,7 +43,7 @@ def test_damaged_results_are_reported_before_they_are_used(tmp_path):
     ):
         file = results_path(tmp_path, name, "full")
         file.parent.mkdir(exist_ok=True)
-        file.write_text('{"trials": ')
+        file.write_text('{"trials": ', encoding="utf-8")
         with pytest.raises(ValueError, match=rf"{name}.json' can't be used"):
             read()
 

@@ -145,7 +145,9 @@ def test_adapters_round_trip_exactly(policy, tiny_folder, tmp_path):
 def test_merged_model_saves_and_loads_without_peft_or_bitsandbytes(policy, tmp_path):
     merged = policy.merged("cpu")
     merged.save_pretrained(tmp_path)
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert "quantization_config" not in json.loads(
+        (tmp_path / "config.json").read_text(encoding="utf-8")
+    )
     assert not list(tmp_path.glob("*.bin"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(loaded), logits(merged))

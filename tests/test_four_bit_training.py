@@ -27,7 +27,7 @@ def config(schooled_folder):
 
 
 def metrics(folder):
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     timing = ("seconds_", "tokens_per_second")
     return [{k: v for k, v in json.loads(x).items() if not k.startswith(timing)} for x in lines]
 
@@ -41,8 +41,9 @@ def test_a_killed_run_resumes_to_the_same_bits(config, tmp_path):
     train(config, tmp_path / "whole", progress=False)
     script = (
         "import json, os, sys; from iapo_mini.trainer import TrainConfig, train\n"
+        "from iapo_mini.callbacks import Callback\n"
         "train(TrainConfig(**json.loads(sys.argv[1])), sys.argv[2], progress=False,\n"
-        "      on_step=lambda m: m['step'] == 3 and os._exit(9))\n"
+        "      callbacks=[Callback(lambda m: m['step'] == 3 and os._exit(9))])\n"
     )
     folder = tmp_path / "killed"
     done = subprocess.run([sys.executable, "-c", script, json.dumps(asdict(config)), folder])
@@ -59,14 +60,14 @@ def test_a_run_from_before_these_settings_resumes(config, tmp_path):
     config = replace(config, four_bit=False, gradient_checkpointing=False, max_steps=2)
     train(config, tmp_path / "run", progress=False)
     file = tmp_path / "run" / "config.json"
-    old = json.loads(file.read_text())
+    old = json.loads(file.read_text(encoding="utf-8"))
     for name in ("four_bit", "gradient_checkpointing", "engine"):
         del old[name]
-    file.write_text(json.dumps(old))
+    file.write_text(json.dumps(old), encoding="utf-8")
     train(replace(config, max_steps=3), tmp_path / "run", resume=True, progress=False)
     assert [x["step"] for x in metrics(tmp_path / "run")] == [1, 2, 3]
     with pytest.raises(ValueError, match="four_bit is True"):
-        file.write_text(json.dumps(old))
+        file.write_text(json.dumps(old), encoding="utf-8")
         train(replace(config, four_bit=True), tmp_path / "run", resume=True, progress=False)
 
 
@@ -170,7 +171,7 @@ def test_options_take_precedence_over_the_preset(tmp_path, schooled_folder):
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    config = json.loads((tmp_path / "run/config.json").read_text())
+    config = json.loads((tmp_path / "run/config.json").read_text(encoding="utf-8"))
     given = dict(
         model=schooled_folder, max_steps=1, prompts_per_step=1, max_completion_length=4, threads=1,
         gradient_checkpointing=False,

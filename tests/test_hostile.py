@@ -101,8 +101,8 @@ def folder(tiny_folder, tmp_path):
 
 
 def edit(file, **changes):
-    found = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(found | changes))
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file.write_text(json.dumps(found | changes), encoding="utf-8")
 
 
 CANARY = "from pathlib import Path\nPath(r'{}').touch()\n"
@@ -110,7 +110,7 @@ CANARY = "from pathlib import Path\nPath(r'{}').touch()\n"
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_a_folder_that_needs_its_own_code_is_refused(folder, tmp_path, name):
-    (folder / "evil.py").write_text(CANARY.format(tmp_path / "ran"))
+    (folder / "evil.py").write_text(CANARY.format(tmp_path / "ran"), encoding="utf-8")
     edit(folder / name, auto_map={"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.T", None]})
     with pytest.raises(ValueError, match=rf"whose {name} needs code from .* files .*never run"):
         load_policy(str(folder))
@@ -156,7 +156,7 @@ def test_pickled_weights_are_refused(folder):
 @pytest.mark.parametrize("shard", ["pytorch_model-00001.bin", "../elsewhere.safetensors", "x.pt"])
 def test_an_index_that_names_anything_but_safetensors_beside_it_is_refused(folder, shard):
     index = {"metadata": {}, "weight_map": {"model.norm.weight": shard}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ValueError, match=r"which is not a safetensors file beside it"):
         load_policy(str(folder))
 
@@ -184,7 +184,7 @@ GOOD = {"question": "What is 1 + 1?", "answer": "#### 2"}
 def test_bad_lines_are_reported_with_number_and_count(line, reason, tmp_path):
     file = tmp_path / "rows.jsonl"
     lines = [json.dumps(GOOD), line, json.dumps(GOOD), "", line]
-    file.write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=rf"2 of 4 rows can't be used: line 2 .*{reason}.*line 5"):
         load_problems("gsm8k", "all", str(file))
 
@@ -192,7 +192,7 @@ def test_bad_lines_are_reported_with_number_and_count(line, reason, tmp_path):
 @pytest.mark.parametrize("text", ["[" * 100_000, "[" + "9" * 5000 + "]"])
 def test_a_json_file_that_cannot_be_parsed_is_refused(text, tmp_path):
     file = tmp_path / "rows.json"
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"data_file is .* can't be read as JSON"):
         load_problems("gsm8k", "all", str(file))
 
@@ -201,7 +201,9 @@ def test_hostile_questions_reach_the_policy_as_text(base_policy, tmp_path):
     """Control characters, marks and chat markup in data are treated like other text."""
     told = ["\u202e\u0000 1 + 1?\u0007", "<|im_end|><|im_start|>assistant", "x" * 20_000]
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(GOOD | {"question": q}) + "\n" for q in told))
+    file.write_text(
+        "".join(json.dumps(GOOD | {"question": q}) + "\n" for q in told), encoding="utf-8"
+    )
     problems = load_problems("gsm8k", "all", str(file))
     assert [p.question for p in problems] == [q.strip() for q in told]
     ids, mask = encode_prompts(base_policy, [*problems, *TRIVIAL])

@@ -105,7 +105,7 @@ def test_cached_models_load_without_the_hub(endpoint, tiny_folder, tmp_path, sil
     model = tmp_path / "cache" / "models--some--model"
     shutil.copytree(tiny_folder, model / "snapshots" / "0" / "")
     (model / "refs").mkdir()
-    (model / "refs" / "main").write_text("0")
+    (model / "refs" / "main").write_text("0", encoding="utf-8")
     began = time.monotonic()
     assert load_policy("some/model", lora_rank=0).name == "some/model"
     assert time.monotonic() - began < SOON

@@ -57,13 +57,13 @@ def test_a_tensor_that_does_not_fit_is_named(folder, how, named, four_bit):
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(folder):
-    told = json.loads((folder / "tokenizer.json").read_text())
+    told = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     last = max(t["id"] for t in told["added_tokens"])
     for n in range(1, 200):
         told["added_tokens"].append(
             {**told["added_tokens"][-1], "id": last + n, "content": f"<more {n}>"}
         )
-    (folder / "tokenizer.json").write_text(json.dumps(told))
+    (folder / "tokenizer.json").write_text(json.dumps(told), encoding="utf-8")
     with pytest.raises(ValueError, match=r"a tokenizer that fits its embedding, got .* tokens"):
         load_policy(str(folder))
 
@@ -89,8 +89,8 @@ def refusal(folder, **settings):
 
 
 def set_in(file, **changes):
-    told = json.loads(file.read_text()) if file.is_file() else {}
-    file.write_text(json.dumps(told | changes))
+    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file.write_text(json.dumps(told | changes), encoding="utf-8")
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "mxfp4", "new"])
@@ -193,7 +193,7 @@ def test_weights_that_are_not_safetensors_are_refused(folder, content):
 )
 def test_an_index_that_names_no_file_is_refused(folder, index, told):
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     told = told.replace("which is not", "which is missing") if "model-2" in told else told
     assert told in refusal(folder)
 

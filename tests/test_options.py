@@ -14,6 +14,7 @@ from iapo_mini.tools.explain import check_figure
 ABSURD = ["", "abc", "nan", "inf", "-inf", "-1", "-1e400", "1e400", "9" * 23, "9" * 5000]
 
 NEEDED = {
+    "look": ["run"],
     "train": ["--out", "x"],
     "explain": ["-"],
     "diagnose": ["run"],

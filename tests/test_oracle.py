@@ -8,13 +8,13 @@ import pytest
 import torch
 from helpers import run_here, written
 
-from iapo_mini.config import RECIPES as LIBRARY
 from iapo_mini.early_exit.question import EVERY_PREFIX
 from iapo_mini.lab import oracle
 from iapo_mini.lab.sizes import Size
 from iapo_mini.policies import EMBEDDED
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import stories
+from iapo_mini.recipes import RECIPES as LIBRARY
 from iapo_mini.sampling import encode_prompts, from_texts, sample, sample_after
 
 CHAIN = "<think> That makes 14 + 7 = 21 stamps. 21 / 3 = 7.</think><answer> 7</answer>"
@@ -136,7 +136,7 @@ def test_the_experiment_at_its_smallest(tmp_path, monkeypatch):
     monkeypatch.setattr(oracle, "STARTS", {"embedded": EMBEDDED, "again": EMBEDDED})
     monkeypatch.setattr(oracle, "tuned", lambda *_: {"iapo": {"method": "iapo"}})
     found = oracle.oracle("quick", out=tmp_path / "runs", figures=tmp_path / "figures")
-    saved = json.loads((tmp_path / "figures/results/oracle_quick.json").read_text())
+    saved = json.loads((tmp_path / "figures/results/oracle_quick.json").read_text(encoding="utf-8"))
     assert saved == json.loads(json.dumps(found))
     assert found["agreement"].keys() == {"embedded", "again"}
     assert found["agreement"]["embedded"] == found["agreement"]["again"]

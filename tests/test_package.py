@@ -125,10 +125,10 @@ def test_compare_runs_in_an_empty_folder(installed, tmp_path):
 
 def test_dependency_ranges_allow_colabs_versions():
     """Installing the library there must change no package; .ci/colab tries it for real."""
-    pins = [Requirement(line) for line in (ROOT / ".ci/colab.txt").read_text().splitlines()
-            if line and not line.startswith("#")]  # fmt: skip
+    lines = (ROOT / ".ci/colab.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     brought = {pin.name: next(iter(pin.specifier)).version for pin in pins}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = project["dependencies"] + project["optional-dependencies"]["notebooks"]
     met = {need.name for need in map(Requirement, asked) if need.name in brought}
     assert met >= {"torch", "transformers", "peft", "datasets", "pyarrow", "numpy", "ipywidgets"}

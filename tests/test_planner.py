@@ -243,7 +243,7 @@ def test_command_line():
 def test_the_documented_table_is_the_planners():
     settings = {name: TrainConfig(**fields) for name, fields in CARDS.items()}
     planned = {f"`{n}`": plan(shape(s.model), s, 200) for n, s in settings.items()}
-    docs = (Path(__file__).parent.parent / "docs" / "real_models.md").read_text()
+    docs = (Path(__file__).parent.parent / "docs" / "real_models.md").read_text(encoding="utf-8")
     assert plan_table(planned) in docs
     for name, s in settings.items():
         cells = f"| {s.prompts_per_step} x {s.num_generations} | {s.max_completion_length} "

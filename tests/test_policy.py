@@ -171,7 +171,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
 
 
 def test_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     assert "model must be" in refusal(tmp_path / "file")
 
 
@@ -201,13 +201,13 @@ def test_truncated_weights_are_refused(tiny_folder, tmp_path):
 
 def test_a_broken_config_is_refused(tiny_folder, tmp_path):
     folder = copied(tiny_folder, tmp_path / "m")
-    (folder / "config.json").write_text('{"model_type": "qwen2",')
+    (folder / "config.json").write_text('{"model_type": "qwen2",', encoding="utf-8")
     assert f"'{folder}', whose config.json is damaged" in refusal(folder)
 
 
 def test_a_model_that_is_not_a_causal_lm_is_refused(tiny_folder, tmp_path):
     folder = copied(tiny_folder, tmp_path / "m")
-    (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "vit"}), encoding="utf-8")
     assert f"got '{folder}'" in refusal(folder)
 
 

@@ -75,7 +75,10 @@ def test_exit_loss_does_not_train_the_policy_to_stop_early():
 def test_the_calibrated_policy_is_a_retrained_embedded_one(tmp_path):
     """After two steps weights have changed, the log has both losses, and the folder loads."""
     folder = calibrated(tmp_path / "calibrated", steps=2, threads=1)
-    rows = [json.loads(line) for line in (folder / "calibrate_log.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (folder / "calibrate_log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [set(row) for row in rows] == [{"step", "kl", "exit_loss"}] and rows[0]["step"] == 2
     before, after = load_policy(lora_rank=0), load_policy(str(folder), lora_rank=0)
     moved = [
@@ -93,7 +96,7 @@ def test_a_pretrained_policy_is_assessed_on_its_own_and_the_worlds_chains(tmp_pa
     monkeypatch.setattr(module, "assess", lambda out, figures: assess(out, figures, n_stories=4))
     small = ["--steps=2", "--batch-size=2", "--exits=1", "--hidden=32", "--layers=1", "--threads=1"]
     main([f"--out={tmp_path / 'out'}", f"--figures={tmp_path / 'figures'}", *small])
-    result = json.loads((tmp_path / "figures/results/policy.json").read_text())
+    result = json.loads((tmp_path / "figures/results/policy.json").read_text(encoding="utf-8"))
     assert result["stories"] == 4 and result["accuracy"] == 0
     assert len(result["ece_by_tenth"]) == len(result["ece_sampled_by_tenth"]) == 11
     assert result["entropy_start_nats"] > 0

@@ -22,11 +22,13 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def full():
-    return json.loads((ROOT / "figures/results/compare_full.json").read_text())
+    return json.loads((ROOT / "figures/results/compare_full.json").read_text(encoding="utf-8"))
 
 
 def test_readme_table_is_the_committed_result(full):
-    readme, page = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
+    readme, page = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/results.md")
+    )
     assert comparison_table(full) in readme and comparison_table(full) in page
     length, right = ([full["methods"][m][metric] for m in ("iapo", "grpo")]
                      for metric in ("length", "pass@1"))  # fmt: skip
@@ -37,7 +39,7 @@ def test_readme_table_is_the_committed_result(full):
 
 
 def test_the_readme_is_short_and_its_two_commands_come_first():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = readme.splitlines()
     assert len(lines) <= 130
     assert readme.index("$$A_{i,t}") < readme.index("![A completion coloured")
@@ -48,40 +50,40 @@ def test_the_readme_is_short_and_its_two_commands_come_first():
 
 @pytest.fixture(scope="module")
 def estimator():
-    return json.loads((ROOT / "figures/results/estimator.json").read_text())
+    return json.loads((ROOT / "figures/results/estimator.json").read_text(encoding="utf-8"))
 
 
 def test_tables_of_the_estimator_are_the_committed_results(estimator):
-    docs = (ROOT / "docs/estimators.md").read_text()
+    docs = (ROOT / "docs/estimators.md").read_text(encoding="utf-8")
     assert study_table(estimator) in docs
     assert speed_table(estimator) in docs
 
 
 def test_trials_in_the_docs_are_the_committed_ones_and_the_choice_follows_the_rule():
-    results = json.loads((ROOT / "figures/results/tuning.json").read_text())
-    assert tuning_table(results) in (ROOT / "docs/methods.md").read_text()
+    results = json.loads((ROOT / "figures/results/tuning.json").read_text(encoding="utf-8"))
+    assert tuning_table(results) in (ROOT / "docs/methods.md").read_text(encoding="utf-8")
     for method, rows in results["trials"].items():
         assert results["chosen"][method] == choose(rows, results["start"]["pass@1"])
 
 
 @pytest.fixture(scope="module")
 def table1_results():
-    return json.loads((ROOT / "figures/results/table1.json").read_text())
+    return json.loads((ROOT / "figures/results/table1.json").read_text(encoding="utf-8"))
 
 
 def test_table1_in_the_texts_is_the_committed_result(table1_results):
-    page = (ROOT / "docs/results.md").read_text()
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     for metric in ("pass", "length", "ratio"):
         assert comparison_table(table1_results, metric) in page
-    departed = json.loads((ROOT / "figures/results/departures.json").read_text())
+    departed = json.loads((ROOT / "figures/results/departures.json").read_text(encoding="utf-8"))
     assert departures_table(departed) in page
-    chosen = json.loads((ROOT / "figures/results/choices.json").read_text())
+    chosen = json.loads((ROOT / "figures/results/choices.json").read_text(encoding="utf-8"))
     assert choices_table(chosen) in page
 
 
 def test_results_of_better_starts_in_the_docs_are_the_committed_ones():
-    results = json.loads((ROOT / "figures/results/starts.json").read_text())
-    page = (ROOT / "docs/results.md").read_text()
+    results = json.loads((ROOT / "figures/results/starts.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     assert starts_table(results) in page
 
     def told(start, pair, metric, digits, sign=1, scale=1):
@@ -102,7 +104,7 @@ def test_results_of_better_starts_in_the_docs_are_the_committed_ones():
 
 
 def test_numbers_of_table1_in_the_text_are_computed_from_it(table1_results):
-    page = (ROOT / "docs/results.md").read_text()
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     methods, clock = table1_results["methods"], table1_results["wall_clock"]
     iapo, grpo, start = (methods[name] for name in ("iapo", "grpo", "start"))
 
@@ -124,15 +126,17 @@ def test_numbers_of_table1_in_the_text_are_computed_from_it(table1_results):
 
 
 def test_the_page_of_claims_follows_from_the_committed_results():
-    assert report_of_files(figures=ROOT / "figures") == (ROOT / "figures/claims.md").read_text()
+    assert report_of_files(figures=ROOT / "figures") == (ROOT / "figures/claims.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_statements_about_table1_agree_with_its_verdicts(table1_results):
     rows = verdicts.judge(_of_table1(table1_results))
-    page = (ROOT / "docs/results.md").read_text()
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     testable = sum(row[3] != "cannot be tested" for row in rows)
     assert testable == len(rows) - 5  # Pass@32, at 1 before training
-    shorter = {row[0].split(" (share")[0].removeprefix("IAPO writes fewer tokens than ")
+    shorter = {row[0].split(" (")[0].removeprefix("IAPO writes fewer tokens than ")
                for row in rows[:5] if row[3] == "holds"}  # fmt: skip
     ratio = [row[3] == "holds" for row in rows[10:15]]
     assert shorter == {"GRPO", "S-GRPO"} and ratio == [True, False, False, False, False]
@@ -156,8 +160,8 @@ def test_table_of_the_verifier_is_the_committed_result():
     spec = importlib.util.spec_from_file_location("rewards", ROOT / "benchmarks/rewards.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    results = json.loads((ROOT / "figures/results/rewards.json").read_text())
-    docs = (ROOT / "docs/data.md").read_text()
+    results = json.loads((ROOT / "figures/results/rewards.json").read_text(encoding="utf-8"))
+    docs = (ROOT / "docs/data.md").read_text(encoding="utf-8")
     assert benchmark.verdict_table(results) in docs
     assert results["references"] == 500 and f"{results['pairs']:,} pairs" in docs
     assert f"agree on {results['agreement']:.3f}" in docs
@@ -169,12 +173,12 @@ def test_table_of_the_verifier_is_the_committed_result():
 
 
 def test_the_page_on_trl_has_the_committed_numbers():
-    results = json.loads((ROOT / "figures/results/trl.json").read_text())
-    docs = (ROOT / "docs/scaleout.md").read_text()
+    results = json.loads((ROOT / "figures/results/trl.json").read_text(encoding="utf-8"))
+    docs = (ROOT / "docs/scaleout.md").read_text(encoding="utf-8")
     assert f"**{results['our_step_over_trl_step']:.2f} times**" in docs
     assert results["our_step_over_trl_step"] <= 0.5
     assert results["max_loss_difference"] <= 1e-5
-    state = json.loads((ROOT / "figures/results/trl_run.json").read_text())
+    state = json.loads((ROOT / "figures/results/trl_run.json").read_text(encoding="utf-8"))
     rows = [row for row in state["log_history"] if "loss" in row]
     for name, digits in (("completions/mean_length", 1), ("reward", 2)):
         first, last = (sum(r[name] for r in x) / 5 for x in (rows[:5], rows[-5:]))
@@ -212,7 +216,7 @@ OURS = r"https://(?:github\.com/iapo-mini/iapo-mini/blob|raw\.githubusercontent\
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_of_every_page_exist(page):
-    text = (ROOT / page).read_text()
+    text = (ROOT / page).read_text(encoding="utf-8")
     for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
         at_home = re.sub(OURS, "/", target)
         if at_home.startswith("http"):
@@ -226,14 +230,14 @@ def test_links_of_every_page_exist(page):
 
 def anchors(page):
     """The anchors that GitHub gives the headings of a page."""
-    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_committed_log_ends_where_the_policy_report_says():
     folder = ROOT / "iapo_mini/policies/embedded"
-    last = json.loads((folder / "pretrain_log.jsonl").read_text().splitlines()[-1])
-    policy = json.loads((ROOT / "figures/results/policy.json").read_text())
+    last = json.loads((folder / "pretrain_log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    policy = json.loads((ROOT / "figures/results/policy.json").read_text(encoding="utf-8"))
     assert policy["train_minutes"] == last["minutes"] <= 60
 
 
@@ -249,7 +253,11 @@ def test_notebooks_keep_their_outputs_and_stay_small():
     assert notebooks
     for path in notebooks:
         assert path.stat().st_size < 1_000_000
-        cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        cells = [
+            c
+            for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+            if c["cell_type"] == "code"
+        ]
         assert all(c["execution_count"] for c in cells), f"{path.name} was not run"
         assert [c["execution_count"] for c in cells] == list(range(1, len(cells) + 1))
         assert not [o for c in cells for o in c["outputs"] if o["output_type"] == "error"]

@@ -21,7 +21,7 @@ NAMES = list(HIDDEN)
 def repository(tokenizer, tmp_path_factory):
     """A folder without a model at its top, but with two models of different width below it."""
     folder = tmp_path_factory.mktemp("repository")
-    (folder / "README.md").write_text("Two models.")
+    (folder / "README.md").write_text("Two models.", encoding="utf-8")
     for name, hidden in HIDDEN.items():
         policy = tiny_policy("qwen2", tokenizer, hidden_size=hidden)
         policy.model.save_pretrained(folder / name)
@@ -36,7 +36,7 @@ def hub_home(repository, tmp_path_factory):
     kept = home / "hub" / "models--someone--iapo"
     (kept / "refs").mkdir(parents=True)
     for name, commit in (("main", "a" * 40), ("second", "b" * 40)):
-        (kept / "refs" / name).write_text(commit)
+        (kept / "refs" / name).write_text(commit, encoding="utf-8")
     (kept / "snapshots").mkdir()
     (kept / "snapshots" / ("b" * 40)).symlink_to(repository)
     # The first revision held one of the models under another name.
@@ -118,7 +118,7 @@ def test_evaluate_takes_a_model_of_a_repository(repository, hub_home, tmp_path):
         out = tmp_path / f"{kind}.json"
         done = evaluate("--model", *model, "--subfolder", NAMES[0], "--out", out, home=hub_home)
         assert done.returncode == 0, done.stderr
-        results[kind] = json.loads(out.read_text())
+        results[kind] = json.loads(out.read_text(encoding="utf-8"))
         assert results[kind]["config"]["subfolder"] == NAMES[0]
     assert results["folder"]["length"] == results["hub"]["length"]
 

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iapo_mini.problems.verify import equal_answers
-from iapo_mini.rewards import parse_answer, released_reward, reward, score
+from iapo_mini.rewards import (
+    lenient_answer,
+    lenient_correct,
+    parse_answer,
+    released_reward,
+    reward,
+    score,
+)
 from iapo_mini.tasks import Problem
 
 RIGHT, WRONG, ILL_FORMED = (1.5, True), (-0.5, False), (-1.5, False)
@@ -197,3 +204,32 @@ def test_score_by_the_released_reward(tokenizer):
     released = score(written([ids, ids], group=2), tokenizer, problems, "released")
     assert strict.rewards.tolist() == [1.5, 1.5] and released.rewards.tolist() == [0.5, 0.5]
     assert released.correct.all() and released.references == ("7", "7")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>1 + 1 = 2.</think><answer>2</answer>", "2"),
+        ("<answer>3</answer> no, <answer> 4 </answer>", "4"),
+        ("So <answer>12", "12"),  # cut at the limit
+        ("<answer></answer> it is 9", "9"),
+        (r"The area is \boxed{\frac{1}{2}}, not 7.", r"\frac{1}{2}"),
+        (r"\boxed{3} and then \boxed {5}", "5"),
+        ("He pays $1,234.50 in all.", "1,234.50"),
+        ("It is -7 degrees", "-7"),
+        ("a share of 3/4.", "3/4"),
+        ("5 apples and 6 pears make 11 fruits.", "11"),
+        ("no number here", None),
+        ("", None),
+    ],
+)
+def test_a_lenient_reading_takes_the_last_answer_in_whatever_format(text, answer):
+    assert lenient_answer(text) == answer
+
+
+def test_lenient_and_strict_tell_skill_and_format_apart():
+    assert lenient_correct("The answer is 72.", "72") and not reward("The answer is 72.", "72")[1]
+    assert not lenient_correct("The answer is 71.", "72")
+    assert not lenient_correct("nothing", "72")
+    right = "<think>x</think><answer>72</answer>"
+    assert lenient_correct(right, "72") and reward(right, "72")[1]

@@ -10,6 +10,7 @@ import pytest
 from helpers import content, run
 from safetensors.torch import load_file, save_file
 
+from iapo_mini.callbacks import Callback
 from iapo_mini.metrics import whole_log
 from iapo_mini.policy import load_policy
 
@@ -18,7 +19,7 @@ from iapo_mini.policy import load_policy
 def questions(tmp_path):
     path = tmp_path / "questions.jsonl"
     rows = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(2, 30)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -37,7 +38,9 @@ def test_a_run_resumes_with_the_same_problems_under_another_path(
 def test_other_problems_under_the_same_name_are_refused(config, questions, tmp_path):
     config = replace(config, data="gsm8k", data_file=str(questions), max_steps=1)
     run(config, tmp_path / "run")
-    questions.write_text(questions.read_text().replace("+ 1?", "+ 2?"))
+    questions.write_text(
+        questions.read_text(encoding="utf-8").replace("+ 1?", "+ 2?"), encoding="utf-8"
+    )
     with pytest.raises(ValueError, match=r"data_file is .*, whose content differs from"):
         run(replace(config, max_steps=2), tmp_path / "run", resume=True)
 
@@ -60,13 +63,16 @@ def test_a_tokenizer_with_several_chat_templates_is_saved_with_the_run(config, t
 def test_fewer_steps_than_are_done_are_refused(config, tmp_path):
     """Steps after the last checkpoint count as well."""
     run(replace(config, max_steps=3, save_steps=2), tmp_path / "run")
-    before, settings = content(tmp_path / "run"), (tmp_path / "run" / "config.json").read_text()
+    before, settings = (
+        content(tmp_path / "run"),
+        (tmp_path / "run" / "config.json").read_text(encoding="utf-8"),
+    )
     for fewer in (1, 2):
         message = rf"max_steps must be at least 3, the number of steps of .*, got {fewer}"
         with pytest.raises(ValueError, match=message):
             run(replace(config, max_steps=fewer, save_steps=2), tmp_path / "run", resume=True)
     assert content(tmp_path / "run") == before
-    assert (tmp_path / "run" / "config.json").read_text() == settings
+    assert (tmp_path / "run" / "config.json").read_text(encoding="utf-8") == settings
     run(replace(config, max_steps=3, save_steps=2), tmp_path / "run", resume=True)
     assert content(tmp_path / "run") == before
 
@@ -74,7 +80,7 @@ def test_fewer_steps_than_are_done_are_refused(config, tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="rights of files are POSIX's")
 def test_weights_are_readable_like_other_files(config, tmp_path):
     run(replace(config, max_steps=1, save_steps=1), tmp_path / "run")
-    (tmp_path / "usual").write_text("")
+    (tmp_path / "usual").write_text("", encoding="utf-8")
     usual = stat.S_IMODE((tmp_path / "usual").stat().st_mode)
     saved = [*(tmp_path / "run").glob("*/*.safetensors")]
     assert len(saved) >= 3
@@ -105,9 +111,9 @@ def test_other_weights_under_the_same_name_are_refused(config, tmp_path, part, l
 def test_a_run_of_a_version_without_fingerprints_resumes(config, tmp_path):
     run(replace(config, max_steps=1, save_steps=1), tmp_path / "run")
     file = tmp_path / "run" / "config.json"
-    told = json.loads(file.read_text())
+    told = json.loads(file.read_text(encoding="utf-8"))
     assert told.pop("model_fingerprint")["dtype"] == "torch.float32"
-    file.write_text(json.dumps(told))
+    file.write_text(json.dumps(told), encoding="utf-8")
     run(replace(config, max_steps=2, save_steps=1), tmp_path / "run", resume=True)
 
 
@@ -120,14 +126,14 @@ def stopped(config, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(replace(config, max_steps=6), tmp_path / "run", on_step=stop)
+        run(replace(config, max_steps=6), tmp_path / "run", callbacks=[Callback(stop)])
     return tmp_path / "run"
 
 
 def changed(log, at, how):
-    lines = log.read_text().splitlines(keepends=True)
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
     lines[at - 1 : at] = how(lines[at - 1])
-    log.write_text("".join(lines))
+    log.write_text("".join(lines), encoding="utf-8")
 
 
 DAMAGE = {
@@ -156,7 +162,7 @@ def test_a_log_damaged_before_every_checkpoint_is_refused_and_nothing_changes(
     if damage == "gone":
         log.unlink()
     elif damage == "empty":
-        log.write_text("")
+        log.write_text("", encoding="utf-8")
     else:
         changed(log, 1, DAMAGE[damage])
     before = {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file()}
@@ -168,8 +174,8 @@ def test_a_log_damaged_before_every_checkpoint_is_refused_and_nothing_changes(
 
 def test_a_log_without_checksums_is_read_in_order(config, stopped):
     for checkpoint in stopped.glob("checkpoint-*"):
-        sums = json.loads((checkpoint / "sha256.json").read_text())
+        sums = json.loads((checkpoint / "sha256.json").read_text(encoding="utf-8"))
         del sums["metrics.jsonl"]
-        (checkpoint / "sha256.json").write_text(json.dumps(sums))
+        (checkpoint / "sha256.json").write_text(json.dumps(sums), encoding="utf-8")
     run(replace(config, max_steps=6), stopped, resume=True)
     assert [row["step"] for row in whole_log(stopped / "metrics.jsonl", 6)] == [1, 2, 3, 4, 5, 6]

@@ -13,7 +13,6 @@ import pytest
 import torch
 from helpers import PATIENCE
 
-from iapo_mini.config import RECIPES, Recipe, use_methods
 from iapo_mini.lab import ledger, table1
 from iapo_mini.lab.figures import methods
 from iapo_mini.lab.judging import SHOWN_OPERATIONS, _answers, policy_of
@@ -21,12 +20,13 @@ from iapo_mini.lab.runs import START, collect, make_jobs, run_all, run_job
 from iapo_mini.lab.sizes import Size
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import stories
+from iapo_mini.recipes import RECIPES, Recipe, use_methods
 
 TINY = Size(seeds=(0, 1), max_steps=1, problems=2, prompts_per_step=1, num_generations=2, ks=(1, 2))
 
 MODULE = """
 from iapo_mini.advantages import grpo
-from iapo_mini.config import Recipe
+from iapo_mini.recipes import Recipe
 
 def priced(rollouts, alpha, beta):
     return grpo(rollouts) - alpha * (rollouts.informativeness < beta) * rollouts.completion_mask
@@ -40,7 +40,7 @@ RECIPES = {"priced": Recipe(priced, estimate, alpha=0.3)}
 
 @pytest.fixture
 def own_methods(tmp_path, monkeypatch):
-    (tmp_path / "my_methods.py").write_text(MODULE)
+    (tmp_path / "my_methods.py").write_text(MODULE, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     before = dict(RECIPES)
@@ -63,14 +63,14 @@ def test_methods_of_a_module_are_added_once(own_methods):
         ("X = 1", "no dictionary RECIPES"),
         ("RECIPES = {'mine': len}", "no dictionary RECIPES"),
         (
-            "from iapo_mini.config import Recipe\nRECIPES = {'grpo': Recipe('grpo')}",
+            "from iapo_mini.config import Recipe\nRECIPES = {'grpo': Recipe('grpo')}"
             "'grpo' is taken already",
         ),
     ],
 )
 def test_bad_modules_are_refused(own_methods, tmp_path, text, named):
     if text is not None:
-        (tmp_path / "bad_methods.py").write_text(text)
+        (tmp_path / "bad_methods.py").write_text(text, encoding="utf-8")
     sys.modules.pop("bad_methods", None)
     with pytest.raises(ValueError, match=named):
         use_methods("bad_methods")
@@ -109,8 +109,8 @@ def test_results_hold_every_metric_of_every_seed(finished):
 
 def test_roles_and_steps_add_up(finished):
     for job in finished:
-        result = json.loads((Path(job["run"]) / "result.json").read_text())
-        lines = (Path(job["run"]) / "completions.jsonl").read_text().splitlines()
+        result = json.loads((Path(job["run"]) / "result.json").read_text(encoding="utf-8"))
+        lines = (Path(job["run"]) / "completions.jsonl").read_text(encoding="utf-8").splitlines()
         tokens = [json.loads(line)["tokens"] for line in lines]
         assert len(tokens) == 4 and result["length"] == pytest.approx(sum(tokens) / 4)
         # The end-of-sequence token has no role, every other token has one.
@@ -128,10 +128,10 @@ def test_finished_runs_are_found_under_another_path(finished, tmp_path):
 def test_runs_from_before_a_setting_existed_are_found(finished):
     jobs = [Path(job["run"]) / "job.json" for job in finished]
     for job in jobs:
-        saved = json.loads(job.read_text())
+        saved = json.loads(job.read_text(encoding="utf-8"))
         if saved["config"]:
             del saved["config"]["estimator_stride"]
-        job.write_text(json.dumps(saved))
+        job.write_text(json.dumps(saved), encoding="utf-8")
     before = [(job.parent / "result.json").stat().st_mtime_ns for job in jobs]
     run_all(finished, parallel=1)
     assert before == [(job.parent / "result.json").stat().st_mtime_ns for job in jobs]
@@ -139,10 +139,10 @@ def test_runs_from_before_a_setting_existed_are_found(finished):
 
 def test_finished_runs_are_not_repeated_but_a_lost_one_is(finished):
     paths = [Path(job["run"]) / "result.json" for job in finished]
-    before = [(p.stat().st_mtime_ns, json.loads(p.read_text())) for p in paths]
+    before = [(p.stat().st_mtime_ns, json.loads(p.read_text(encoding="utf-8"))) for p in paths]
     paths[1].unlink()
     run_all(finished, parallel=1)
-    after = [(p.stat().st_mtime_ns, json.loads(p.read_text())) for p in paths]
+    after = [(p.stat().st_mtime_ns, json.loads(p.read_text(encoding="utf-8"))) for p in paths]
     for i, (old, new) in enumerate(zip(before, after)):
         assert (old[0] == new[0]) == (i != 1)
         assert {k: v for k, v in old[1].items() if k != "train_minutes"} == {
@@ -154,7 +154,7 @@ def test_runs_in_the_ledger_need_no_folder(finished, tmp_path):
     """An experiment's results are computed from the lines of the ledger alone."""
     kept = tmp_path / "results" / "runs" / "table1.jsonl"
     run_all(finished, parallel=1, kept=kept)
-    assert len(kept.read_text().splitlines()) == len(finished)
+    assert len(kept.read_text(encoding="utf-8").splitlines()) == len(finished)
     elsewhere = [job | {"run": str(tmp_path / "no" / Path(job["run"]).name)} for job in finished]
     run_all(elsewhere, parallel=1, kept=kept)
     assert not (tmp_path / "no").exists()
@@ -167,7 +167,10 @@ def test_runs_in_the_ledger_need_no_folder(finished, tmp_path):
 @pytest.mark.parametrize("line", ["{", "[]", '{"name": "a"}', "3"])
 def test_a_damaged_line_of_the_ledger_is_named(tmp_path, line):
     kept = tmp_path / "table1.jsonl"
-    kept.write_text(json.dumps({"name": "a", "job": {}, "result": {}, "curve": None}) + "\n" + line)
+    kept.write_text(
+        json.dumps({"name": "a", "job": {}, "result": {}, "curve": None}) + "\n" + line,
+        encoding="utf-8",
+    )
     with pytest.raises(ValueError, match=r"line 2 of .* is not a record of a run"):
         ledger.read(kept)
 
@@ -209,24 +212,24 @@ def test_the_right_completion_of_median_length_is_kept_for_each_story():
 @pytest.mark.parametrize("name", ["result.json", "job.json"])
 def test_a_damaged_file_of_a_run_is_named_before_another_run_begins(finished, name, content):
     file = Path(finished[-1]["run"]) / name
-    before = file.read_text()
-    file.write_text(content)
+    before = file.read_text(encoding="utf-8")
+    file.write_text(content, encoding="utf-8")
     try:
         with pytest.raises(ValueError, match=rf"-1/{name}' can't be used .*; restore it, or"):
             run_all(finished, parallel=1)
     finally:
-        file.write_text(before)
+        file.write_text(before, encoding="utf-8")
 
 
 def test_a_damaged_log_of_a_run_is_named(finished):
     file = Path(finished[-1]["run"]) / "train" / "metrics.jsonl"
-    before = file.read_text()
-    file.write_text(before[:50] + "\n")
+    before = file.read_text(encoding="utf-8")
+    file.write_text(before[:50] + "\n", encoding="utf-8")
     try:
         with pytest.raises(ValueError, match=r"metrics.jsonl' is damaged: line 1 does not hold"):
             collect(finished, TINY)
     finally:
-        file.write_text(before)
+        file.write_text(before, encoding="utf-8")
 
 
 def test_a_run_is_the_same_whatever_its_process_did_before(tmp_path):
@@ -269,9 +272,15 @@ def test_a_users_own_method_trains_in_a_process(own_methods, tmp_path):
     recipes = {"mine": {"method": "priced"}}
     jobs = make_jobs(TINY, tmp_path / "out", recipes, methods=own_methods)[:1]
     run_all(jobs, parallel=1)
-    log = (tmp_path / "out" / "mine-0" / "train" / "metrics.jsonl").read_text().splitlines()
+    log = (
+        (tmp_path / "out" / "mine-0" / "train" / "metrics.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     assert json.loads(log[0])["informativeness"] > 0
-    settings = json.loads((tmp_path / "out" / "mine-0" / "train" / "config.json").read_text())
+    settings = json.loads(
+        (tmp_path / "out" / "mine-0" / "train" / "config.json").read_text(encoding="utf-8")
+    )
     assert settings["alpha"] == 0.3 and settings["method"] == "priced"
 
 
@@ -287,7 +296,7 @@ def test_one_story_is_answered_right_by_every_policy_shown(finished, tmp_path):
     first = finished[:2]
     answers = [{"1": "of start", "0": "x"}, {"1": "of gtpo", "4": "y"}]
     for job, answer in zip(first, answers):
-        pair = json.loads((Path(job["run"]) / "result.json").read_text())
+        pair = json.loads((Path(job["run"]) / "result.json").read_text(encoding="utf-8"))
         ledger.append(kept, job, {"result": pair | {"answers": answer}, "curve": None})
     elsewhere = [job | {"run": str(tmp_path / "no" / Path(job["run"]).name)} for job in first]
     question, texts = table1.answers_to_one_story(elsewhere, kept)
@@ -326,7 +335,7 @@ if __name__ == "__main__":
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 def test_runs_end_with_their_command_and_continue_with_the_next_one(tmp_path):
     script, out = tmp_path / "parent.py", tmp_path / "out"
-    script.write_text(PARENT)
+    script.write_text(PARENT, encoding="utf-8")
     command = [sys.executable, str(script), str(out), "400"]
     log = out / "grpo-0" / "train" / "metrics.jsonl"
 
@@ -341,7 +350,7 @@ def test_runs_end_with_their_command_and_continue_with_the_next_one(tmp_path):
 
     parent = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     limit = time.monotonic() + PATIENCE
-    while not (log.is_file() and log.read_text().count("\n") >= 2):
+    while not (log.is_file() and log.read_text(encoding="utf-8").count("\n") >= 2):
         assert parent.poll() is None and time.monotonic() < limit
         time.sleep(0.05)
     parent.kill()
@@ -349,15 +358,15 @@ def test_runs_end_with_their_command_and_continue_with_the_next_one(tmp_path):
     while children():
         assert time.monotonic() < limit
         time.sleep(0.05)
-    done = log.read_text().count("\n")
+    done = log.read_text(encoding="utf-8").count("\n")
     assert done < 400  # it did not run to its end
     assert (out / "grpo-0" / "train" / f"checkpoint-{done}").is_dir()
     # The same command is not refused and continues from there.
     again = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while log.read_text().count("\n") <= done + 1:
+    while log.read_text(encoding="utf-8").count("\n") <= done + 1:
         assert again.poll() is None and time.monotonic() < limit
         time.sleep(0.05)
     again.kill()
     again.wait()
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").splitlines()]
     assert steps[: done + 2] == list(range(1, done + 3))

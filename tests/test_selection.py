@@ -226,7 +226,7 @@ def test_the_study_at_its_smallest_and_again_from_the_ledger(tmp_path, monkeypat
     monkeypatch.setattr(selection, "tuned", lambda *_: {"iapo": {"method": "iapo"}})
     figures = tmp_path / "figures"
     found = selection.selection("quick", out=tmp_path / "runs", figures=figures)
-    saved = json.loads((figures / "results/selection_quick.json").read_text())
+    saved = json.loads((figures / "results/selection_quick.json").read_text(encoding="utf-8"))
     assert json.dumps(saved) == json.dumps(found)  # as text: without a third run ends are NaN
     assert found["rules"].keys() == {"1", "2"} and found["rules"]["2"].keys() == set(RULES)
     assert found["problems"].keys() == {"1", "2"} == found["candidates"].keys()
@@ -238,7 +238,9 @@ def test_the_study_at_its_smallest_and_again_from_the_ledger(tmp_path, monkeypat
     assert len(lines) == (2 + 2 * 4 * 3) + 1 + (2 + 4)
     assert (figures / "selection_quick.png").stat().st_size > 10_000
     # The pools are whole, and length is that of the test pool.
-    way = json.loads((tmp_path / "runs/quick/selection/iapo-1/step-2.json").read_text())
+    way = json.loads(
+        (tmp_path / "runs/quick/selection/iapo-1/step-2.json").read_text(encoding="utf-8")
+    )
     tokens = np.array(way["pools"]["test"]["tokens"])
     assert tokens.shape == (4, 2) and np.array(way["pools"]["tune"]["right"]).shape == (2, 2)
     assert way["length"] == pytest.approx(tokens.mean())

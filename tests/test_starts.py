@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from iapo_mini.config import RECIPES
 from iapo_mini.lab import starts as module
 from iapo_mini.lab.sizes import Size
 from iapo_mini.lab.starts import METRICS, TRAINED, starts, starts_table
+from iapo_mini.recipes import RECIPES
 
 TINY = Size(seeds=(0, 1), max_steps=1, problems=2, prompts_per_step=1, num_generations=4, ks=(1, 4))
 
@@ -24,7 +24,7 @@ def results(tmp_path_factory):
         made = [p.stat().st_mtime_ns for p in sorted(folder.rglob("result.json"))]
         assert found == starts("quick", **options)  # nothing is run again
         assert made == [p.stat().st_mtime_ns for p in sorted(folder.rglob("result.json"))]
-    saved = json.loads((folder / "figures/results/starts_quick.json").read_text())
+    saved = json.loads((folder / "figures/results/starts_quick.json").read_text(encoding="utf-8"))
     assert saved == json.loads(json.dumps(found))
     assert (folder / "figures/starts_quick.png").stat().st_size > 10_000
     return saved

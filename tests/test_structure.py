@@ -26,7 +26,7 @@ METHOD = (
 
 def imports_of(path, late=True):
     """Modules of the package that a file imports; ``late`` includes imports inside functions."""
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = ast.walk(tree) if late else iter(tree.body)
     found = set()
     for node in nodes:
@@ -83,7 +83,7 @@ def test_advantages_and_objective_import_only_torch_and_rollouts():
 
 @pytest.mark.parametrize("module", FILES)
 def test_files_and_functions_fit_on_a_few_screens(module):
-    text = FILES[module].read_text()
+    text = FILES[module].read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 400
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -332,7 +332,7 @@ def test_command_writes_results_and_figures(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    text = (tmp_path / "results/theory_quick.json").read_text()
+    text = (tmp_path / "results/theory_quick.json").read_text(encoding="utf-8")
     assert "NaN" not in text
     results = json.loads(text)
     assert results["preset"]["name"] == "quick" and results["versions"]["torch"]
@@ -356,7 +356,7 @@ def test_command_writes_results_and_figures(tmp_path):
 )
 def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(SystemExit) as done:
         main(["lab", "theory", *arguments])
     stderr = capsys.readouterr().err
@@ -365,7 +365,7 @@ def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, c
 
 
 def test_committed_results_hold_what_they_promise():
-    results = json.loads(RESULTS.read_text())
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
     assert results["preset"]["name"] == "full" and results["preset"]["seeds"] == 5
     found = results["theorem"]
     for direction in ("informativeness", "control"):
@@ -381,5 +381,5 @@ def test_committed_results_hold_what_they_promise():
 
 
 def test_figures_are_drawn_from_the_committed_results(tmp_path):
-    theory.draw(json.loads(RESULTS.read_text()), tmp_path)
+    theory.draw(json.loads(RESULTS.read_text(encoding="utf-8")), tmp_path)
     assert len(list(tmp_path.glob("theory_*.png"))) == 3

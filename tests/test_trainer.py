@@ -17,6 +17,7 @@ import torch
 from helpers import PATIENCE, TRIVIAL, metrics, perturb_lora, run, weights
 
 import iapo_mini
+from iapo_mini.callbacks import Callback
 from iapo_mini.config import TrainConfig
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import ROLES, stories
@@ -25,12 +26,13 @@ from iapo_mini.problems.stories import ROLES, stories
 # time to see that the step is logged and to kill the process before the run is over.
 SCRIPT = """
 import json, sys, time
+from iapo_mini.callbacks import Callback
 from iapo_mini.config import TrainConfig
 from iapo_mini.trainer import train
 
 if __name__ == "__main__":
-    config = TrainConfig(**json.loads(sys.argv[1]))
-    train(config, sys.argv[2], progress=False, on_step=lambda metrics: time.sleep(0.5))
+    config, pause = TrainConfig(**json.loads(sys.argv[1])), Callback(lambda _: time.sleep(0.5))
+    train(config, sys.argv[2], progress=False, callbacks=[pause])
 """
 
 
@@ -47,12 +49,12 @@ def interrupt(config, folder, step):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(config, folder, on_step=stop)
+        run(config, folder, callbacks=[Callback(stop)])
 
 
 def wait_for_lines(file, n, process):
     give_up = time.monotonic() + PATIENCE
-    while not file.exists() or len(file.read_text().splitlines()) < n:
+    while not file.exists() or len(file.read_text(encoding="utf-8").splitlines()) < n:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < give_up, "the run logged too little in time"
         time.sleep(0.02)
@@ -95,7 +97,7 @@ def test_killed_run_resumes_to_the_same_numbers(config, tmp_path):
     run(config, tmp_path / "whole")
 
     script, killed = tmp_path / "script.py", tmp_path / "killed"
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT, encoding="utf-8")
     path = [str(Path(iapo_mini.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
         [sys.executable, str(script), json.dumps(asdict(config)), str(killed)],
@@ -140,7 +142,7 @@ def test_run_with_given_problems_resumes_where_it_was_in_them(config, tmp_path):
 def test_run_on_a_local_file_resumes_where_it_was_in_it(config, tmp_path):
     rows = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(3, 8)]
     file = tmp_path / "questions.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = replace(config, data="gsm8k", data_file=str(file))
     run(config, tmp_path / "whole")  # three training problems, two a step: passes cross steps
     run(replace(config, max_steps=2), tmp_path / "short")
@@ -164,7 +166,7 @@ def test_impossible_data_settings_are_refused_early(changes, named):
 
 
 def test_data_that_cannot_be_read_leaves_no_folder_behind(config, tmp_path):
-    (tmp_path / "bad.jsonl").write_text("{")
+    (tmp_path / "bad.jsonl").write_text("{", encoding="utf-8")
     config = replace(config, data="gsm8k", data_file=str(tmp_path / "bad.jsonl"))
     with pytest.raises(ValueError, match=r"line 1 .not valid JSON"):
         run(config, tmp_path / "run")
@@ -175,7 +177,7 @@ def test_half_written_files_after_a_kill_are_dropped(config, tmp_path):
     run(config, tmp_path / "whole")
     folder = tmp_path / "stopped"
     interrupt(config, folder, 3)
-    with (folder / "metrics.jsonl").open("a") as log:
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as log:
         log.write('{"step": 4, "lo')
     # A checkpoint is written under a temporary name; a kill leaves it there, incomplete.
     (folder / ".checkpoint-4.tmp").mkdir()
@@ -261,8 +263,8 @@ def test_reward_rises(config, tmp_path, method):
 def test_metrics_agree_with_each_other(config, tmp_path):
     seen = []
     config = replace(config, num_generations=4)
-    run(config, tmp_path / "a", on_step=seen.append)
-    lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    run(config, tmp_path / "a", callbacks=[Callback(seen.append)])
+    lines = (tmp_path / "a" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(x) for x in lines] == seen
     for x in seen:
         # -1.5 ill-formed, -0.5 well-formed but wrong, 1.5 right.
@@ -413,18 +415,18 @@ def test_resume_of_nothing_is_refused(config, tmp_path):
 
 
 def test_a_folder_in_use_is_refused(config, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match=r"output_dir is .* not empty"):
         run(config, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_a_file_as_folder_is_refused(config, tmp_path):
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(ValueError, match="output_dir must be a folder you may write to"):
             run(config, folder)
-    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.skipif(

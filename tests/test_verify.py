@@ -268,7 +268,7 @@ def forks(request, tmp_path, monkeypatch):
     verify._stop()
     if not request.param:
         script = tmp_path / "without_fork.py"
-        script.write_text(WITHOUT_FORK.format(file=verify.__file__))
+        script.write_text(WITHOUT_FORK.format(file=verify.__file__), encoding="utf-8")
         monkeypatch.setattr(verify, "__file__", str(script))
     yield request.param
     verify._stop()
@@ -323,7 +323,7 @@ def test_a_process_that_died_is_started_again():
 
 
 def test_without_math_verify_numbers_work_and_latex_says_what_to_install(tmp_path, monkeypatch):
-    (tmp_path / "math_verify.py").write_text("raise ImportError('not here')")
+    (tmp_path / "math_verify.py").write_text("raise ImportError('not here')", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     verify._stop()
     assert equal_answers("72.0", "72")

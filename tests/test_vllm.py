@@ -9,6 +9,7 @@ import torch
 from helpers import TRIVIAL, assert_close_in_fp32, perturb_lora, plain_logprobs, unpadded
 
 from iapo_mini import sampling as native
+from iapo_mini.callbacks import Callback
 from iapo_mini.chat import render_prompt
 from iapo_mini.config import TrainConfig
 from iapo_mini.engines.vllm import sample_with, sampler_of, sync_weights
@@ -125,7 +126,7 @@ def test_training_samples_with_the_engine_from_each_steps_weights(
         max_completion_length=12, lora_rank=4, learning_rate=5e-3, warmup_steps=0, threads=1,
     )  # fmt: skip
     lines = []
-    trained = train(config, tmp_path / "run", progress=False, on_step=lines.append)
+    trained = train(config, tmp_path / "run", progress=False, callbacks=[Callback(lines.append)])
     (engine,) = engines
     assert engine.forgot == 3 and 0 < engine.settings["gpu_memory_utilization"] < 1
     assert len(lines) == 3 and any(line["grad_norm"] > 1e-2 for line in lines)

@@ -1,4 +1,5 @@
-"""One step of IAPOTrainer, as one of several processes. Arguments: model folder, batch, output.
+"""One step of IAPOTrainer, as one of several processes. Arguments: model folder, batch, output,
+method.
 
 Completions are determined by prompt and row, so they do not depend on the number of processes.
 """
@@ -11,7 +12,7 @@ from helpers import TRIVIAL
 from iapo_mini.engines import trl
 from iapo_mini.policy import load_policy
 
-folder, batch, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+folder, batch, out, method = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 torch.set_num_threads(1)
 policy = load_policy(folder, lora_rank=0)
 encode = policy.tokenizer.encode
@@ -39,7 +40,7 @@ trainer = trl.IAPOTrainer(
         logging_steps=1, shuffle_dataset=False, per_device_train_batch_size=batch,
         num_generations=4, max_completion_length=16, max_steps=1, learning_rate=1e-2,
         optim="sgd", lr_scheduler_type="constant", max_grad_norm=1e9, loss_type="dapo",
-        iapo_alpha=0.5, iapo_beta=0.5,
+        iapo_method=method, iapo_alpha=0.5, iapo_beta=0.5,
     ),
     train_dataset=trl.dataset([*TRIVIAL, TRIVIAL[0]]),
     processing_class=policy.tokenizer,
@@ -50,6 +51,6 @@ trainer.train()
 if trainer.accelerator.is_main_process:
     log = trainer.state.log_history[0]
     end = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
-    told = {key: log[key] for key in ("reward", "informativeness")}
+    told = {key: log[key] for key in ("reward", "informativeness") if key in log}
     processes = trainer.accelerator.num_processes
     torch.save({"start": start, "end": end, "processes": processes, **told}, out)

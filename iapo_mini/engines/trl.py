@@ -1,10 +1,10 @@
-"""IAPO on TRL's engine, an optional extra: ``pip install 'iapo-mini[trl]'``.
+"""Every method on TRL's engine, an optional extra: ``pip install 'iapo-mini[trl]'``.
 
-:class:`IAPOTrainer` is TRL's ``GRPOTrainer`` with one difference: after TRL has scored its
-completions, the paper's token terms are added to their advantages. TRL's loss accepts one advantage
-for each token, so sampling (also with vLLM), loss types, PEFT, accelerate, DeepSpeed, logging and
-checkpoints are those of TRL. docs/scaleout.md says how to run it and where it was tested. Nothing
-else in the library imports this module.
+:class:`IAPOTrainer` is TRL's ``GRPOTrainer`` and differs from it in one place: once TRL has scored
+its completions, their advantages are made one for each token, by IAPO or by any other method of
+this library or of yours. TRL's loss takes them as they are, so sampling (vLLM included), loss
+types, PEFT, accelerate, DeepSpeed, logging and checkpoints are TRL's own. How to run it, and what
+was run where: docs/scaleout.md. Nothing else in the library imports this module.
 """
 
 from __future__ import annotations
@@ -14,58 +14,70 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from iapo_mini.adapters import pass_over_old_torchao
-from iapo_mini.advantages import exploration, normalize
-from iapo_mini.config import RECIPES
+from iapo_mini.advantages import ADVANTAGES, COUNTED, exploration, normalize
 from iapo_mini.early_exit.question import EarlyExit, check_stride
-from iapo_mini.errors import MOST_REAL, check_number
-from iapo_mini.information import answer_entropies, encode_postfix, informativeness
+from iapo_mini.errors import MOST_REAL, check_choice, check_number
+from iapo_mini.information import encode_postfix, inform
 from iapo_mini.policy import Policy
+from iapo_mini.recipes import RECIPES
 from iapo_mini.rewards import reward
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.tasks import POSTFIX, Problem, messages
 
-RECIPE = RECIPES["iapo"]
 LOSS_TYPES = {"sequence": "grpo", "token": "dapo"}
 """TRL's names of the ways to average the loss."""
 
 
 @dataclass
 class IAPOConfig(GRPOConfig):
-    """``GRPOConfig`` with the weights of IAPO's terms. TRL's ``beta`` is the KL weight.
+    """``GRPOConfig`` with a method of this library. TRL's own ``beta`` is the KL weight.
 
     Attributes:
-        loss_type, epsilon, epsilon_high, beta: settings of TRL, with the defaults of IAPO's recipe
-            (:data:`iapo_mini.config.RECIPES`).
-        iapo_alpha: weight of the informativeness term (paper: alpha); 0 switches the estimator off.
-        iapo_beta: weight of the exploration term (paper: beta).
-        iapo_correct_above: a completion counts as correct (the sign of the exploration term) when
-            its weighted sum of rewards is above this.
+        iapo_method: a key of :data:`iapo_mini.recipes.RECIPES`, or of a module of yours that was
+            added by ``use_methods``. Dynamic sampling (``dapo``) is left out: TRL samples once.
+        loss_type, epsilon, epsilon_high, beta: TRL's own; where they are not given, those of the
+            method's recipe.
+        iapo_alpha: the method's alpha (IAPO: weight of informativeness); default the recipe's. With
+            IAPO, 0 leaves the estimator out.
+        iapo_beta: the method's beta (IAPO: weight of exploration); default the recipe's.
+        iapo_correct_above: a completion counts as correct when its weighted sum of rewards is above
+            this.
         iapo_postfix: text that forces an answer.
-        iapo_memory_mb: memory in MiB, beside the model, for the estimator.
-        iapo_stride: number of tokens between early answers, or ``"sentence"``.
+        iapo_memory_mb: memory the estimator may take beside the model, MiB.
+        iapo_stride: ask for an early answer after every so many tokens, or ``"sentence"``.
+
+    Raises:
+        ValueError: for a value out of range, naming it and what is allowed.
     """
 
-    loss_type: str = field(
-        default=LOSS_TYPES[RECIPE.aggregation], metadata={"help": "Loss, as in IAPO's recipe."}
-    )
-    epsilon: float = field(default=RECIPE.epsilon, metadata={"help": "Clip range below 1."})
-    epsilon_high: float | None = field(
-        default=RECIPE.epsilon_high, metadata={"help": "Clip range above 1."}
-    )
-    beta: float = field(default=RECIPE.kl_coef, metadata={"help": "Weight of the KL term."})
-    iapo_alpha: float = field(default=RECIPE.alpha, metadata={"help": "Weight of informativeness."})
-    iapo_beta: float = field(default=RECIPE.beta, metadata={"help": "Weight of exploration."})
+    iapo_method: str = field(default="iapo", metadata={"help": "Method: a key of RECIPES."})
+    loss_type: str | None = field(default=None, metadata={"help": "Loss; default the method's."})  # type: ignore[assignment]
+    epsilon: float | None = field(default=None, metadata={"help": "Clip range below 1."})  # type: ignore[assignment]
+    epsilon_high: float | None = field(default=None, metadata={"help": "Clip range above 1."})
+    beta: float | None = field(default=None, metadata={"help": "Weight of the KL term."})  # type: ignore[assignment]
+    iapo_alpha: float | None = field(default=None, metadata={"help": "The method's alpha."})
+    iapo_beta: float | None = field(default=None, metadata={"help": "The method's beta."})
     iapo_correct_above: float = field(default=0.0, metadata={"help": "Correct above this reward."})
     iapo_postfix: str = field(default=POSTFIX, metadata={"help": "Text that forces an answer."})
     iapo_memory_mb: float = field(default=256.0, metadata={"help": "Memory of the estimator."})
     iapo_stride: str = field(default="1", metadata={"help": "Tokens between early answers."})
 
     def __post_init__(self) -> None:
+        check_choice("iapo_method", self.iapo_method, RECIPES)
+        recipe = RECIPES[self.iapo_method]
+        for name, value in (
+            ("loss_type", LOSS_TYPES[recipe.aggregation]), ("epsilon", recipe.epsilon),
+            ("epsilon_high", recipe.epsilon_high), ("beta", recipe.kl_coef),
+            ("iapo_alpha", recipe.alpha), ("iapo_beta", recipe.beta),
+        ):  # fmt: skip
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         super().__post_init__()
         for name in ("iapo_alpha", "iapo_beta"):
             check_number(name, getattr(self, name), 0, MOST_REAL)
@@ -80,7 +92,12 @@ class IAPOConfig(GRPOConfig):
 
 
 class IAPOTrainer(GRPOTrainer):
-    """``GRPOTrainer`` with the paper's A_{i,t} (Section 4) as advantages. Takes the same arguments.
+    """``GRPOTrainer`` with an advantage for every token, by any method of this library.
+
+    With IAPO, the default, the token terms of the paper (Section 4) are added to TRL's own group
+    advantage, so that TRL's options for it stay. Any other method gets the rewards and weighs the
+    whole batch of all processes by its rule; tokens that it leaves out of the loss are left out of
+    TRL's, too.
 
     Raises:
         ValueError: for a postfix without tokens, or with FSDP. (The estimator needs all weights at
@@ -98,13 +115,20 @@ class IAPOTrainer(GRPOTrainer):
         args = IAPOConfig("iapo") if args is None else args
         pass_over_old_torchao()
         super().__init__(model, reward_funcs, args=args, **kwargs)
-        if self.is_fsdp_enabled and args.iapo_alpha > 0:
+        self._recipe = RECIPES[args.iapo_method]
+        if self.is_fsdp_enabled and self._asks:
             raise ValueError(
                 f"iapo_alpha must be 0 with FSDP, which does not gather the weights, got "
                 f"{args.iapo_alpha}; DeepSpeed and plain data parallelism allow any value"
             )
         self._policy = Policy(self.model, self._tokenizer)
         encode_postfix(self._policy, args.iapo_postfix)
+
+    @property
+    def _asks(self) -> bool:
+        """Whether early answers are asked for."""
+        weighs = self._recipe.rule != "iapo" or bool(self.args.iapo_alpha)
+        return self._recipe.information is not None and weighs
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
@@ -116,24 +140,35 @@ class IAPOTrainer(GRPOTrainer):
         return self._rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        """TRL's batch, with advantages (B, T) instead of (B,): group term plus token terms."""
+        """TRL's batch with advantages (B,) made (B, T)."""
         batch = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return batch
         if "pixel_values" in batch:
-            raise ValueError("the prompts hold images, but they must be only text")
-        args, rows = self.args, len(batch["advantages"])
+            raise ValueError("the prompts hold images, but they must be text alone")
+        rows = len(batch["advantages"])
         start = self.accelerator.process_index * rows
         local = self._rewards[start : start + rows]
-        total = (local * self.reward_weights.to(local.device)).nansum(1)
         mask = batch["completion_mask"].bool()
-        # Both norms are over tokens that the policy (not a tool) wrote in rewarded completions.
+        # What the policy wrote, not what a tool did.
         own = mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
-        scored = own & ~local.isnan().all(1)[:, None]
-        whole_groups = rows % self.num_generations == 0  # otherwise a group spans processes
-        ids = batch["completion_ids"]
+        rollouts = self._rollouts(batch, inputs, local)
+        if self.args.iapo_method == "iapo":
+            # The population of both norms: completions that have a reward.
+            scored = own & ~local.isnan().all(1)[:, None]
+            advantages = self._iapo(batch, rollouts, own, scored)
+        else:
+            advantages = self._by_rule(batch, rollouts, start)
+        batch["advantages"] = advantages * own
+        return batch
+
+    def _rollouts(self, batch: dict[str, Any], inputs: Any, rewards: torch.Tensor) -> Rollouts:
+        """The rows of this process, with their weighted rewards (B,)."""
+        mask, ids = batch["completion_mask"].bool(), batch["completion_ids"]
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
         last = ids.gather(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0))[:, 0]
-        rollouts = Rollouts(
+        whole_groups = len(ids) % self.num_generations == 0  # else a group spans processes
+        return Rollouts(
             prompt_ids=batch["prompt_ids"],
             prompt_mask=batch["prompt_mask"].bool(),
             completion_ids=ids,
@@ -141,47 +176,102 @@ class IAPOTrainer(GRPOTrainer):
             old_logprobs=torch.zeros(mask.shape, device=mask.device),
             num_generations=self.num_generations if whole_groups else 1,
             finished=torch.isin(last, self._policy.eos_ids),
-            known={"correct": total > args.iapo_correct_above},
+            known={"correct": total > self.args.iapo_correct_above, "rewards": total},
+            limit=self.args.max_completion_length or 0,
+            references=tuple(str(row.get("answer", "")) for row in inputs),
         )
-        advantages = batch["advantages"][:, None] * own
-        if args.iapo_alpha > 0:
-            s = self._informativeness(rollouts)
-            advantages = advantages + args.iapo_alpha * normalize(s, scored)
-            told = torch.stack([(s * own).sum(), own.sum()])
-            told = self.accelerator.gather(told).view(-1, 2).sum(0)
-            self._metrics["train"]["informativeness"].append((told[0] / told[1]).item())
-        if args.iapo_beta > 0:
-            rollouts = replace(rollouts, old_logprobs=self._old_logprobs(batch))
-            advantages = advantages + args.iapo_beta * normalize(exploration(rollouts), scored)
-        batch["advantages"] = advantages
-        return batch
 
-    def _informativeness(self, rollouts: Rollouts) -> torch.Tensor:
-        """s_{i,t}, (B, T) nats, of the current policy, with all its weights gathered here."""
+    def _iapo(
+        self, batch: dict[str, Any], rollouts: Rollouts, own: torch.Tensor, scored: torch.Tensor
+    ) -> torch.Tensor:
+        """TRL's group advantage plus the paper's two token terms, (B, T)."""
+        alpha, beta = float(self.args.iapo_alpha or 0), float(self.args.iapo_beta or 0)
+        advantages = batch["advantages"][:, None] * own
+        if alpha > 0:
+            s = self._informed(rollouts, own).informativeness
+            advantages = advantages + alpha * normalize(s, scored)
+        if beta > 0:
+            rollouts = replace(rollouts, old_logprobs=self._old(batch, entropies=False)[0])
+            advantages = advantages + beta * normalize(exploration(rollouts), scored)
+        return advantages
+
+    def _by_rule(self, batch: dict[str, Any], rollouts: Rollouts, start: int) -> torch.Tensor:
+        """The method's advantages of this process's rows, (B, T), weighed among all processes'."""
+        recipe, alpha = self._recipe, float(self.args.iapo_alpha or 0)
+        logprobs, entropies = self._old(batch, entropies=True)
+        rollouts = replace(rollouts, old_logprobs=logprobs).filled(token_entropies=entropies)
+        if self._asks:
+            rollouts = self._informed(rollouts, rollouts.completion_mask)
+        everyone = self._gathered(rollouts)
+        rows, width = rollouts.completion_mask.shape
+        here = slice(start, start + rows), slice(0, width)
+        weigh = ADVANTAGES[recipe.rule] if isinstance(recipe.rule, str) else recipe.rule
+        advantages = weigh(everyone, alpha, float(self.args.iapo_beta or 0))[here]
+        if recipe.counted is not None:
+            count = COUNTED[recipe.counted] if isinstance(recipe.counted, str) else recipe.counted
+            kept = count(everyone, alpha)[here] & rollouts.completion_mask
+            # TRL multiplies its mask by this one, in the denominators as well.
+            kept = kept & batch["tool_mask"].bool() if "tool_mask" in batch else kept
+            batch["tool_mask"] = kept.to(batch["completion_mask"].dtype)
+            batch["num_items_in_batch"] = self.accelerator.gather(kept.sum()).sum()
+        return advantages
+
+    def _gathered(self, rollouts: Rollouts) -> Rollouts:
+        """The rows of all processes in their order, where every group is whole."""
+
+        def gather(values: torch.Tensor) -> torch.Tensor:
+            if values.ndim == 2:
+                values = self.accelerator.pad_across_processes(values, dim=1)
+            return self.accelerator.gather(values)
+
+        return replace(
+            rollouts,
+            prompt_ids=gather(rollouts.prompt_ids),
+            prompt_mask=gather(rollouts.prompt_mask),
+            completion_ids=gather(rollouts.completion_ids),
+            completion_mask=gather(rollouts.completion_mask),
+            old_logprobs=gather(rollouts.old_logprobs),
+            finished=gather(rollouts.finished),
+            known={name: gather(values) for name, values in rollouts.known.items()},
+            num_generations=self.num_generations,
+            references=tuple(gather_object(list(rollouts.references))),
+        )
+
+    def _informed(self, rollouts: Rollouts, own: torch.Tensor) -> Rollouts:
+        """With s_{i,t}, (B, T) nats, by the policy of this step with all its weights here."""
+        assert self._recipe.information is not None
+        how = EarlyExit(
+            self.args.iapo_postfix, self.args.stride, memory_mb=self.args.iapo_memory_mb
+        )
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator):
             try:
-                how = EarlyExit(
-                    self.args.iapo_postfix, self.args.stride,
-                    memory_mb=self.args.iapo_memory_mb,
-                )  # fmt: skip
-                entropies = answer_entropies(self._policy, rollouts, how)
+                rollouts = inform(self._policy, rollouts, self._recipe.information, how)
             finally:
-                self.model.train()  # the estimator has set eval mode
-        return informativeness(entropies, rollouts.completion_mask)
+                self.model.train()  # the estimator's eval() is not for the update
+        told = torch.stack([(rollouts.informativeness * own).sum(), own.sum()])
+        told = self.accelerator.gather(told).view(-1, 2).sum(0)
+        self._metrics["train"]["informativeness"].append((told[0] / told[1]).item())
+        return rollouts
 
-    def _old_logprobs(self, batch: dict[str, Any]) -> torch.Tensor:
-        """log pi_old(o_t), (B, T) nats. TRL omits it if its loss does not need it."""
-        if "old_per_token_logps" in batch:
-            return batch["old_per_token_logps"]
+    def _old(self, batch: dict[str, Any], entropies: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """log pi_old(o_t) and, if asked for, the entropies it was drawn from; (B, T) nats each.
+
+        TRL leaves them out of the batch where its loss does not need them.
+        """
+        if "old_per_token_logps" in batch and not entropies:
+            return batch["old_per_token_logps"], torch.empty(0)
         ids, mask = (
             torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask")
         )
         with torch.no_grad():
-            logprobs, _, _ = self._get_per_token_logps_and_entropies(
+            logprobs, found, *_ = self._get_per_token_logps_and_entropies(
                 self.model, ids, mask, batch["completion_ids"].shape[1],
-                batch_size=self.args.per_device_train_batch_size,
+                batch_size=self.args.per_device_train_batch_size, compute_entropy=entropies,
             )  # fmt: skip
-        return logprobs
+        real = batch["completion_mask"].bool()
+        if found is None:
+            return logprobs, torch.empty(0)
+        return batch.get("old_per_token_logps", logprobs), found * real
 
 
 def answer_reward(completions: list, answer: list[str], **kwargs: Any) -> list[float]:

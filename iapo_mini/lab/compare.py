@@ -8,7 +8,7 @@ from iapo_mini.errors import check_choice
 from iapo_mini.files import write_json
 from iapo_mini.lab.results import check_options, draw_comparison
 from iapo_mini.lab.runs import START, collect, make_jobs, run_all
-from iapo_mini.lab.sizes import COMPARE, COMPARE_ALPHA
+from iapo_mini.lab.sizes import COMPARE, COMPARED
 
 
 def compare(
@@ -28,7 +28,7 @@ def compare(
         figures: folder of the figures; results go to ``figures/results``.
         parallel: number of processes at a time, default one per core.
         split: stream of the evaluation; use ``"tune"`` to look for a recipe.
-        recipes: rows to run, name -> TrainConfig fields; default GRPO and IAPO.
+        recipes: rows to run, name -> TrainConfig fields; default ``COMPARED``.
 
     Returns:
         The content of the results file, as described at the head of :mod:`iapo_mini.lab.results`.
@@ -40,9 +40,7 @@ def compare(
     check_choice("preset", preset, COMPARE)
     size, out, figures = COMPARE[preset], Path(out), Path(figures)
     check_options(out, figures, parallel)
-    alpha = COMPARE_ALPHA.get(preset, 0.4)
-    recipes = recipes or {"grpo": {"method": "grpo"}, "iapo": {"method": "iapo", "alpha": alpha}}
-    jobs = make_jobs(size, out / preset, {START: None, **recipes}, split)
+    jobs = make_jobs(size, out / preset, {START: None, **(recipes or COMPARED)}, split)
     run_all(jobs, parallel)
     results = collect(jobs, size)
     write_json(figures / "results" / f"compare_{preset}.json", results)

@@ -37,7 +37,6 @@ import torch
 
 from iapo_mini.advantages import grpo
 from iapo_mini.chat import token_texts
-from iapo_mini.config import RECIPES as LIBRARY
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.early_exit.strides import sentence_ends
 from iapo_mini.files import versions, write_json
@@ -51,6 +50,7 @@ from iapo_mini.lab.sizes import Size, preset_of
 from iapo_mini.lab.tuning import tuned
 from iapo_mini.policy import Policy
 from iapo_mini.problems.stories import token_roles
+from iapo_mini.recipes import RECIPES as LIBRARY
 from iapo_mini.rollouts import Rollouts
 
 CONSTANT = 0.4

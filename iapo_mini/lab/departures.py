@@ -27,8 +27,7 @@ import torch
 from transformers import DynamicCache
 
 from iapo_mini.advantages import ADVANTAGES, exploration, grpo, iapo, normalize
-from iapo_mini.config import RECIPES as LIBRARY
-from iapo_mini.config import Recipe, TrainConfig
+from iapo_mini.config import TrainConfig
 from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit
 from iapo_mini.early_exit.reading import logits_entropy
 from iapo_mini.files import versions, write_json
@@ -43,6 +42,8 @@ from iapo_mini.lab.tuning import tuned
 from iapo_mini.logprobs import trunk_blocks
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.stories import stories
+from iapo_mini.recipes import RECIPES as LIBRARY
+from iapo_mini.recipes import Recipe
 from iapo_mini.rewards import score
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.sampling import sample

@@ -35,7 +35,7 @@ def read(path: Path | None) -> dict[str, dict[str, Any]]:
     if path is None or not path.is_file():
         return {}
     entries = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             entry = json.loads(line)
             entries[entry["name"]] = {part: entry[part] for part in ("job", "result", "curve")}
@@ -52,6 +52,6 @@ def append(path: Path, job: Mapping[str, Any], found: Mapping[str, Any]) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     run = Path(job["run"])
     told = {name: value for name, value in job.items() if name != "run"}
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps({"name": run.name, "job": told, **found}) + "\n")
         file.flush()

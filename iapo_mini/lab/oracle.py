@@ -30,7 +30,6 @@ import torch
 from tqdm.auto import tqdm
 
 from iapo_mini.chat import token_texts
-from iapo_mini.config import RECIPES as LIBRARY
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.early_exit.strides import sentence_ends, spread
 from iapo_mini.files import versions, write_json
@@ -51,6 +50,7 @@ from iapo_mini.lab.tuning import tuned
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.stories import stories
 from iapo_mini.problems.verify import equal_answers
+from iapo_mini.recipes import RECIPES as LIBRARY
 from iapo_mini.rewards import score
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.sampling import sample, sample_after

@@ -21,7 +21,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -44,12 +43,12 @@ from iapo_mini.errors import (
     MOST_THREADS,
     check_number,
 )
-from iapo_mini.files import writable_folder
+from iapo_mini.files import rename, writable_folder
 from iapo_mini.lab.assess import assess
 from iapo_mini.lab.story_model import HEAD_WIDTH, build_model, build_tokenizer
 from iapo_mini.metrics import trim_log
 from iapo_mini.model_files import model_source
-from iapo_mini.options import Parser, in_one_sentence, number, whole
+from iapo_mini.options import Parser, in_one_sentence, number, print_any_text, whole
 from iapo_mini.policies import EMBEDDED
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import MAX_VALUE, chain_of_thought, stories
@@ -232,7 +231,7 @@ class _Log:
             "tokens_per_second": round(self.seen / elapsed),
             "minutes": round(minutes, 2),
         }
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(row) + "\n")
         self.totals.zero_()
         return mean
@@ -256,7 +255,7 @@ def _resume(
 def _save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
-    os.replace(temporary, path)
+    rename(temporary, path)
 
 
 def pretrain(out: str | Path, settings: Settings = AS_SHIPPED) -> Path:
@@ -317,7 +316,7 @@ def calibrated(out: str | Path, steps: int = 700, threads: int = 2) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     policy = load_policy(EMBEDDED, lora_rank=64)
     history = calibrate(policy, stories("train", seed=11), steps=steps)
-    with (out / "calibrate_log.jsonl").open("w") as log:
+    with (out / "calibrate_log.jsonl").open("w", encoding="utf-8", newline="\n") as log:
         for i in range(0, steps, 50):
             part = history[i : i + 50]
             means = {k: round(sum(x[k] for x in part) / len(part), 5) for k in part[0]}
@@ -329,6 +328,7 @@ def calibrated(out: str | Path, steps: int = 700, threads: int = 2) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; exit status 2 for a value out of range."""
+    print_any_text()
     parser = Parser(
         prog="pretrain", description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

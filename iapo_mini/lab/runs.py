@@ -26,13 +26,15 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from iapo_mini.config import TrainConfig, use_methods, with_defaults
+from iapo_mini.callbacks import Callback
+from iapo_mini.config import TrainConfig, with_defaults
 from iapo_mini.files import read_json, replace_folder, versions, write_json
 from iapo_mini.lab import ledger
 from iapo_mini.lab.judging import PRIMARY, judge, judge_on_the_way, way_path
 from iapo_mini.lab.sizes import Size
 from iapo_mini.metrics import LOG, whole_log
 from iapo_mini.policy import load_policy
+from iapo_mini.recipes import use_methods
 from iapo_mini.trainer import start_policy, train
 
 _CHILD = "IAPO_MINI_CHILD"
@@ -59,8 +61,9 @@ def make_jobs(
         methods: module with further methods, for :func:`use_methods`.
 
     Returns:
-        Jobs ``{"run": folder, "config": TrainConfig fields or None, "seed", "split", "methods",
-        "evaluation": {"problems", "num_generations", "ks", "primary", "on_the_way", "pools"}}``.
+        One dict for each job, with ``run`` (a folder), ``config`` (fields of TrainConfig, or None),
+        ``seed``, ``split``, ``methods`` and ``evaluation`` (a dict with ``problems``,
+        ``num_generations``, ``ks``, ``primary``, ``on_the_way`` and ``pools``).
     """
     if methods:
         use_methods(methods)
@@ -111,7 +114,15 @@ def run_job(job: dict) -> None:
 
     resume = (folder / "config.json").is_file()
     # If the command was killed, its run ends after the current step; this one continues from there.
-    train(config, folder, resume=resume, policy=policy, progress=False, wait=120.0, on_step=on_step)
+    train(
+        config,
+        folder,
+        resume=resume,
+        policy=policy,
+        progress=False,
+        wait=120.0,
+        callbacks=[Callback(on_step)],
+    )
     if not (run / "primary.json").is_file():
         judge(policy, job)
     way = {step: read_json(way_path(run, step)) for step in size["on_the_way"]}
@@ -206,20 +217,33 @@ def _run(waiting: list[dict], parallel: int, kept: Path | None) -> None:
                 elif process.poll() is None:
                     continue
                 else:
-                    lines = (run / "log.txt").read_text().strip().splitlines() or ["no message"]
-                    raise RuntimeError(f"the run in '{run}' failed: {lines[-1]}")
+                    raise RuntimeError(f"the run in '{run}' failed: {_last_line(run)}")
                 del busy[process]
                 bar.update(_steps(job) - done)  # the start policy has no steps
                 found = _found(job)
                 if kept is not None and found is not None:
                     ledger.append(kept, job, found)
     finally:
-        for process in (*busy, *idle):
-            process.terminate()
-        for process in (*busy, *idle):  # each finishes its step, saves and ends
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=120)
+        _ask_to_end([*busy, *idle])
         bar.close()
+
+
+def _last_line(run: Path) -> str:
+    """What a run said last."""
+    log = run / "log.txt"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return (text.strip().splitlines() or ["no message"])[-1]
+
+
+def _ask_to_end(processes: Sequence[subprocess.Popen]) -> None:
+    """Let each finish its step and save: its stdin is closed, since Windows can't send SIGTERM."""
+    for process in processes:
+        if process.stdin is not None:
+            with contextlib.suppress(OSError):  # it has died
+                process.stdin.close()
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=120)
 
 
 def _steps(job: Mapping) -> int:
@@ -230,14 +254,16 @@ def _give(job: Mapping, process: subprocess.Popen | None) -> subprocess.Popen:
     """Give this job to a waiting process, whose imports are done, or start a new process."""
     path = str(Path(job["run"]) / "job.json")
     if process is not None:
-        with contextlib.suppress(BrokenPipeError):  # it has died, which is reported later
+        with contextlib.suppress(OSError):  # it has died, which is reported later
             print(path, file=process.stdin, flush=True)
         return process
     # One thread per process: for such small models two processes are faster than two threads.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", _CHILD: "1"}
+    # In a group of its own: a terminal's Ctrl-C would be a second request, which does not wait.
     return subprocess.Popen(
-        [sys.executable, "-m", "iapo_mini.lab.runs", path],
-        stdin=subprocess.PIPE, text=True, env=environment,
+        [sys.executable, "-X", "utf8", "-m", "iapo_mini.lab.runs", path],
+        stdin=subprocess.PIPE, encoding="utf-8", env=environment, start_new_session=True,
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
     )  # fmt: skip
 
 
@@ -341,7 +367,7 @@ def _jobs_of_parent(first: str) -> Iterator[str]:
 
 def _work(path: Path) -> None:
     """Do the job in this file; its output goes to the log of its run."""
-    with (path.parent / "log.txt").open("a") as log:
+    with (path.parent / "log.txt").open("ab") as log:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(log.fileno(), stream.fileno())

@@ -47,9 +47,12 @@ COMPARE: dict[str, Size] = {
     "long": Size(seeds=(0, 1, 2), max_steps=60, problems=300),
 }
 """Sizes of ``compare``."""
-COMPARE_ALPHA = {"long": 0.2}
-"""Weight of IAPO's informativeness term in ``compare`` if it is not 0.4. Longer runs are stable
-only with a smaller weight (figures/recipe_search.md)."""
+COMPARED: dict[str, dict] = {
+    "grpo": {"method": "grpo", "learning_rate": 2.8e-3},
+    "iapo": {"method": "iapo", "learning_rate": 2.8e-3},
+}
+"""Rows of ``compare`` -> TrainConfig fields: the best of each method's trials, of which both had as
+many, on other stories (docs/methods.md; a test compares them with the trials)."""
 
 
 @dataclass(frozen=True)

@@ -22,5 +22,5 @@ SHIPPED = {
 def looks_local(model: str) -> bool:
     """Whether a name is a shipped model or a folder, and not a hub id."""
     path = Path(model)
-    local = path.exists() or path.is_absolute() or model.startswith((".", "~"))
+    local = path.exists() or path.is_absolute() or model.startswith((".", "~")) or "\\" in model
     return model in SHIPPED or local

@@ -248,6 +248,7 @@ def _started() -> subprocess.Popen[str]:
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
             start_new_session=True,  # else Ctrl-C in a terminal would reach it as well
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # so on Windows
         )
         _, answers = _pipes(_process)
         if answers.readline().strip() != "ready":
@@ -300,15 +301,15 @@ def _serve() -> None:
             return False
 
     def within_limits(given: str, reference: str) -> bool:
+        assert sys.platform != "win32"  # for mypy, which knows that there is no fork
         child = os.fork()
         if child == 0:
             signal.setitimer(signal.ITIMER_PROF, TIME_LIMIT)
             signal.setitimer(signal.ITIMER_REAL, WALL_LIMIT)
             os._exit(not equal(given, reference))
         _, status, used = os.wait4(child, 0)
-        # The first answer of a kind takes long, because the parser fills its caches and sympy
-        # loads modules. Repeating it in this process saves later forks that time. It is safe here
-        # because the fork ended within a quarter of the limit.
+        # The first answer of a kind takes long, until caches are full. Repeating it here saves
+        # later forks that time. It is safe: the fork ended within a quarter of the limit.
         if os.WIFEXITED(status) and _NEW < used.ru_utime < TIME_LIMIT / 4:
             equal(given, reference)
         return status == 0
@@ -383,7 +384,7 @@ def _watched(equal: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
 
     def judge(given: str, reference: str) -> bool:
         nonlocal began
-        with open(os.devnull, "w") as nowhere:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
             faulthandler.dump_traceback_later(WALL_LIMIT, exit=True, file=nowhere)
             began = time.process_time()
             found = equal(given, reference)

@@ -10,7 +10,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from iapo_mini.errors import MOST_STEPS, check_number, first_line
 from iapo_mini.metrics import LOG, row_of
 from iapo_mini.run_folder import checkpoints
+from iapo_mini.tools import diagnose_trl as trl
 
 WEIGHTS = ("adapter_model.safetensors", "trainable.safetensors")
 """Files that hold the adapter: in ``final/``, and in a checkpoint."""
@@ -104,6 +105,16 @@ CHECKS = (
 )  # fmt: skip
 
 
+OF_TRL = Check(
+    "reward of the format (a reward function with 'format' in its name)",
+    lambda m: _number(m, "format_reward"), low=0.0, always=False,
+    if_low="answers are mostly not found where they should stand: does the prompt show the "
+    "format, and can the model write it? Read some completions, or begin with a short "
+    "supervised fine-tune.",
+)  # fmt: skip
+"""What a run of TRL's has in place of the share of completions that are well-formed."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One line of the report: the finding, whether it deserves a look, and advice if any."""
@@ -182,8 +193,8 @@ def diagnose(run: str | Path, last: int = 10) -> list[Finding]:
     """Check a finished, killed or running training run.
 
     Args:
-        run: its folder.
-        last: number of steps at the end that are averaged.
+        run: its folder, or that of a run of TRL's GRPOTrainer, whose advice has TRL's names.
+        last: steps at the end that are averaged.
 
     Returns:
         One finding for each of ``CHECKS`` that the run should have numbers for. Further findings
@@ -194,10 +205,45 @@ def diagnose(run: str | Path, last: int = 10) -> list[Finding]:
         ValueError: for ``last`` below 1, or a folder without a step.
     """
     check_number("last", last, 1, MOST_STEPS)
+    state = None if (Path(run) / LOG).is_file() else trl.state_of(Path(run))
+    if state is not None:
+        return _diagnose_trl(Path(run), state, last)
     log = read_log(run, last)
+    return [*_found(log, CHECKS), *_damage(log), _reward(log), _length(log), *_adapter(Path(run))]
+
+
+def _diagnose_trl(run: Path, state: Path, last: int) -> list[Finding]:
+    """The same of a run of TRL's trainer, and what only its files tell."""
+    rows, log = trl.rows_of_trl(state), _Log(last)
+    if not rows:
+        raise ValueError(f"run is '{run}', whose {trl.STATE} holds no logged step.")
+    for number, line in enumerate(trl.lines_of_trl(rows), start=1):
+        log.add(number, line)
+    # TRL has a format only where a reward function judges it, and without beta no KL.
+    checks = [OF_TRL, *(replace(check, always=False) for check in CHECKS)]
+    found = [*_found(log, checks), *_damage(log), _reward(log), _length(log)]
+    flat = trl.flat_rewards(rows, last)
+    found.append(Finding(
+        "reward functions that tell nothing apart", ", ".join(flat) or "none", "none", bool(flat),
+        "they gave every completion the same reward: is what they look for what the model writes? "
+        "Read some completions (log_completions=True)." if flat else "",
+    ))  # fmt: skip
+    share = trl.repeated(run)
+    if share is not None:
+        found.append(Finding(
+            "completions that repeat another one of their prompt", f"{share:.2g}", "<= 0.5",
+            share > 0.5, "nothing can be compared: raise temperature, or lower learning_rate."
+            if share > 0.5 else "",
+        ))  # fmt: skip
+    found += _adapter(run, (run, state.parent))
+    return [replace(finding, advice=trl.in_trl_names(finding.advice)) for finding in found]
+
+
+def _found(log: _Log, checks: Sequence[Check]) -> list[Finding]:
+    """One finding for each check that the run has, or should have, numbers for."""
     ending = _rows(log.ending)
     found = []
-    for check in CHECKS:
+    for check in checks:
         values = [x for x in map(check.read, ending) if x is not None]
         if values:
             mean = sum(values) / len(values)
@@ -207,6 +253,12 @@ def diagnose(run: str | Path, last: int = 10) -> list[Finding]:
             found.append(Finding(check.what, f"{mean:.3g}", _range(check), look, advice))
         elif check.always:
             found.append(Finding(check.what, "not in the log", _range(check), True))
+    return found
+
+
+def _damage(log: _Log) -> list[Finding]:
+    """Lines that can't be read, if there are any, and numbers that are not finite."""
+    found = []
     if log.unread:
         found.append(Finding(
             "lines of the log that can't be read or are out of order", str(len(log.unread)), "0",
@@ -218,7 +270,7 @@ def diagnose(run: str | Path, last: int = 10) -> list[Finding]:
         "steps with a number that is not finite", str(len(odd)), "0", bool(odd),
         f"the first is step {odd[0]}: lower learning_rate." if odd else "",
     ))  # fmt: skip
-    return [*found, _reward(log), _length(log), *_adapter(Path(run))]
+    return found
 
 
 def _range(check: Check) -> str:
@@ -265,9 +317,9 @@ def _length(log: _Log) -> Finding:
     return Finding("length, end less beginning (tokens)", value, "either way", look)
 
 
-def _adapter(run: Path) -> list[Finding]:
-    """Norm of the newest adapter's B matrices, which start at zero; empty without an adapter."""
-    folders = (run / "final", *reversed(checkpoints(run)))
+def _adapter(run: Path, folders: Sequence[Path] | None = None) -> list[Finding]:
+    """Norm of the newest adapter's B matrices, which start at zero; nothing without an adapter."""
+    folders = folders or (run / "final", *reversed(checkpoints(run)))
     files = [folder / name for folder in folders for name in WEIGHTS]
     for file in filter(Path.is_file, files):
         what = f"norm of the adapter's B matrices ({file.parent.name})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,18 +98,35 @@ def check_figure(out: str | Path) -> None:
 
 
 def terminal_text(explained: Explained, color: bool = True) -> str:
-    """The completion as text for a terminal, with coloured tokens or with nats in brackets."""
+    """The completion for a terminal: tokens on a coloured ground, or nats in brackets."""
+    text, limit = colored_tokens(explained.tokens, explained.informativeness, color)
     if not color:
-        return "".join(
-            f"{token}[{s:+.2f}]" if abs(s) >= 0.1 else token
-            for token, s in zip(explained.tokens, explained.informativeness)
-        )
-    limit = max(0.1, *(abs(s) for s in explained.informativeness), 0.1)
+        return text
+    legend = f"blue lowers the answer entropy, red raises it; full colour is {limit:.2f} nats"
+    return f"{text}\n\n{legend}"
+
+
+def colored_tokens(
+    tokens: Sequence[str], values: Sequence[float], color: bool = True, limit: float = 0.0
+) -> tuple[str, float]:
+    """Tokens on a ground that is bluer the higher their value and redder the lower.
+
+    Args:
+        tokens, values: one value for each token.
+        color: False writes values of at least 0.1 in brackets behind their token.
+        limit: value of the full colour; default the largest one, at least 0.1.
+
+    Returns:
+        The text and the limit.
+    """
+    if not color:
+        marked = (f"{t}[{v:+.2f}]" if abs(v) >= 0.1 else t for t, v in zip(tokens, values))
+        return "".join(marked), limit
+    limit = limit or max(0.1, *(abs(v) for v in values), 0.1)
     out = []
-    for token, s in zip(explained.tokens, explained.informativeness):
-        r, g, b, _ = colormaps["RdBu"](0.5 + 0.5 * s / limit)
+    for token, value in zip(tokens, values):
+        r, g, b, _ = colormaps["RdBu"](0.5 + 0.5 * value / limit)
         ink = "97" if r + g + b < 1.6 else "30"
         ground = ";".join(str(round(255 * v)) for v in (r, g, b))
         out.append(f"\x1b[{ink};48;2;{ground}m{token}\x1b[0m")
-    legend = f"blue lowers the answer entropy, red raises it; full colour is {limit:.2f} nats"
-    return "".join(out) + "\n\n" + legend
+    return "".join(out), limit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from iapo_mini.config import FROM_RECIPE, RECIPES, Recipe
+from iapo_mini.recipes import FROM_RECIPE, RECIPES, Recipe
 
 
 def recipe_line(recipe: Recipe) -> str:
@@ -14,7 +14,7 @@ def recipe_line(recipe: Recipe) -> str:
 
 
 def methods_text() -> str:
-    """A paragraph about each method of ``config.RECIPES``."""
+    """A paragraph about each method of ``recipes.RECIPES``."""
     out = []
     for name, recipe in RECIPES.items():
         lines = [": ".join(filter(None, (recipe.label or name, recipe.what))) + "."]

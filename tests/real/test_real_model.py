@@ -105,7 +105,7 @@ def worked(model):
     if not file.is_file():
         return [Worked(Problem(question, answer), chain) for question, chain, answer in OUR_OWN]
     found = []
-    for row in map(json.loads, file.read_text().splitlines()):
+    for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
         chain, _, answer = re.sub("<<.*?>>", "", row["answer"]).partition("####")
         found.append(Worked(Problem(row["question"], answer.strip()), chain.strip()))
     found.sort(key=lambda w: len(w.problem.question) + 2 * len(w.chain))
@@ -120,7 +120,7 @@ def data_file(worked, tmp_path_factory):
         {"question": w.problem.question, "answer": f"{w.chain}\n#### {w.problem.answer}"}
         for w in worked
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -308,7 +308,7 @@ def test_a_killed_run_resumes_to_the_same_bits(run, training, scratch):
     )  # fmt: skip
     try:
         log, give_up = folder / "metrics.jsonl", time.monotonic() + PATIENCE
-        while not log.exists() or len(log.read_text().splitlines()) < 2:
+        while not log.exists() or len(log.read_text(encoding="utf-8").splitlines()) < 2:
             assert process.poll() is None and time.monotonic() < give_up
             time.sleep(0.02)
     finally:
@@ -341,7 +341,7 @@ def test_evaluate_finds_the_adapters_model(run, data_file, scratch):
         "--threads", THREADS, "--out", scratch / "e.json",
     )  # fmt: skip
     assert "2 of 3 problems of gsm8k (all)" in told
-    result = json.loads((scratch / "e.json").read_text())
+    result = json.loads((scratch / "e.json").read_text(encoding="utf-8"))
     assert 0 < result["length@2"] <= LENGTH and 0 <= result["pass@2"] <= 1
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from helpers import content, run
 
+from iapo_mini.callbacks import Callback
 from iapo_mini.run_folder import _sums, checkpoints
 
 
@@ -54,9 +55,9 @@ def test_a_full_disk(config, small_disk, tmp_path, leave, step):
             fill(small_disk, leave)
 
     with pytest.raises(OSError, match=r"output_dir is .*No space left.*is whole.*--resume"):
-        run(config, folder, on_step=filling)
+        run(config, folder, callbacks=[Callback(filling)])
     last = checkpoints(folder)[-1]
-    assert _sums(last) == json.loads((last / "sha256.json").read_text())
+    assert _sums(last) == json.loads((last / "sha256.json").read_text(encoding="utf-8"))
     assert last.name == f"checkpoint-{step - 1 if step == 3 else 4}"
     if leave == 0:  # still full: said before anything is done
         with pytest.raises(OSError, match="No space left"):
@@ -76,7 +77,7 @@ def test_a_disk_that_becomes_read_only(config, small_disk, tmp_path):
             mount("-o", "remount,bind,ro", str(small_disk))
 
     with pytest.raises(OSError, match=r"output_dir is .*Read-only.*'checkpoint-2' is whole"):
-        run(config, folder, on_step=freeze)
+        run(config, folder, callbacks=[Callback(freeze)])
     for resume in (True, False):
         with pytest.raises(ValueError, match=r"output_dir is .*nothing can be written"):
             run(config, folder, resume=resume)

@@ -1,0 +1,109 @@
+"""Metrics sent to trackio, Weights & Biases or TensorBoard, each an optional extra.
+
+``metrics.jsonl`` stays the record of a run. A reporter only repeats it elsewhere, and one that
+fails is dropped with a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from iapo_mini.callbacks import Callback, harmless
+from iapo_mini.errors import check_choice
+
+PROJECT = "iapo-mini"
+"""Name of the project in trackio and Weights & Biases."""
+
+
+def numbers_of(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a line of a log, without its step."""
+    return {
+        f"{prefix}{name}": float(value)
+        for name, value in row.items()
+        if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _identity(folder: Path) -> str:
+    """The same for a run that is resumed, another one for a run in another folder."""
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+
+
+def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> Callback:
+    writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(
+        str(folder / "tensorboard")
+    )
+    writer.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
+
+    def write(row: Mapping[str, Any], prefix: str = "") -> None:
+        for name, value in numbers_of(row, prefix).items():
+            writer.add_scalar(name, value, row["step"])
+        writer.flush()
+
+    return Callback(write, lambda found: write(found, "evaluation/"), writer.close)
+
+
+def _wandb(folder: Path, settings: Mapping[str, Any]) -> Callback:
+    run = importlib.import_module("wandb").init(
+        project=PROJECT, name=folder.name, dir=str(folder), config=dict(settings),
+        id=_identity(folder), resume="allow",
+    )  # fmt: skip
+    return Callback(
+        lambda row: run.log(numbers_of(row), step=row["step"]),
+        lambda row: run.log(numbers_of(row, "evaluation/"), step=row["step"]),
+        run.finish,
+    )
+
+
+def _trackio(folder: Path, settings: Mapping[str, Any]) -> Callback:
+    trackio = importlib.import_module("trackio")
+    trackio.init(
+        project=PROJECT, name=f"{folder.name}-{_identity(folder)}", config=dict(settings),
+        resume="allow",
+    )  # fmt: skip
+    return Callback(
+        lambda row: trackio.log(numbers_of(row), step=row["step"]),
+        lambda row: trackio.log(numbers_of(row, "evaluation/"), step=row["step"]),
+        trackio.finish,
+    )
+
+
+REPORTERS: dict[str, Callable[[Path, Mapping[str, Any]], Callback]] = {
+    "trackio": _trackio,
+    "wandb": _wandb,
+    "tensorboard": _tensorboard,
+}
+"""Name of ``--report-to`` -> (folder of the run, its settings) -> what is told of every step."""
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Refuse names that are unknown or whose package is missing, before any long work.
+
+    Raises:
+        ValueError: naming it and how it is installed.
+    """
+    for name in names:
+        check_choice("report_to", name, REPORTERS)
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ValueError(
+                f"report_to names '{name}', which is not installed; pip install 'iapo-mini[{name}]'"
+            ) from error
+
+
+def reporters(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> list[Callback]:
+    """A callback for each name.
+
+    Args:
+        names: keys of ``REPORTERS``; folder: of the run; settings: of the run, to be shown.
+
+    Raises:
+        ValueError: as :func:`check_reporters`.
+    """
+    check_reporters(names)
+    return [harmless(REPORTERS[name](folder, settings), name) for name in names]
