@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from iapo_mini.config import TrainConfig
 from iapo_mini.intervals import format_interval, mean_interval
 from iapo_mini.lab import verdicts
 from iapo_mini.lab.choices import choices_table
@@ -14,8 +15,9 @@ from iapo_mini.lab.claims import _of_table1, _talk, report_of_files
 from iapo_mini.lab.departures import departures_table
 from iapo_mini.lab.estimators import ESTIMATORS, POLICIES, speed_table, study_table
 from iapo_mini.lab.results import comparison_table
+from iapo_mini.lab.sizes import COMPARED, preset_of
 from iapo_mini.lab.starts import starts_table
-from iapo_mini.lab.tuning import ROWS, choose, tuning_table
+from iapo_mini.lab.tuning import ROWS, choose, finished_trials, tuning_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,6 +66,17 @@ def test_trials_in_the_docs_are_the_committed_ones_and_the_choice_follows_the_ru
     assert tuning_table(results) in (ROOT / "docs/methods.md").read_text(encoding="utf-8")
     for method, rows in results["trials"].items():
         assert results["chosen"][method] == choose(rows, results["start"]["pass@1"])
+
+
+def test_compare_trains_what_the_finished_trials_chose():
+    kept = ROOT / "figures/results/runs/tuning.jsonl"
+    results = finished_trials(kept, preset_of("full").tuning)
+    shown = {part: {row: found[row] for row in ("grpo", "iapo")} for part, found in results.items()}
+    assert tuning_table(shown) in (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    for row, recipe in COMPARED.items():
+        settings = results["trials"][row][results["chosen"][row]]["settings"]
+        trained = TrainConfig(**recipe).settings()
+        assert {field: trained[field] for field in settings} == settings
 
 
 @pytest.fixture(scope="module")

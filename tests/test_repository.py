@@ -130,7 +130,7 @@ def test_evaluate_takes_a_model_of_a_repository(repository, hub_home, tmp_path):
         ({"subfolder": "../other"}, "subfolder is '../other'; it must be the path of a folder in"),
         ({"subfolder": "/tmp"}, "subfolder is '/tmp'; it must be the path of a folder inside"),
         ({"revision": "main"}, "revision is 'main', but model is .* only hub ids have revisions"),
-        ({"model": "embedded", "subfolder": "x"}, "'embedded', which has none"),
+        ({"model": "embedded", "subfolder": "x"}, "'embedded', which has no subfolders"),
         ({"model": "embedded", "revision": "x"}, "'embedded'; only hub ids have revisions"),
     ],
     ids=str,

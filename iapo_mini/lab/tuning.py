@@ -16,6 +16,7 @@ from iapo_mini import plots
 from iapo_mini.config import TrainConfig
 from iapo_mini.files import read_json, versions, write_json
 from iapo_mini.lab.ledger import ledger_path
+from iapo_mini.lab.ledger import read as read_ledger
 from iapo_mini.lab.results import check_options, file_stem, results_path
 from iapo_mini.lab.runs import START, collect, make_jobs, run_all
 from iapo_mini.lab.sizes import Size, preset_of
@@ -151,6 +152,38 @@ def tune(
     }  # fmt: skip
     write_json(results_path(figures, "tuning", preset), results)
     return results
+
+
+TUNED = ("method", "aggregation", "learning_rate", "alpha", "beta")
+"""Fields of TrainConfig by which trials differ."""
+
+
+def finished_trials(kept: Path, size: Size) -> dict[str, dict]:
+    """The rows whose trials are all in the ledger: ``trials`` and ``chosen`` as in the results.
+
+    Args:
+        kept: file of finished runs; size: of the trials.
+    """
+    entries = read_ledger(kept)
+    start = _mean_of([entries[f"{START}-{seed}"]["result"] for seed in size.seeds])
+    trials = {}
+    for row in ROWS:
+        names = [f"{row}-trial{i}" for i in range(len(RATES) + 2)]
+        runs = [[entries.get(f"{name}-{seed}") for seed in size.seeds] for name in names]
+        found = [[run for run in of_seeds if run is not None] for of_seeds in runs]
+        if all(len(of_seeds) == len(size.seeds) for of_seeds in found):
+            trials[row] = [
+                {"settings": {field: of_seeds[0]["job"]["config"][field] for field in TUNED}}
+                | _mean_of([run["result"] for run in of_seeds])
+                for of_seeds in found
+            ]
+    chosen = {row: choose(rows, start["pass@1"]) for row, rows in trials.items()}
+    return {"trials": trials, "chosen": chosen}
+
+
+def _mean_of(results: Sequence[Mapping]) -> dict[str, float]:
+    metrics = ("pass@1", "length", "ratio@1")
+    return {m: sum(result[m] for result in results) / len(results) for m in metrics}
 
 
 def tuning_table(results: dict) -> str:
