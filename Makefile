@@ -1,4 +1,4 @@
-# Everything runs in .venv, made on first use; `make clean` removes it.
+# Everything runs in .venv, which is made on first use; `make clean` removes it.
 ON_WINDOWS := $(filter Windows_NT,$(OS))
 PYTHON ?= $(if $(ON_WINDOWS),python,python3)
 VENV := .venv
@@ -8,35 +8,35 @@ RUN := $(VENV_PYTHON) -m
 .PHONY: demo full long test alone check style types fast torture real policy notebooks site \
   repository help clean
 
-demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy, compare them, three seeds (about six minutes)
+demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy and compare them, with three seeds (about six minutes)
 	$(RUN) iapo_mini compare --preset demo
 
-full: $(VENV)/ready  ## the same with five seeds (what the README reports)
+full: $(VENV)/ready  ## the same with five seeds, for the results in the README
 	$(RUN) iapo_mini compare --preset full
 
-check: $(VENV)/ready  ## style, types and the fast tests: under ninety seconds on two cores
+check: $(VENV)/ready  ## check style and types, and run the fast tests (under ninety seconds on two cores)
 	$(MAKE) style
 	$(MAKE) --jobs 2 types fast
 
-style: $(VENV)/ready  ## ruff: faults and format
+style: $(VENV)/ready  ## check faults and format with ruff
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 
-types: $(VENV)/ready  ## mypy
+types: $(VENV)/ready  ## check types with mypy
 	$(RUN) mypy
 
 FAST := structure config question rollouts advantages objective intervals metrics tasks stories \
   strides reading rewards flat attention diagnose exact datasets
-fast: $(VENV)/ready  ## the tests that take seconds
+fast: $(VENV)/ready  ## run the tests that take only seconds
 	$(RUN) pytest -q $(FAST:%=tests/test_%.py)
 
-test: $(VENV)/ready  ## style, types and every test, the notebooks included
+test: $(VENV)/ready  ## check style and types, and run every test and notebook
 	$(MAKE) style types
 	$(RUN) pytest -n auto --dist loadfile
 	$(MAKE) alone
 
 ALONE := build/alone
-alone: $(VENV)/ready  ## every notebook as on Colab: from the wheel, with no repository beside it
+alone: $(VENV)/ready  ## run every notebook from the wheel without the repository, as on Colab
 	rm -rf build/lib $(ALONE)
 	$(RUN) pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(ALONE)/dist .
 	$(RUN) pip install --quiet --no-deps --target $(ALONE)/site $(ALONE)/dist/*.whl
@@ -44,24 +44,24 @@ alone: $(VENV)/ready  ## every notebook as on Colab: from the wheel, with no rep
 	cd $(ALONE) && HF_HUB_OFFLINE=1 PYTHONPATH="$$PWD/site" ../../$(RUN) pytest -n auto --dist loadfile \
 	  --nbval --nbval-current-env --nbval-sanitize-with nbval.cfg *.ipynb solutions
 
-torture: $(VENV)/ready  ## kills, full disks and hostile input: a few minutes
+torture: $(VENV)/ready  ## test with kills, full disks and hostile input (a few minutes)
 	$(RUN) pytest tests/torture
 
-real: $(VENV)/ready  ## a pretrained model, end to end: make real MODEL=folder-or-hub-id
-	@test -n "$(MODEL)" || { echo "make real wants MODEL=..., a model folder or a hub id"; exit 2; }
+real: $(VENV)/ready  ## test with a pretrained model, end to end: make real MODEL=folder-or-hub-id
+	@test -n "$(MODEL)" || { echo "make real needs MODEL=..., a model folder or a hub id"; exit 2; }
 	HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-0} IAPO_REAL_MODEL="$(MODEL)" \
 	  $(RUN) pytest tests/real -rA --durations=0
 
-long: $(VENV)/ready  ## three seeds, 60 steps
+long: $(VENV)/ready  ## the same comparison with three seeds and 60 steps
 	$(RUN) iapo_mini compare --preset long
 
-policy: $(VENV)/ready  ## remake the embedded policy and its report into runs/
+policy: $(VENV)/ready  ## remake the embedded policy and its report in runs/
 	$(RUN) iapo_mini.lab.pretrain --out runs/pretrain
 
 notebooks: $(VENV)/ready  ## run the notebooks and keep their outputs
 	$(RUN) jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb notebooks/solutions/*.ipynb
 
-site: $(VENV)/ready  ## the site in build/site: documents, course as committed, API, explorer
+site: $(VENV)/ready  ## build the site in build/site: documents, committed course, API, explorer
 	$(RUN) pip install --quiet --editable '.[site]'
 	$(VENV_PYTHON) site/build.py
 
@@ -70,10 +70,10 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	$(RUN) pip install --quiet --requirement requirements.txt
 	touch $@
 
-repository:  ## write another address of the repository wherever it stands: OWNER=... NAME=...
+repository:  ## change the address of the repository everywhere: OWNER=... NAME=...
 	$(PYTHON) .ci/repository.py "$(OWNER)" "$(NAME)"
 
-help:  ## this list
+help:  ## print this list
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 clean:  ## remove the virtual environment and what was built

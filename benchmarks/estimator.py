@@ -1,15 +1,17 @@
-"""How fast and how exact the estimator is: ratios measured side by side in one run.
+"""Measure speed and exactness of the estimator, as ratios from one run.
 
     python benchmarks/estimator.py            # everything, about 20 minutes
     python benchmarks/estimator.py tiny       # one part: exact, tiny, qwen05b or growth
-    python benchmarks/estimator.py --check    # judge the committed ratios, measure nothing
+    python benchmarks/estimator.py --check    # judge the committed ratios without measuring
 
-Repeats of the rivals are interleaved and medians compared, so a busy machine slows all alike.
-Seconds are kept for the reader; only ratios are judged. Writes figures/results/estimator.json.
+Repeats of all ways are interleaved and medians are compared, so a busy machine slows all of them
+equally. Seconds are written for the reader, but only ratios are judged. Writes
+figures/results/estimator.json.
 
-``packed`` is measured as a training step runs it, with the keys and values that sampling has left
-behind, and once more ``packed_alone``, with a trunk pass of its own. The Qwen shape is in bf16.
-``steps`` are whole training steps: seconds of each phase, and time over GRPO's with 95% interval.
+``packed`` is measured as in a training step, with the keys and values that sampling has kept.
+``packed_alone`` includes its own pass over prompt and completion. The Qwen shape is in bf16.
+``steps`` are whole training steps: seconds of each phase, and the ratio to the time of GRPO with a
+95% interval.
 """
 
 from __future__ import annotations
@@ -59,18 +61,19 @@ LIMITS = {
         "packed_over_forward_time": 1.1,
     },
 }
-"""Ratios that ``--check`` allows at most."""
+"""Largest ratios that ``--check`` allows."""
 
-# A postfix of five tokens in the embedded tokenizer, as long as the paper's in Qwen's.
+# A postfix of five tokens in the embedded tokenizer, as many as the paper's postfix has in Qwen's.
 FIVE_TOKENS = " 1 2 3 4 5"
 
 
 @torch.no_grad()
 def authors_way(policy: Policy, rollouts: Rollouts, postfix: str, chunk: int = 16) -> torch.Tensor:
-    """KV-cache preloading as the authors' code does it, with its positions and masks put right.
+    """KV-cache preloading as in the released code, with its position and mask bugs fixed.
 
-    The whole batch at once, padded to the longest; the cache is copied for each of ``chunk``
-    positions; the vocabulary head runs at every postfix position, though only the last is read.
+    The whole batch is run at once, padded to the longest row. The cache is copied for each of
+    ``chunk`` positions. The vocabulary head runs at every position of the postfix, although only
+    the last one is used.
     """
     model, ids = policy.for_inference(), encode_postfix(policy, postfix)
     (rows, length), width, k = rollouts.completion_ids.shape, rollouts.prompt_ids.shape[1], len(ids)
@@ -103,9 +106,9 @@ def authors_way(policy: Policy, rollouts: Rollouts, postfix: str, chunk: int = 1
 
 @torch.no_grad()
 def padded_forward(policy: Policy, rollouts: Rollouts, postfix: str, rows: int = 4) -> None:
-    """One plain causal forward over P + L + (L + 1) K tokens a row, logits where they are needed.
+    """One plain causal forward pass over P + L + (L + 1) K tokens per row, with needed logits only.
 
-    In blocks of ``rows`` rows, which is faster on a CPU than one large batch.
+    It runs in blocks of ``rows`` rows, which is faster on a CPU than one large batch.
     """
     model, k = policy.for_inference(), len(encode_postfix(policy, postfix))
     length, width = rollouts.completion_ids.shape[1], rollouts.prompt_ids.shape[1]
@@ -119,16 +122,16 @@ def padded_forward(policy: Policy, rollouts: Rollouts, postfix: str, rows: int =
 
 
 def embedded_rollouts(completions: int = 64) -> tuple[Policy, Rollouts]:
-    """The embedded policy and its own ragged completions of tune stories, keys kept."""
+    """The embedded policy and its completions of tune stories, with keys and values kept."""
     policy = load_policy(lora_rank=0)
     problems = list(itertools.islice(stories("tune", seed=9), completions // 8))
     return policy, sample(policy, problems, num_generations=8, seed=0, keep_cache=True)
 
 
 def qwen_shape(rows: int = 2, prompt: int = 100, completion: int = 256) -> tuple[Policy, Rollouts]:
-    """Random bf16 weights of the shape of Qwen2.5-0.5B, random tokens, all rows equally long.
+    """Random bf16 weights in the shape of Qwen2.5-0.5B, and rows of equal length of random tokens.
 
-    The keys of the rows are kept in the form in which ``sample`` leaves them.
+    The keys and values of the rows are kept in the form in which ``sample`` keeps them.
     """
     torch.manual_seed(0)
     config = config_of("qwen2.5-0.5b")
@@ -164,7 +167,7 @@ RIVALS = {
 
 
 def medians(rivals: dict, repeats: int, warm_up: int = 1) -> dict[str, float]:
-    """Median seconds of each rival over interleaved repeats, after some that do not count."""
+    """Median seconds of each function over interleaved repeats, after some warm-up repeats."""
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for repeat in range(-warm_up, repeats):
         for name, run in rivals.items():
@@ -176,10 +179,10 @@ def medians(rivals: dict, repeats: int, warm_up: int = 1) -> dict[str, float]:
 
 
 def peak_megabytes(run) -> float:
-    """Most that tensors take at a time while ``run()`` goes, above what was there before, MiB.
+    """Peak memory of tensors in MiB during ``run()``, above the memory before it.
 
-    Every allocation is traced: the resident memory of a process hangs on what its allocator keeps,
-    and came out anywhere from 64 to 194 MiB for the same run.
+    Every allocation is traced. The resident memory of the process would depend on the allocator,
+    and varied from 64 to 194 MiB for the same run.
     """
     with torch.profiler.profile(profile_memory=True) as profiler:
         run()
@@ -193,11 +196,11 @@ STEPS = {
     "iapo": {"method": "iapo"},
     "iapo_sentence": {"method": "iapo", "estimator_stride": "sentence"},
 }
-"""What trains in turns, on the same completions; the first is the measure of the others."""
+"""Settings that train in turns on the same completions; the others are compared with the first."""
 
 
 def _train_in_turn(name: str, threads: int, steps: int, folder: str, mine, following, told) -> None:
-    """Train in a process of its own; after each step let the next process make its step."""
+    """Train in a separate process; after each step, let the next process make its step."""
     done: list[dict[str, float]] = []
 
     def on_step(step: dict) -> None:
@@ -205,7 +208,7 @@ def _train_in_turn(name: str, threads: int, steps: int, folder: str, mine, follo
         following.release()
         mine.acquire()
 
-    # The learning rate is too small to make the runs part.
+    # With such a small learning rate the runs do not diverge.
     config = TrainConfig(**STEPS[name], max_steps=steps, learning_rate=1e-12, threads=threads)
     mine.acquire()
     try:
@@ -216,14 +219,14 @@ def _train_in_turn(name: str, threads: int, steps: int, folder: str, mine, follo
 
 
 def step_ratios(threads: int, steps: int = 40) -> dict:
-    """Time of a training step over GRPO's, same policy, same completions, step by step in turn.
+    """Ratio of the time of a training step to that of GRPO, with the same policy and completions.
 
-    Each run has a process of its own, and one of them computes at a time, so that a busy machine
-    slows all alike and no run finds another's memory.
+    The runs make their steps in turn, each in a separate process. Only one of them computes at a
+    time, so a busy machine slows all of them equally, and the runs do not share memory.
 
     Returns:
-        ``{"seconds": name -> phase -> median, "ratio": name -> [median, low, high]}``; 95% by
-        bootstrap over the steps, the first two of which do not count.
+        ``{"seconds": name -> phase -> median, "ratio": name -> [median, low, high]}``, with 95%
+        intervals by bootstrap over the steps without the first two.
     """
     context = multiprocessing.get_context("spawn")
     turns = [context.Semaphore(int(i == 0)) for i in range(len(STEPS))]
@@ -257,7 +260,7 @@ def step_ratios(threads: int, steps: int = 40) -> dict:
 
 
 def qwen_step(policy: Policy, rollouts: Rollouts, packed: float) -> tuple[float, dict[str, float]]:
-    """IAPO's step over GRPO's for the Qwen shape, phase by phase, one step of two completions."""
+    """Ratio of IAPO's step to GRPO's for the Qwen shape and two completions; seconds by phase."""
     from peft import LoraConfig, get_peft_model
 
     from iapo_mini.trainer import update
@@ -267,7 +270,7 @@ def qwen_step(policy: Policy, rollouts: Rollouts, packed: float) -> tuple[float,
     )
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     tuned = Policy(get_peft_model(policy.model, lora), policy.tokenizer)
-    tuned.model.generation_config.eos_token_id = 0  # never drawn: full length
+    tuned.model.generation_config.eos_token_id = 0  # never drawn, so completions have full length
     start = time.perf_counter()
     problem = next(stories("tune"))
     drawn = sample(tuned, [problem], num_generations=2, max_completion_length=256)
@@ -311,7 +314,7 @@ def measure(setting: str, threads: int) -> dict:
 
 
 def exactness() -> float:
-    """Largest difference from the definition, nats, over all ways, on real ragged completions."""
+    """Largest difference from the definition in nats, over all ways, on sampled completions."""
     policy = load_policy(lora_rank=0)
     problems = list(itertools.islice(stories("tune", seed=9), 2))
     kept = sample(policy, problems, num_generations=4, seed=0, keep_cache=True)
@@ -324,7 +327,7 @@ def exactness() -> float:
 
 
 def growth(lengths=(16, 32, 64, 128, 256, 448)) -> dict:
-    """Seconds against completion length for each way; log-log slopes over the three longest."""
+    """Seconds by completion length for each way, and log-log slopes over the three longest."""
     policy = load_policy(lora_rank=0)
     seconds: dict[str, list[float]] = {"naive": [], "cached": [], "packed": []}
     for length in lengths:
@@ -349,7 +352,7 @@ def growth(lengths=(16, 32, 64, 128, 256, 448)) -> dict:
 
 
 def check(results: dict) -> list[str]:
-    """What is beyond its limit, one sentence each."""
+    """A sentence for each ratio that is beyond its limit."""
     out = []
     for setting, limits in LIMITS.items():
         for name, limit in limits.items():
@@ -363,7 +366,7 @@ def check(results: dict) -> list[str]:
 
 
 def main() -> None:
-    """Measure, write, judge."""
+    """Measure, write and judge the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parts = ("exact", "tiny", "qwen05b", "growth")
     parser.add_argument("parts", nargs="*", help=f"any of {', '.join(parts)}; default: all")
@@ -371,7 +374,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="judge the committed results only")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(parts):
-        parser.error(f"parts must be among {', '.join(parts)}, got {', '.join(sorted(unknown))}")
+        parser.error(f"parts must be of {', '.join(parts)}, got {', '.join(sorted(unknown))}")
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if not options.check:
         torch.set_num_threads(options.threads)

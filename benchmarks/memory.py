@@ -1,15 +1,16 @@
-"""Memory and seconds of a training step on real shapes, against the plan. Needs a CUDA device.
+"""Measure memory and seconds of training steps on real shapes, and compare them with the plan.
 
     python benchmarks/memory.py                       # Qwen2.5-0.5B, 1.5B and 7B
     python benchmarks/memory.py qwen2.5-0.5b          # one of them
-    python benchmarks/memory.py --tiny --device cpu   # the same path on a tiny shape, in seconds
+    python benchmarks/memory.py --tiny --device cpu   # the same code on a tiny shape, in seconds
 
-Random weights of the real shapes are written to a temporary folder and loaded as a user's model
-is, 4-bit, with an adapter; nothing is downloaded. Every step then goes through ``trainer.train``
-with G = 8, prompts of 200 tokens, completions of up to 512 and the preset's other settings: GRPO,
-then IAPO, the first step of each not counted. Rows go into figures/results/memory.json:
+Real shapes need a CUDA device. Random weights of these shapes are written to a temporary folder and
+loaded like a user's model, in 4 bits and with an adapter; nothing is downloaded. Then
+``trainer.train`` runs steps of GRPO and of IAPO, with G = 8, prompts of 200 tokens, completions of
+up to 512 tokens and the other settings of the preset. The first step of each method does not count.
+Rows are written to figures/results/memory.json:
 
-* ``planned_gb``, ``peak_gb``: of the card, context and fragmentation included (2**30 bytes);
+* ``planned_gb``, ``peak_gb``: GPU memory including context and fragmentation (2**30 bytes);
   ``planned_tensors_gb``, ``peak_tensors_gb``: tensors alone;
 * ``seconds``: medians of sampling, information and update; ``iapo_step_over_grpo_step``.
 """
@@ -47,7 +48,7 @@ TINY = Qwen2Config(
 
 
 def write_random_model(config: PreTrainedConfig, folder: Path, device: str) -> None:
-    """A model folder of random 16-bit weights, one file for each block, and a tokenizer."""
+    """Write a model folder with random 16-bit weights, one file per block, and a tokenizer."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     parameters = dict(model.named_parameters())
@@ -72,13 +73,13 @@ def write_random_model(config: PreTrainedConfig, folder: Path, device: str) -> N
 
 
 def problems_of(policy: Policy, prompt: int) -> list[Problem]:
-    """A problem whose prompt has as many tokens as asked for (or its least number)."""
+    """A list of one problem whose prompt has ``prompt`` tokens (or as few as possible)."""
     ids, _ = encode_prompts(policy, [Problem("7", "7")])
     return [Problem(" ".join(["7"] * max(1, prompt - ids.shape[1] + 1)), "7")]
 
 
 def measure(name: str, config: PreTrainedConfig, settings: TrainConfig, prompt: int, device: str):
-    """One row: GRPO, then IAPO, from the same random weights."""
+    """Measure one row: GRPO and then IAPO, from the same random weights."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         write_random_model(config, Path(folder), device)
@@ -86,7 +87,7 @@ def measure(name: str, config: PreTrainedConfig, settings: TrainConfig, prompt: 
             folder, four_bit=True, lora_rank=settings.lora_rank, device=device,
             gradient_checkpointing=settings.gradient_checkpointing,
         )  # fmt: skip
-    # A stop token that random weights draw once in a vocabulary: rows run to the limit.
+    # Random weights hardly ever draw this stop token, so rows run to the length limit.
     policy.model.generation_config.eos_token_id = config.vocab_size - 1
     problems = problems_of(policy, prompt)
     prompt = encode_prompts(policy, problems)[0].shape[1]
@@ -119,7 +120,7 @@ def measure(name: str, config: PreTrainedConfig, settings: TrainConfig, prompt: 
     return {
         "shape": name,
         "planned_gb": planned.total / GB,
-        "peak_gb": None,  # measured on CUDA devices only
+        "peak_gb": None,  # only measured on CUDA devices
         "planned_tensors_gb": planned.tensors / GB,
         "peak_tensors_gb": None,
         **peaks,
@@ -134,18 +135,18 @@ def measure(name: str, config: PreTrainedConfig, settings: TrainConfig, prompt: 
 
 
 def main() -> None:
-    """Measure the shapes asked for; rows of other shapes in the file stay."""
+    """Measure the given shapes; rows of other shapes in the file are kept."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("shapes", nargs="*", default=list(CARD_OF), help=", ".join(CARD_OF))
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape instead, short texts")
-    parser.add_argument("--steps", type=int, default=4, help="per method, one of them warm-up (4)")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny shape and short texts")
+    parser.add_argument("--steps", type=int, default=4, help="steps per method, one to warm up (4)")
     parser.add_argument("--out", type=Path, help="results (default: figures/results/memory.json)")
     args = parser.parse_args()
     if not args.tiny and not (args.device.startswith("cuda") and torch.cuda.is_available()):
         print(
             f"memory.py: device is {args.device}, but real shapes need a CUDA device that works "
-            "here; --tiny --device cpu runs the same path on a tiny shape.",
+            "here; --tiny --device cpu runs the same code on a tiny shape.",
             file=sys.stderr,
         )
         raise SystemExit(2)

@@ -1,11 +1,11 @@
-"""How far our verifier and the MATH benchmark's string normalisation agree.
+"""Compare our verifier with the string normalisation of the MATH benchmark.
 
     python benchmarks/rewards.py --data-file ../shared/data/math500_test.json
 
-The authors' code compares answers as the MATH benchmark always did: strings, after a list of
-replacements (:func:`normalised`, in our own words). Both judge the same pairs here: each reference
-of a MATH-500 file against ways to write it that are right, and near misses that are wrong. The
-pairs are made by rules, so what is right is known. Writes figures/results/rewards.json.
+The authors' code compares answers like the MATH benchmark: as strings, after a list of replacements
+(:func:`normalised` is our own version of it). Here both judge the same pairs: each reference of a
+MATH-500 file with right variants of it, and with near misses that are wrong. Rules make the pairs,
+so the right verdicts are known. Writes figures/results/rewards.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent.parent / "figures" / "results" / "rewards.json"
 
 
 def normalised(answer: str) -> str:
-    """An answer after the replacements of the MATH benchmark; equal strings are equal answers."""
+    """An answer after the replacements of the MATH benchmark, which compares such strings."""
     text = answer.replace("\n", "").replace(r"\!", "").replace("\\\\", "\\")
     text = text.replace("tfrac", "frac").replace("dfrac", "frac")
     text = text.replace(r"\left", "").replace(r"\right", "")
@@ -45,7 +45,7 @@ def normalised(answer: str) -> str:
 
 
 def bare(answer: str) -> str:
-    """An answer without the delimiters that either judge is given it in."""
+    """An answer without delimiters, which both judges get without them."""
     answer = answer.strip()
     for start, end in (("$", "$"), ("\\boxed{", "}")):
         if answer.startswith(start) and answer.endswith(end):
@@ -54,18 +54,18 @@ def bare(answer: str) -> str:
 
 
 def by_strings(given: str, reference: str) -> bool:
-    """What the string normalisation says."""
+    """Whether two answers are equal after string normalisation."""
     return normalised(bare(given)) == normalised(reference)
 
 
 def _decimal(value: Fraction) -> str | None:
-    """Exact decimal of a fraction that has a short one."""
+    """The exact decimal of a fraction, or None if it is not short."""
     scaled = value * 10**6
     return None if scaled.denominator > 1 else f"{float(value):.6f}".rstrip("0")
 
 
 def right(reference: str) -> Iterator[tuple[str, str]]:
-    """``(variant, text)``: the reference written in other ways."""
+    """Pairs ``(variant, text)`` of right answers: the reference written in other ways."""
     yield "as written", reference
     yield "in dollars", f"${reference}$"
     yield "boxed", f"\\boxed{{{reference}}}"
@@ -102,7 +102,7 @@ def right(reference: str) -> Iterator[tuple[str, str]]:
 
 
 def wrong(reference: str) -> Iterator[tuple[str, str]]:
-    """``(variant, text)``: near misses of the reference."""
+    """Pairs ``(variant, text)`` of wrong answers: near misses of the reference."""
     value = as_number(reference)
     if value is not None:
         yield "number + 1", str(value + 1)
@@ -122,7 +122,7 @@ def wrong(reference: str) -> Iterator[tuple[str, str]]:
 
 
 def measure(references: list[str]) -> dict:
-    """Judge every pair both ways; shares and counts as in the results file."""
+    """Judge every pair both ways and return the content of the results file."""
     rows: dict[str, dict] = {}
     differ, began = [], time.perf_counter()
     for reference in references:
@@ -154,7 +154,7 @@ def measure(references: list[str]) -> dict:
 
 
 def verdict_table(results: dict) -> str:
-    """The results as a Markdown table: how many pairs of a variant are judged as they should be."""
+    """Markdown table with the number of rightly judged pairs of each variant."""
     lines = ["| variant | pairs | ours | strings | agree |", "|---|---|---|---|---|"]
     for truth, title in ((True, "right"), (False, "wrong")):
         for name, row in results["variants"].items():
@@ -165,7 +165,7 @@ def verdict_table(results: dict) -> str:
 
 
 def main() -> None:
-    """Command line, see the head of this file."""
+    """Run the command line that the head of this file describes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data-file", required=True, help="MATH-500 as .json, .jsonl or .parquet")
     problems = load_problems("math500", "all", parser.parse_args().data_file)

@@ -1,18 +1,19 @@
-"""Completion tokens per second of the ways to sample: ours and transformers' own fast paths.
+"""Measure completion tokens per second of our sampler and of transformers' fast ways to sample.
 
     python benchmarks/sampling.py                       # qwen2.5-0.5b on a CUDA device
     python benchmarks/sampling.py qwen2.5-1.5b
     python benchmarks/sampling.py --tiny --device cpu   # a tiny shape, in seconds
 
-Random weights, 8 prompts of about 200 tokens, 8 completions each of 512 tokens, at temperature 1.
-With 4-bit weights under the adapter and with the merged 16-bit copy of them (fp32 on a CPU):
+The weights are random. There are 8 prompts of about 200 tokens with 8 completions of 512 tokens
+each, at temperature 1. Every way is measured with 4-bit weights under the adapter, and with a
+merged 16-bit copy of them (fp32 on a CPU):
 
-* ``native``: ``rollouts.sample``, which runs a prompt once per group and drops rows that end;
+* ``native``: ``sampling.sample``, which runs a prompt once per group and drops rows that end;
 * ``generate``: ``model.generate`` with its growing cache;
 * ``static``: the same with a static cache, which transformers compiles on a CUDA device;
 * ``paged``: ``model.generate_batch``, continuous batching over a paged cache (CUDA only).
 
-A way that fails is written down with its reason. Rows go into figures/results/sampling.json.
+If a way fails, its reason is recorded. Rows are written to figures/results/sampling.json.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ GENERATIONS = 8
 
 
 def native(policy: Policy, problems, length: int) -> int:
-    """Our sampler; tokens written."""
+    """Sample with our sampler; return the number of tokens."""
     rollouts = sample(policy, problems, num_generations=GENERATIONS, max_completion_length=length)
     return int(rollouts.completion_mask.sum())
 
 
 def generate(policy: Policy, problems, length: int, **settings) -> int:
-    """transformers' generate; tokens written."""
+    """Sample with transformers' generate; return the number of tokens."""
     ids, mask = (x.repeat_interleave(GENERATIONS, 0) for x in encode_prompts(policy, problems))
     out = policy.model.eval().generate(
         ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=length,
@@ -54,12 +55,12 @@ def generate(policy: Policy, problems, length: int, **settings) -> int:
 
 
 def static(policy: Policy, problems, length: int) -> int:
-    """generate with a static cache; tokens written."""
+    """Sample with generate and a static cache; return the number of tokens."""
     return generate(policy, problems, length, cache_implementation="static")
 
 
 def paged(policy: Policy, problems, length: int) -> int:
-    """generate_batch; tokens written."""
+    """Sample with generate_batch; return the number of tokens."""
     ids, mask = encode_prompts(policy, problems)
     rows = [i[m].tolist() for i, m in zip(ids, mask) for _ in range(GENERATIONS)]
     config = GenerationConfig(
@@ -77,7 +78,7 @@ WAYS = {"native": native, "generate": generate, "static": static, "paged": paged
 
 @torch.no_grad()
 def measure(policy: Policy, problems, length: int, way: str, cuda: bool) -> dict:
-    """Tokens per second of the second of two runs (the first compiles), or why there are none."""
+    """Tokens per second of the second of two runs (the first compiles), or why it failed."""
     try:
         for _ in range(2):
             start = time.perf_counter()
@@ -91,17 +92,17 @@ def measure(policy: Policy, problems, length: int, way: str, cuda: bool) -> dict
 
 
 def main() -> None:
-    """Measure one shape; rows of other shapes in the file stay."""
+    """Measure one shape; rows of other shapes in the file are kept."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("shape", nargs="?", default="qwen2.5-0.5b", help=", ".join(SHAPES))
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape instead, short texts")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny shape and short texts")
     parser.add_argument("--out", type=Path, help="default: figures/results/sampling.json")
     args = parser.parse_args()
     cuda = args.device.startswith("cuda")
     if not args.tiny and not (cuda and torch.cuda.is_available()):
         print(f"sampling.py: device is {args.device}, but real shapes need a CUDA device that "
-              "works here; --tiny --device cpu runs the same path on a tiny shape.",
+              "works here; --tiny --device cpu runs the same code on a tiny shape.",
               file=sys.stderr)  # fmt: skip
         raise SystemExit(2)
     name, length, prompts = ("tiny", 12, 2) if args.tiny else (args.shape, 512, 8)
@@ -110,7 +111,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_random_model(config, Path(folder), args.device)
         adapted = load_policy(folder, four_bit=True, device=args.device)
-    # Rows run to the limit: random weights draw this token once in a vocabulary.
+    # Random weights hardly ever draw this stop token, so rows run to the length limit.
     adapted.model.generation_config.eos_token_id = config.vocab_size - 1
     problems = problems_of(adapted, 200) * prompts
     rows = []

@@ -1,12 +1,13 @@
-"""A GRPO step of ours against one of TRL's on the same work, and our loss against TRL's.
+"""Compare the time of a GRPO step here and in TRL, and the values of both losses.
 
     python benchmarks/trl.py                  # a few minutes; embedded policy, CPU, one thread
-    python benchmarks/trl.py --check          # judge the committed ratio, measure nothing
+    python benchmarks/trl.py --check          # judge the committed ratio without measuring
 
-Both train a LoRA adapter of rank 16 with a KL term on the same prompts, with as many completions,
-the same limit of length and one update a step. After each step of TRL comes one of ours, so a busy
-machine slows both alike; medians are compared. Ours is a whole call of ``train`` for one step: run
-folder, metrics and saved adapter included. TRL's is what lies between its step callbacks.
+Both train a LoRA adapter of rank 16 with a KL term, on the same prompts, with the same number of
+completions, the same length limit and one update per step. Steps of TRL and of ours alternate, so a
+busy machine slows both equally, and medians are compared. Our time is that of a whole call of
+``train`` for one step, including run folder, metrics and saved adapter. TRL's time is that between
+its step callbacks.
 
 Writes figures/results/trl.json.
 """
@@ -23,7 +24,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-# This file's folder is first on the path, and the file has the name of the library it measures.
+# The folder of this file is first on the path, and this file would hide the library trl.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
 import torch
@@ -44,11 +45,11 @@ from iapo_mini.trainer import train
 RESULTS = Path(__file__).parent.parent / "figures" / "results" / "trl.json"
 LIMITS = {"our_step_over_trl_step": 0.5, "max_loss_difference": 1e-5}
 LOSSES = {"grpo": "sequence", "bnpo": "token", "dapo": "token"}
-"""TRL's loss types that are ours too -> our aggregation."""
+"""TRL's loss types that exist here as well -> our aggregation."""
 
 
 def trl_trainer(folder: str, policy, problems, group: int, prompts: int, limit: int, **settings):
-    """TRL's trainer on a policy of ours, for one update after each batch of completions."""
+    """TRL's trainer with our policy, for one update after each batch of completions."""
     steps = len(problems) // prompts
     config = GRPOConfig(
         folder, use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
@@ -64,7 +65,7 @@ def trl_trainer(folder: str, policy, problems, group: int, prompts: int, limit: 
 
 
 class _Interleaved(TrainerCallback):
-    """Times TRL's steps and, after each of them, one of ours."""
+    """Times each step of TRL, and one of our steps after it."""
 
     def __init__(self, ours):
         self.ours, self.seconds, self.lengths = ours, {"trl": [], "ours": []}, []
@@ -80,7 +81,7 @@ class _Interleaved(TrainerCallback):
 
 
 def step_seconds(repeats: int, prompts: int, group: int, limit: int) -> dict:
-    """Seconds of each step after a first, untimed one, and mean tokens of a completion."""
+    """Seconds of each step after an untimed first step, and mean tokens per completion."""
     told = stories("train", seed=0)
     batches = [list(itertools.islice(told, prompts)) for _ in range(repeats + 1)]
     policy, lengths = load_policy(lora_rank=16), []
@@ -115,10 +116,10 @@ def step_seconds(repeats: int, prompts: int, group: int, limit: int) -> dict:
 
 
 def loss_difference(prompts: int, group: int, limit: int) -> float:
-    """Largest difference of our loss from TRL's on the same completions, over the shared types.
+    """Largest difference between our loss and TRL's on the same completions, over shared types.
 
-    Log-probabilities of the old and the reference policy are shifted, so that ratios are clipped
-    and the KL term counts; advantages are drawn for each token.
+    Log-probabilities of the old and the reference policy are shifted, so some ratios are clipped
+    and the KL term is not 0. Advantages are random for each token.
     """
     worst, problems = 0.0, list(itertools.islice(stories("tune"), prompts))
     for loss_type, aggregation in LOSSES.items():
@@ -156,12 +157,12 @@ def loss_difference(prompts: int, group: int, limit: int) -> float:
 
 
 def main() -> None:
-    """Measure, write, judge."""
+    """Measure, write and judge the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each (%(default)s)")
-    parser.add_argument("--prompts", type=int, default=8, help="prompts a step (%(default)s)")
-    parser.add_argument("--group", type=int, default=8, help="completions a prompt (%(default)s)")
-    parser.add_argument("--limit", type=int, default=224, help="completion tokens (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts per step (%(default)s)")
+    parser.add_argument("--group", type=int, default=8, help="completions per prompt (%(default)s)")
+    parser.add_argument("--limit", type=int, default=224, help="length limit, tokens (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results (%(default)s)")
     parser.add_argument("--check", action="store_true", help="judge the committed results only")
     options = parser.parse_args()

@@ -20,21 +20,21 @@ from iapo_mini.problems.datasets import check_data, training_problems
 
 @dataclass
 class Source:
-    """Which model and which problems.
+    """The model and the problems.
 
     Attributes:
         model: "embedded", a model folder or a hub id.
         data: stories, gsm8k, math500, dapo_math or commonsense_qa.
-        data_file: local file with the problems; empty: from the hub.
+        data_file: local file with the problems; if empty, the data is loaded from the hub.
         problems: number of problems, from the start of the training stream.
         lora_rank: rank of the adapter on all linear layers; 0 trains every weight.
     """
 
     model: str = field(default="embedded", metadata={"help": "embedded, a folder or a hub id"})
     data: str = field(default="stories", metadata={"help": "stories, gsm8k, ..."})
-    data_file: str = field(default="", metadata={"help": "local file; empty: from the hub"})
+    data_file: str = field(default="", metadata={"help": "local file; empty uses the hub"})
     problems: int = field(default=7000, metadata={"help": "training problems"})
-    lora_rank: int = field(default=0, metadata={"help": "rank of the adapter; 0: none"})
+    lora_rank: int = field(default=0, metadata={"help": "rank of the adapter; 0 for no adapter"})
 
 
 if __name__ == "__main__":
@@ -56,4 +56,4 @@ if __name__ == "__main__":
     )  # fmt: skip
     trainer.train()
     trainer.save_model()
-    trainer.save_state()  # trainer_state.json: what was logged
+    trainer.save_state()  # writes the log to trainer_state.json

@@ -1,4 +1,4 @@
-"""Observers of a run: three moments, each with its numbers."""
+"""Observers of a run, which are called at three kinds of moments with the run's numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from iapo_mini.errors import first_line
 
 
 class Watcher(Protocol):
-    """What :func:`iapo_mini.trainer.train` calls. Any object with these methods will do."""
+    """The methods that :func:`iapo_mini.trainer.train` calls on any observer."""
 
     def on_step(self, metrics: dict[str, Any]) -> object:
         """Called after every step with its line of ``metrics.jsonl``."""
@@ -30,7 +30,7 @@ def _nothing(*_: object) -> None:
 
 @dataclass(frozen=True)
 class Callback:
-    """A :class:`Watcher` made of functions; those that are not given do nothing.
+    """A :class:`Watcher` made of functions; functions that are not given do nothing.
 
     Attributes:
         on_step, on_evaluate, on_end: as in :class:`Watcher`.
@@ -52,7 +52,7 @@ def together(watchers: Sequence[Watcher]) -> Callback:
 
 @contextlib.contextmanager
 def ending(watchers: Sequence[Watcher]) -> Iterator[Callback]:
-    """All of them as one, whose ``on_end`` is called when what is within has ended, in any way."""
+    """Join all watchers; their ``on_end`` is called when the context ends, in whatever way."""
     watcher = together(watchers)
     try:
         yield watcher
@@ -61,11 +61,11 @@ def ending(watchers: Sequence[Watcher]) -> Iterator[Callback]:
 
 
 def harmless(watcher: Watcher, name: str) -> Callback:
-    """The same watcher, whose errors end its watching instead of the run.
+    """The same watcher, but after an error it is no longer called, and the run continues.
 
     Args:
         watcher: for example a reporter that needs a network.
-        name: how the warning calls it.
+        name: its name in the warning.
     """
     alive = [True]
 
@@ -75,11 +75,11 @@ def harmless(watcher: Watcher, name: str) -> Callback:
                 return
             try:
                 call(*told)
-            except Exception as error:  # whatever a library raises must not end the training
+            except Exception as error:  # no error of a library may end the training
                 alive[0] = False
                 warnings.warn(
-                    f"{name} failed ({first_line(error)}) and is not told any more; training goes "
-                    "on, and metrics.jsonl has every step.",
+                    f"{name} failed ({first_line(error)}) and gets no more metrics; training "
+                    "continues, and metrics.jsonl has every step.",
                     stacklevel=2,
                 )
 

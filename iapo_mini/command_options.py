@@ -1,4 +1,4 @@
-"""The options of every command: names, defaults and what `--help` says of them."""
+"""The options of every command: names, defaults and help texts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         help="also send metrics to trackio, wandb or tensorboard (default: none)",
     )  # fmt: skip
     add("--keep-completions", type=whole, default=0, metavar="N",
-        help="keep the completions of every N-th step as Parquet, to be read with `iapo-mini look` "
+        help="keep the completions of every N-th step as Parquet, to read with `iapo-mini look` "
         "(default: none)",
     )  # fmt: skip
     add_train_options(parser)
@@ -53,8 +53,8 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=number, default=1.0, help="of sampling; 0 is greedy (%(default)s)")
     add("--seed", type=whole, default=0, help="sampling seed (%(default)s)")
     add("--lenient", action="store_true",
-        help="also count right answers in whatever format: the last answer tag, the last boxed "
-        "one, or the last number of the text",
+        help="also count right answers in any format: the last answer tag, the last boxed answer, "
+        "or the last number of the text",
     )  # fmt: skip
     add("--out",
         help="JSON file of results; completions go beside it as JSONL, and the same command "
@@ -99,10 +99,10 @@ def add_look(parser: argparse.ArgumentParser) -> None:
     add("--step", type=whole, help="a step that was kept (default: the last one)")
     add("--group", type=whole, default=0, help="number of the prompt in the step (%(default)s)")
     add("--show", choices=("informativeness", "advantage"), default="informativeness",
-        help="what colours the tokens (%(default)s)",
+        help="values that colour the tokens (%(default)s)",
     )  # fmt: skip
     add("--color", choices=("auto", "always", "never"), default="auto",
-        help="colour the terminal; 'never' prints the numbers beside the tokens (%(default)s)",
+        help="colour tokens in the terminal; 'never' prints numbers beside them (%(default)s)",
     )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add("--adapter", required=True, help="folder of a trained adapter: RUN/final")
     add("--out", required=True, help="new folder for safetensors and tokenizer")
     add("--as", dest="kind", choices=("merged", "adapter"), default="merged",
-        help="merged into its model, or the adapter alone (%(default)s)",
+        help="export the merged model, or the adapter alone (%(default)s)",
     )  # fmt: skip
     add("--card", action="store_true",
         help="write a model card (README.md) from the adapter's run: method, settings, numbers",

@@ -109,11 +109,12 @@ class TrainConfig:
         gradient_checkpointing: compute activations twice instead of keeping them.
         engine: engine for sampling: ``"native"`` (``iapo_mini.sampling``) or, if installed,
             ``"vllm"``.
-        eval_every: judge the policy after every so many steps, on problems that are neither
-            trained on nor reported (:mod:`iapo_mini.held_out`); 0 never does.
-        eval_problems: number of these problems, four completions each.
+        eval_every: steps between evaluations during training, on problems that are neither
+            trained on nor reported (:mod:`iapo_mini.held_out`); 0 for no evaluations.
+        eval_problems: number of these problems, with four completions each.
         best_by: measure of the best policy, which ``best/`` keeps: ratio@1, pass@1 or length.
-        patience: stop after so many evaluations without a better one; 0 never stops.
+        patience: number of evaluations without a better one after which training stops; 0 for
+            never.
         reward: ``"strict"`` (an answer counts only in a well-formed completion) or ``"released"``
             (format and answer are judged separately, as in the paper's released code).
 

@@ -13,15 +13,15 @@ from iapo_mini.config import CARDS, TrainConfig
 from iapo_mini.errors import check_choice, first_line, shown
 
 OF_A_RUN = ("from_recipe", "data_fingerprint", "model_fingerprint")
-"""What a run's config.json holds beside its settings."""
+"""Entries of a run's config.json that are not settings."""
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Fields of TrainConfig as a file gives them, those of its ``card`` filled in.
+    """Read fields of TrainConfig from a file; the fields of its ``card`` are filled in.
 
     Args:
-        path: ``.yaml``, ``.yml`` or ``.json``. In a run's ``config.json`` the fields that came from
-            the method's recipe are left out, so another method brings its own.
+        path: ``.yaml``, ``.yml`` or ``.json``. Fields of a run's ``config.json`` that came from the
+            method's recipe are left out, so another method uses its own recipe.
 
     Returns:
         Field name -> value, for ``TrainConfig(**settings)``, which checks the values.
@@ -33,7 +33,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"config must be a .yaml or .json file, got '{path}'")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML, too
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is also YAML
     except OSError as error:
         raise ValueError(
             f"config is '{path}', which can't be read ({error.strerror or error})."
@@ -41,7 +41,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"config is '{path}', which is damaged ({first_line(error)}).") from error
     if not isinstance(found, dict):
-        raise ValueError(f"config must hold one setting a line, 'name: value', got {shown(found)}")
+        raise ValueError(f"config must hold lines of the form 'name: value', got {shown(found)}")
     recipe = found.get("from_recipe") or ()
     settings = {
         name: value for name, value in found.items() if name not in (*OF_A_RUN, "card", *recipe)
@@ -56,7 +56,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def _number(value: Any, kind: Any) -> Any:
-    """YAML reads 1e-5 as text, since it wants 1.0e-5; where a field is a number, it is meant so."""
+    """Convert text to a number if the field is a number: YAML reads 1e-5 as text, 1.0e-5 not."""
     if isinstance(value, str) and float in (typing.get_args(kind) or (kind,)):
         try:
             return float(value)

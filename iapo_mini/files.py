@@ -47,10 +47,10 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Give a file or folder another name, in place of a file that has it.
+    """Rename a file or folder, replacing an existing file.
 
     Raises:
-        OSError: when the system refuses, on Windows for ``HELD`` seconds.
+        OSError: when the system refuses; on Windows after ``HELD`` seconds of attempts.
     """
     end = time.monotonic() + HELD
     while True:
@@ -70,7 +70,7 @@ def versions() -> dict[str, str]:
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under a temporary name, then rename, so that it is whole or absent."""
+    """Let ``write`` make a file under a temporary name and rename it, so it is never incomplete."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)

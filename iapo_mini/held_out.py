@@ -1,9 +1,9 @@
-"""Judging during training, on problems that are neither trained on nor reported on.
+"""Evaluation during training, on problems that are neither trained on nor reported.
 
-Every ``eval_every`` steps the policy answers problems of the *tune* stream. A line with the result
-goes into ``evaluations.jsonl``, the best policy so far is kept in ``best/``, and training may stop
-when it no longer improves. Choosing the best checkpoint on the problems that are reported would
-flatter it (docs/how_it_was_measured.md).
+Every ``eval_every`` steps the policy answers problems of the *tune* stream. The result is a line of
+``evaluations.jsonl``, the best policy so far is kept in ``best/``, and training can stop when it no
+longer improves. If the best checkpoint were chosen on the reported problems, its numbers would be
+too good (docs/how_it_was_measured.md).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ BEST = "best"
 """Folder of the best policy so far, with ``evaluation.json`` beside its weights."""
 STREAM = "tune"
 GROUP = 4
-"""Completions of each problem."""
+"""Number of completions of each problem."""
 
 
 def held_out_problems(config: TrainConfig) -> list[Problem]:
-    """The problems that a run is judged on; none with ``eval_every`` 0.
+    """The problems on which a run is evaluated; empty if ``eval_every`` is 0.
 
     Raises:
-        ValueError: when the run trains on that stream itself, or its data has too few problems.
+        ValueError: when the run trains on the same stream, or its data has too few problems.
     """
     if config.eval_every == 0:
         return []
@@ -59,7 +59,7 @@ def held_out_problems(config: TrainConfig) -> list[Problem]:
 
 
 def better(found: Mapping[str, Any], than: Mapping[str, Any] | None, by: str) -> bool:
-    """Whether an evaluation beats another one; of equal ones the earlier stays."""
+    """Whether an evaluation is better than another one; equal ones are not."""
     if than is None:
         return True
     sign = -1 if by == "length" else 1
@@ -67,7 +67,7 @@ def better(found: Mapping[str, Any], than: Mapping[str, Any] | None, by: str) ->
 
 
 def exhausted(rows: Sequence[Mapping[str, Any]], by: str, patience: int) -> bool:
-    """Whether none of the last ``patience`` evaluations beats all before them; 0 never ends."""
+    """Whether none of the last ``patience`` evaluations is the best so far; False if it is 0."""
     if patience == 0 or len(rows) <= patience:
         return False
     best = None
@@ -80,9 +80,11 @@ class HeldOut:
     """The evaluations of one run; a resumed run continues them.
 
     Args:
-        folder: of the run; config: its settings; problems: from :func:`held_out_problems`.
-        done: steps that the run has already made. Later lines are dropped: those steps, and their
-            evaluations, are made again to the same numbers.
+        folder: folder of the run.
+        config: settings of the run.
+        problems: from :func:`held_out_problems`.
+        done: number of steps that the run has already made. Later lines are dropped, because those
+            steps and their evaluations are repeated with the same numbers.
     """
 
     def __init__(
@@ -97,11 +99,11 @@ class HeldOut:
 
     @property
     def ended(self) -> bool:
-        """Whether patience is at an end."""
+        """Whether training should stop."""
         return exhausted(self.rows, self.config.best_by, self.config.patience)
 
     def __call__(self, step: int, policy: Policy) -> dict[str, Any] | None:
-        """Evaluate after this step, if it is due; keep the result, and the policy if it is best."""
+        """Evaluate after this step if due; keep the result, and the policy if it is the best."""
         if self.config.eval_every == 0 or step % self.config.eval_every:
             return None
         found = evaluate(

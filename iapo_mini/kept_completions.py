@@ -1,12 +1,12 @@
-"""What a step sampled, kept as Parquet: TRL's columns, and a number for every token.
+"""The completions of a step as a Parquet file, with TRL's columns and numbers for every token.
 
-RUN/completions/completions_00020.parquet, a row for each completion:
+RUN/completions/completions_00020.parquet has a row for each completion:
   step, prompt, completion     as TRL writes them with log_completions=True; texts
   reward, advantage            of the completion; advantage is the mean over its tokens
-  correct, answer, length      whether it is right; the reference answer; tokens
+  correct, answer, length      whether it is right; the reference answer; number of tokens
   tokens                       the text of every token
-  token_advantages             the advantage of every token, as trained with
-  informativeness              s of every token, nats; null where the method asks for none
+  token_advantages             the advantage of every token in training
+  informativeness              s of every token, nats; null if the method does not use it
   old_logprobs                 log pi_old of every token, nats
 """
 
@@ -28,7 +28,7 @@ FOLDER = "completions"
 
 
 def path_of(run: Path, step: int) -> Path:
-    """The file of a step."""
+    """Path of the file of a step."""
     return run / FOLDER / f"completions_{step:05d}.parquet"
 
 
@@ -39,11 +39,14 @@ def keep(
     advantages: torch.Tensor,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Write the file of a step, whole or not at all.
+    """Write the file of a step completely or not at all.
 
     Args:
-        run: folder of the run; step: from 1.
-        rollouts: B completions, scored; advantages: (B, L).
+        run: folder of the run.
+        step: number of the step, from 1.
+        rollouts: B scored completions.
+        advantages: (B, L).
+        tokenizer: the policy's tokenizer.
     """
     import pyarrow
     import pyarrow.parquet

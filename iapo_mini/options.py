@@ -64,9 +64,9 @@ def _number_or_word(text: str) -> int | str:
 
 
 def print_any_text() -> None:
-    """Print ``?`` for a character that stdout can't show, instead of an error.
+    """Print ``?`` for a character that stdout can't show, instead of raising an error.
 
-    A pipe on Windows takes the characters of cp1252 alone, and a completion may hold any.
+    A pipe on Windows takes only the characters of cp1252, and a completion may hold any.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
@@ -131,8 +131,8 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option, **settings)
     parser.add_argument(
         "--config", metavar="FILE",
-        help="YAML or JSON file with settings by the names below, or the config.json of a run; "
-        "options given beside it take precedence (default: none)",
+        help="YAML or JSON file of settings with the names below, or the config.json of a run; "
+        "other options override it (default: none)",
     )  # fmt: skip
     parser.add_argument(
         "--card", choices=tuple(CARDS),

@@ -75,10 +75,10 @@ def released_reward(completion: str, reference: str) -> tuple[float, bool]:
 
 
 def lenient_answer(completion: str) -> str | None:
-    """The answer that a completion gives in whatever format.
+    """The answer of a completion in any format.
 
     It is the content of the last ``<answer>`` tag, else that of the last ``\\boxed{}``, else the
-    last number of the text. None where there is none of them.
+    last number of the text. None if there is none of these.
     """
     _, opened, rest = completion.rpartition("<answer>")
     if opened and (tagged := rest.split("</answer>")[0].strip()):

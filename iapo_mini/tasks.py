@@ -12,7 +12,7 @@ _SYSTEM = (
     "solves it. The assistant first thinks about the reasoning process and then gives the answer. "
     "The reasoning is enclosed in <think>...</think> and the answer in <answer>...</answer>."
 )
-# The worked example is part of the system prompt and not a turn of its own. The chat templates of
+# The worked example is part of the system prompt and not a separate turn. The chat templates of
 # several reasoning models drop the thinking from earlier assistant turns, which would remove half
 # of the example.
 _EXAMPLE = "\nExample: What is 2 + 2?\n<think>2 + 2 = 4.</think>\n<answer>4</answer>"

@@ -1,11 +1,11 @@
-"""Shared fixtures: tiny policies made on the spot; no test needs a download or shipped weights."""
+"""Shared fixtures: tiny policies that the tests make, so no test needs a download."""
 
 import copy
 import os
 import random
 
-# Set before transformers is imported: a test that asks for an unknown model must not wait for a
-# network, and must not depend on one.
+# Set before transformers is imported. A test that loads an unknown model must not wait for a
+# network or depend on one.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -32,7 +32,7 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True)
 def _repeatable():
-    """One thread and fixed seeds for each test, whatever ran before it."""
+    """Give each test one thread and fixed seeds, whatever ran before it."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)
@@ -45,7 +45,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_folder(tokenizer, tmp_path_factory):
-    """Folder of a random Qwen2 whose predictions depend strongly on the whole context."""
+    """Folder of a random Qwen2 model whose predictions depend strongly on the whole context."""
     folder = tmp_path_factory.mktemp("tiny")
     torch.set_num_threads(1)
     model = redraw(build_model(tokenizer, seed=0, hidden=64, layers=2))
@@ -56,7 +56,7 @@ def tiny_folder(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base_policy(tiny_folder):
-    """The tiny policy without an adapter. Shared: tests read it and never train it."""
+    """The tiny policy without an adapter. It is shared, so tests never train it."""
     return load_policy(tiny_folder, lora_rank=0)
 
 
@@ -68,7 +68,7 @@ def lora_policy(tiny_folder):
 
 @pytest.fixture
 def stopping_policy(base_policy):
-    """The tiny policy with a sixth of the vocabulary as stop tokens: rows end at many lengths."""
+    """The tiny policy with a sixth of the vocabulary as stop tokens, so rows have many lengths."""
     policy = Policy(copy.deepcopy(base_policy.model), base_policy.tokenizer)
     size = policy.model.config.vocab_size
     eos = policy.tokenizer.eos_token_id
@@ -78,11 +78,11 @@ def stopping_policy(base_policy):
 
 @pytest.fixture(scope="session")
 def schooled_folder(tokenizer, tmp_path_factory):
-    """Folder of a tiny policy that writes short answers, so that rewards vary and training moves.
+    """Folder of a tiny policy that writes short answers, so rewards vary and training works.
 
-    It answers any prompt with ``<think> n.</think><answer> n</answer>``, n from 4 to 7 by chance,
-    and leaves out the closing tag three times in ten. A random policy earns the same reward for
-    everything, and a test that trains it would compare runs in which nothing happens.
+    It answers any prompt with ``<think> n.</think><answer> n</answer>``, with a random n from 4 to
+    7, and leaves out the closing tag three times in ten. All completions of a random policy would
+    earn the same reward, and a test that trains it would compare runs in which nothing happens.
     """
     folder = tmp_path_factory.mktemp("schooled")
     torch.set_num_threads(1)
@@ -114,7 +114,7 @@ def schooled_folder(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def config(schooled_folder):
-    """A short run in which something happens. A file that needs another length replaces fields."""
+    """A short run in which weights change. Test files replace fields for other lengths."""
     return TrainConfig(
         method="iapo",
         model=schooled_folder,

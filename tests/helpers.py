@@ -1,4 +1,4 @@
-"""Plain re-computations that the tests compare the library with. Slow and simple on purpose."""
+"""Simple, slow computations that the tests compare the library with."""
 
 import contextlib
 import json
@@ -22,14 +22,14 @@ from iapo_mini.tasks import POSTFIX, Problem
 from iapo_mini.trainer import train
 
 PATIENCE = 1800
-"""Seconds that a test waits for another process: a machine with other work is not a fault."""
+"""Seconds that a test waits for another process; long enough for a busy machine."""
 
 REAL_DATA = "IAPO_TEST_DATA"
 """Environment variable: a folder with gsm8k_test.jsonl and math500_test.json."""
 
 
 def real_problems(name):
-    """Path of a file of real problems; the test is skipped where there is none."""
+    """Path of a file of real problems; the test is skipped if there is none."""
     path = Path(os.environ.get(REAL_DATA, "")) / name
     if not path.is_file():
         pytest.skip(f"{REAL_DATA} names no folder that holds {name}")
@@ -41,7 +41,7 @@ REAL_MODEL = "IAPO_REAL_MODEL"
 
 
 def real_model():
-    """What ``REAL_MODEL`` names, a folder by its whole path; the test is skipped without it."""
+    """The model in ``REAL_MODEL``, a folder as absolute path; the test is skipped without it."""
     named = os.environ.get(REAL_MODEL)
     if not named:
         pytest.skip(f"{REAL_MODEL} names no model; make real MODEL=... runs this")
@@ -62,12 +62,12 @@ POSTFIXES = ["".join(f" {n}" for n in range(7, 7 + k)) for k in range(1, 9)]
 
 
 def close(found, expected, atol=1e-4):
-    """Equal up to ``atol``, whatever the size."""
+    """Equal up to the absolute tolerance ``atol``."""
     torch.testing.assert_close(found, expected, atol=atol, rtol=0)
 
 
 def redraw(model, seed=0):
-    """Draw new weights, so large that mistakes in masks and positions show in the logits."""
+    """Draw new weights that are large enough for wrong masks or positions to change the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -81,7 +81,7 @@ def redraw(model, seed=0):
 
 
 def perturb_lora(policy, seed=1, scale=0.1):
-    """Make the adapter matter: a new adapter has lora_B = 0 and changes nothing."""
+    """Change the adapter's weights, because a new adapter has lora_B = 0 and no effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in policy.trainable().items():
@@ -91,10 +91,10 @@ def perturb_lora(policy, seed=1, scale=0.1):
 
 
 def assert_close_in_fp32(one, other):
-    """Equal up to fp32 rounding that a few layers add up, relative to the largest value.
+    """Equal up to the fp32 rounding of a few layers, relative to the largest value.
 
-    One rounding is 6e-8 of a value; sums in another order, layer upon layer, came to 9e-6 of the
-    largest logit, more on some processors than on others.
+    One rounding is 6e-8 of a value. Sums in another order in several layers gave errors up to 9e-6
+    of the largest logit, depending on the processor.
     """
     size = float(other.abs().max())
     torch.testing.assert_close(one, other, atol=3e-5 * size, rtol=0)
@@ -104,8 +104,7 @@ def make_rollouts(prompts, completions, group, vocabulary=800, pad=0, seed=0, le
     """Rollouts of random tokens.
 
     ``prompts``: length of each group's prompt; ``completions``: length of each row. ``left`` and
-    ``right`` add that many columns of padding on top of what raggedness needs; the tokens are the
-    same whatever the padding.
+    ``right`` are numbers of additional columns of padding, which do not change the tokens.
     """
     assert len(completions) == group * len(prompts)
     generator = torch.Generator().manual_seed(seed)
@@ -138,7 +137,7 @@ def make_rollouts(prompts, completions, group, vocabulary=800, pad=0, seed=0, le
 
 
 def written(completions, group, pad=0):
-    """Rollouts that hold the given lists of tokens, behind random prompts of three tokens."""
+    """Rollouts with the given lists of tokens after random prompts of three tokens."""
     prompts = [3] * (len(completions) // group)
     rollouts = make_rollouts(prompts, [len(row) for row in completions], group, pad=pad)
     ids = rollouts.completion_ids.clone()
@@ -149,7 +148,7 @@ def written(completions, group, pad=0):
 
 @st.composite
 def padded_pairs(draw):
-    """The same rollouts twice, the second with more padding on both sides, of another token."""
+    """The same rollouts twice, the second time with more padding of another token on both sides."""
     prompts = draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
     group = draw(st.integers(1, 3))
     rows = group * len(prompts)
@@ -168,7 +167,7 @@ def unpadded(rollouts, i):
 
 
 def plain_log_softmax(model, rollouts, i, temperature=1.0):
-    """(length, V) log-probabilities of row i by one forward pass on its own, nothing padded."""
+    """(length, V) log-probabilities of row i from one forward pass without padding."""
     prompt, completion = unpadded(rollouts, i)
     logits = model(torch.cat([prompt, completion])[None], use_cache=False).logits[0]
     return torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, dim=-1)
@@ -215,7 +214,7 @@ def tiny_policy(name, tokenizer, attention="sdpa", dtype=torch.float32, **change
 
 
 def saved_bytes(policy, rollouts, memory_mb):
-    """Bytes that the forward pass keeps for the backward pass, each storage once."""
+    """Bytes that the forward pass keeps for the backward pass, with each storage counted once."""
     storages = {}
 
     def pack(x):
@@ -234,19 +233,19 @@ WINDOWED = ("mistral", "qwen2")
 
 
 def windowed_policy(name, tokenizer, window):
-    """A policy every layer of which looks back only ``window`` tokens."""
+    """A policy in which every layer sees only the last ``window`` tokens."""
     qwen2 = {"use_sliding_window": True, "max_window_layers": 0}
     changes = qwen2 if name == "qwen2" else {}
     return tiny_policy(name, tokenizer, sliding_window=window, **changes)
 
 
 WAYS = ("flat", "shared", "cached", "naive")
-"""How prefixes are asked: "flat" and "shared" are the two ways behind ``way="packed"``."""
+"""Ways to ask after prefixes; "flat" and "shared" are the two variants of ``way="packed"``."""
 
 
 @contextlib.contextmanager
 def only(way, **settings):
-    """Gives the ``EarlyExit`` that leads to one of ``WAYS``; fails when another does the work."""
+    """Yield the ``EarlyExit`` for one of ``WAYS``; fail if another way is used."""
     ran = set()
     with pytest.MonkeyPatch.context() as patch:
         if way == "shared":
@@ -265,16 +264,16 @@ def only(way, **settings):
 
 
 def entropies_by(way, policy, rollouts, postfix=POSTFIX, **sizes):
-    """Answer entropies, asked in one of ``WAYS``."""
+    """Answer entropies by one of ``WAYS``."""
     with only(way, postfix=postfix, **sizes) as how:
         return answer_entropies(policy, rollouts, how)
 
 
 @torch.no_grad()
 def forced_logits(policy, rollouts, i, t, suffix):
-    """(suffix length, V): prompt, first t completion tokens and suffix by a forward of their own.
+    """(suffix length, V): logits of one forward pass over prompt, t completion tokens and suffix.
 
-    Row j predicts what follows the suffix's j-th token.
+    Row j predicts the token after the suffix's j-th token.
     """
     prompt, completion = unpadded(rollouts, i)
     ids = torch.cat([prompt, completion[:t], suffix])
@@ -282,7 +281,7 @@ def forced_logits(policy, rollouts, i, t, suffix):
 
 
 def explicit_entropies(policy, rollouts, postfix=POSTFIX):
-    """H(y | q, o_<=t) spelled out, (B, L + 1)."""
+    """H(y | q, o_<=t) by its definition, (B, L + 1)."""
     suffix = encode_postfix(policy, postfix)
     out = torch.zeros(len(rollouts.lengths), rollouts.completion_ids.shape[1] + 1)
     for i, n in enumerate(rollouts.lengths.tolist()):
@@ -293,7 +292,7 @@ def explicit_entropies(policy, rollouts, postfix=POSTFIX):
 
 
 def metrics(folder):
-    """The logged lines without what depends on the clock."""
+    """The logged lines without numbers that depend on the clock."""
     lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     timing = ("seconds_", "tokens_per_second")
     return [{k: v for k, v in json.loads(x).items() if not k.startswith(timing)} for x in lines]
@@ -306,7 +305,7 @@ def weights(folder):
 
 
 def content(folder):
-    """Metrics without what depends on the clock, and the bytes of the final weights."""
+    """Metrics without numbers that depend on the clock, and the bytes of the final weights."""
     return metrics(folder), weights(folder)
 
 
@@ -316,6 +315,6 @@ def run(config, folder, **kwargs):
 
 
 def run_here(jobs, parallel=None, kept=None):
-    """Run an experiment's jobs in this process, which spares each of them its imports."""
+    """Run an experiment's jobs in this process, to save the imports of each."""
     for job in jobs:
         run_job(job)

@@ -1,4 +1,4 @@
-"""Completions made to break a parser or to fool a reward; seeded, each with what is right of it."""
+"""Seeded completions that try to break a parser or to fool a reward."""
 
 import os
 import random
@@ -40,7 +40,7 @@ BOMBS = [
 
 
 def completion(rng: random.Random) -> str:
-    """One text; about half are well-formed so that their answers are looked at."""
+    """One text; about half of them are well-formed, so their answers are judged."""
     kind = rng.random()
     if kind < 0.02:  # 100 kB
         piece = rng.choice([*PIECES, "</think><answer>", "</answer>x", "<think>" + " " * 50])
@@ -64,14 +64,15 @@ def completions(count: int, seed: int = 0) -> list[str]:
 
 
 RIGHT = re.compile(r"[^0-9A-Za-z%-]*(?:\\boxed)?[^0-9A-Za-z%-]*72(?:\.0+)?[^0-9A-Za-z%-]*")
-"""All that may be rewarded where 72 is the answer."""
-_SIZES = re.compile(r"\\(?:left|right)(?![a-z])")  # LaTeX's brackets may grow; no meaning
+"""Every answer that may be rewarded if 72 is the reference."""
+_SIZES = re.compile(r"\\(?:left|right)(?![a-z])")  # the size of brackets has no meaning
 
 
 def judge_all(texts: list[str], reference: str) -> float:
-    """Reward every text; the most processor seconds that one took, math-verify's process included.
+    """Reward every text and return the longest time of one, in processor seconds.
 
-    Fails when one is rewarded that is not right; of other references than 72 none is.
+    The time includes math-verify's process. Fails if a wrong text is rewarded. If the reference is
+    not 72, every text is wrong.
     """
     verify.equal_answers("x+1", "1+x+0")  # starts math-verify
     worst = 0.0
@@ -87,7 +88,7 @@ def judge_all(texts: list[str], reference: str) -> float:
 
 
 def _spent() -> float:
-    """Processor seconds of this process and of math-verify's, the ended ones as well."""
+    """Processor seconds of this process and of math-verify's processes, also of ended ones."""
     others = os.times()
     running = verify._process
     seconds = time.process_time() + others.children_user + others.children_system

@@ -1,4 +1,4 @@
-"""Scored rollouts with given numbers, and plain references of the advantages, for the tests."""
+"""Scored rollouts with given numbers, and plain references of the advantages."""
 
 import math
 import statistics
@@ -53,7 +53,7 @@ def scored(lengths, group, rewards, informativeness, old_probabilities, right=0,
     for i, n in enumerate(lengths):
         old[i, :n] = torch.tensor(old_probabilities[i]).log()
         s[i, :n] = torch.tensor(informativeness[i])
-        # Any numbers do for entropies that are only compared with a reference that reads the same.
+        # The entropies are only compared with a reference that reads the same ones.
         h[i, :n] = torch.tensor(old_probabilities[i]).neg() + 1.0
     rewards = torch.tensor(rewards)
     r = r.filled(rewards=rewards, correct=rewards > 1, informativeness=s, token_entropies=h)
@@ -62,7 +62,7 @@ def scored(lengths, group, rewards, informativeness, old_probabilities, right=0,
 
 @st.composite
 def rollouts(draw):
-    """Random groups, ragged lengths. Values lie on a grid: populations are flat or clearly not."""
+    """Random groups of ragged lengths. Values lie on a grid, so spreads are 0 or clearly not 0."""
     group = draw(st.integers(2, 4))
     lengths = draw(st.lists(st.integers(1, 7), min_size=group, max_size=3 * group))
     lengths = lengths[: len(lengths) // group * group]

@@ -1,4 +1,4 @@
-"""An adapter is what it says it is: its base is found, and a merge is the same model."""
+"""Adapters: their base is found and checked, and a merge gives the same model."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from iapo_mini.policy import Policy, load_policy
 
 IDS = torch.tensor([[5, 9, 2, 300, 41, 7]])
 
-# Kinds of adapters, beside the plain one, that people train with peft.
+# Kinds of adapters besides the plain one that people train with peft.
 KINDS = {
     "plain": {},
     "rank-stabilised": {"use_rslora": True},
@@ -37,7 +37,7 @@ KINDS = {
 
 
 def trained(kind, tokenizer, **changes):
-    """A policy with an adapter of this kind whose every trained weight has moved."""
+    """A policy with an adapter of this kind in which every trained weight has changed."""
     base = tiny_policy("qwen2", tokenizer, tie_word_embeddings=False, **changes).model
     settings = {"target_modules": ["q_proj", "v_proj", "down_proj"], **KINDS[kind]}
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings))
@@ -50,7 +50,7 @@ def trained(kind, tokenizer, **changes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_merged_model_is_model_and_adapter_whatever_the_kind(kind, tokenizer):
+def test_a_merged_model_equals_model_and_adapter_for_every_kind(kind, tokenizer):
     policy = trained(kind, tokenizer)
     with torch.no_grad():
         expected = policy.model(IDS).logits
@@ -84,7 +84,7 @@ def test_a_merge_that_is_another_model_is_refused(tokenizer):
         check_merge(policy.model, merged, torch.float32)
 
 
-def test_a_kind_that_can_not_be_merged_is_one_sentence_and_is_used_unmerged(tokenizer):
+def test_a_kind_that_can_not_be_merged_is_refused_but_works_unmerged(tokenizer):
     policy = trained("bias of B", tokenizer)
     base = tiny_policy("qwen2", tokenizer).model
     config = LoraConfig(r=4, target_modules=["down_proj"], lora_bias=True, task_type="CAUSAL_LM")
@@ -95,7 +95,7 @@ def test_a_kind_that_can_not_be_merged_is_one_sentence_and_is_used_unmerged(toke
 
 
 @pytest.mark.parametrize("kind", ["plain", "DoRA", "saved module", "token indices", "embedding"])
-def test_what_is_exported_is_the_policy(kind, tokenizer, tmp_path, capsys):
+def test_an_exported_model_equals_the_policy(kind, tokenizer, tmp_path, capsys):
     policy = trained(kind, tokenizer)
     base = tmp_path / "base"
     policy.model.get_base_model()
@@ -119,7 +119,7 @@ def adapter(tiny_folder, tmp_path):
     return tmp_path / "adapter"
 
 
-def test_the_base_of_an_adapter_is_found_by_it(adapter, tiny_folder):
+def test_an_adapter_finds_its_base(adapter, tiny_folder):
     assert base_of(adapter) == {"model": tiny_folder}
     policy = load_policy(adapter=adapter)
     assert policy.name == tiny_folder and isinstance(policy.model, PeftModel)
@@ -132,7 +132,7 @@ def test_an_adapter_of_the_embedded_policy_names_it_and_no_folder_of_this_machin
 
 
 def test_another_base_is_refused(adapter, tiny_folder, tmp_path):
-    """Also under the same path, and though every shape fits."""
+    """This holds also under the same path and with equal shapes."""
     other = tmp_path / "other"
     shutil.copytree(tiny_folder, other)
     weights = load_file(other / "model.safetensors")
@@ -153,15 +153,15 @@ def test_the_same_base_in_4_bits_is_the_same(adapter, tiny_folder):
     load_policy(tiny_folder, adapter=adapter, four_bit=True)
 
 
-def test_an_adapter_from_elsewhere_is_known_by_peft_s_own_name(adapter, tiny_folder):
-    """Without base.json nothing is known of the weights, and nothing is refused."""
+def test_the_base_of_a_foreign_adapter_is_found_by_pefts_entry(adapter, tiny_folder):
+    """Without base.json the weights are not known, so no model is refused."""
     (adapter / "base.json").unlink()
     assert base_of(adapter) == {"model": tiny_folder}
     load_policy(adapter=adapter)
 
 
 @pytest.mark.parametrize("name", ["base.json", "adapter_config.json"])
-def test_what_an_adapter_says_of_its_base_is_named_when_damaged(adapter, tiny_folder, name):
+def test_a_damaged_file_about_the_base_is_named(adapter, tiny_folder, name):
     (adapter / "base.json").unlink()
     (adapter / name).write_text('{"model": ', encoding="utf-8")
     with pytest.raises(ValueError, match=rf"{name}"):
@@ -170,7 +170,7 @@ def test_what_an_adapter_says_of_its_base_is_named_when_damaged(adapter, tiny_fo
         load_policy(tiny_folder, adapter=adapter)
 
 
-def test_some_weights_tell_models_apart(tokenizer):
+def test_some_weights_distinguish_models(tokenizer):
     one, other = (tiny_policy("qwen2", tokenizer).model for _ in range(2))
     assert some_weights(one) == some_weights(other) and len(some_weights(one)) > 20
     with torch.no_grad():
@@ -195,7 +195,7 @@ again.merged()
 
 
 def test_lora_works_beside_a_torchao_that_peft_refuses(tmp_path):
-    """Colab has such a one. It is never imported: this one is empty."""
+    """Colab has such a torchao. It is never imported; the one in this test is empty."""
     (tmp_path / "torchao").mkdir()
     (tmp_path / "torchao" / "__init__.py").write_text("", encoding="utf-8")
     facts = tmp_path / "torchao-0.10.0.dist-info"
@@ -212,7 +212,7 @@ def test_lora_works_beside_a_torchao_that_peft_refuses(tmp_path):
 
 
 def test_peft_itself_refuses_an_old_torchao(monkeypatch):
-    """What the guard is for; where this no longer fails, the guard can go."""
+    """This is the reason for the guard. When this test fails, the guard can be removed."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr("peft.import_utils.importlib_metadata.version", lambda name: "0.10.0")
     with pytest.raises(ImportError, match="incompatible version of torchao"):

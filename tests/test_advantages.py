@@ -1,4 +1,4 @@
-"""Token advantages against plain Python with loops and the statistics module."""
+"""Token advantages, compared with plain Python loops and the statistics module."""
 
 import math
 import subprocess
@@ -37,7 +37,7 @@ def test_iapo_by_hand():
     r = example()
     check(iapo(r, 0.0, 0.0), plain_grpo(r))
     check(iapo(r, 1.0, 0.1), plain_iapo(r, 1.0, 0.1))
-    # One number worked out on paper: row 1, token 0. s = 0.2, 0.4 and c = -0.2, -0.8.
+    # One number computed by hand: row 1, token 0, with s = 0.2, 0.4 and c = -0.2, -0.8.
     s = -0.1 / (0.1 * math.sqrt(2) + 1e-4)
     c = 0.3 / (0.3 * math.sqrt(2) + 1e-4)
     a = -1 / (math.sqrt(2) + 1e-4)
@@ -53,7 +53,7 @@ def test_advantages_equal_the_plain_reference(r, alpha, beta):
 
 @settings(max_examples=60)
 @given(rollouts(), st.sampled_from([0.0, 0.1, 1.0]))
-def test_without_information_nothing_is_paid_for_it(r, beta):
+def test_without_informativeness_its_term_is_zero(r, beta):
     check(iapo_ni(r, 3.0, beta), plain_iapo(r, 0.0, beta))
 
 
@@ -63,8 +63,8 @@ def test_without_extra_terms_iapo_is_grpo_to_the_last_bit(r):
     assert torch.equal(iapo(r, 0.0, 0.0), grpo(r))
 
 
-def test_padding_is_in_no_population():
-    """The same rollouts with more columns, and with any numbers in them."""
+def test_padding_is_in_no_norm():
+    """More columns of padding, with arbitrary numbers in them, change nothing."""
     expected = iapo(example(), 1.0, 1.0)
     for right, junk in [(3, 0.0), (0, 9.0), (2, -9.0)]:
         found = iapo(example(right=right, junk=junk), 1.0, 1.0)
@@ -73,7 +73,7 @@ def test_padding_is_in_no_population():
 
 
 def test_equal_rewards_give_no_advantage():
-    # 0.1 is no binary fraction, so its mean is rounded.
+    # 0.1 is not a binary fraction, so its mean is rounded.
     for value in (1.5, -1.5, 0.1):
         found = grpo(example(rewards=[value] * 4))
         assert torch.equal(found, torch.zeros_like(found))
@@ -121,7 +121,7 @@ def test_informative_tokens_get_more():
     r = example()
     term = iapo(r, 1.0, 0.0) - grpo(r)
     assert term[0, 0] > term[0, 1] > term[0, 2]
-    # A normalised term moves credit between the tokens of a completion and adds none.
+    # A normalised term moves credit between the tokens of a completion; its sum is 0.
     torch.testing.assert_close(term.sum(1), torch.zeros(4), atol=1e-5, rtol=0)
 
 
@@ -155,7 +155,7 @@ def test_methods_by_name():
     r = example()
     assert torch.equal(ADVANTAGES["grpo"](r, 1.0, 1.0), grpo(r))
     assert torch.equal(ADVANTAGES["iapo"](r, 1.0, 1.0), iapo(r, 1.0, 1.0))
-    # GRPO runs must not pay for, nor need, the estimate.
+    # GRPO runs must neither need the estimate nor spend time on it.
     r = replace(r, known={name: x for name, x in r.known.items() if name != "informativeness"})
     informed = {name for name, recipe in RECIPES.items() if recipe.information is not None}
     assert informed == {"iapo", "iapo_ne", "iapo_pmi"}
@@ -172,7 +172,7 @@ def test_methods_by_name():
 
 
 @pytest.mark.parametrize("module", ["advantages", "objective", "rollouts"])
-def test_what_is_mathematics_is_imported_without_models_and_data(module):
+def test_mathematical_modules_import_no_models_and_no_data(module):
     program = f"import sys, iapo_mini.{module}; print(*sys.modules, sep='\\n')"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE

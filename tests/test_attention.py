@@ -16,7 +16,7 @@ def test_positions_count_real_tokens_only():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_masks_are_in_the_form_that_the_attention_takes(tokenizer, dtype):
-    """True would count 1 where the mask is added to the scores."""
+    """Where the mask is added to the scores, True would count as 1."""
     mask = torch.tensor([[[[True, False], [True, True]]]])
     assert model_mask(tiny_policy("llama", tokenizer, "sdpa", dtype).model, mask) is mask
     added = model_mask(tiny_policy("llama", tokenizer, "eager", dtype).model, mask)

@@ -1,7 +1,7 @@
-"""The methods that IAPO is compared with, against plain Python and numbers made by hand.
+"""The methods that IAPO is compared with, tested by plain Python and by numbers made by hand.
 
-Each is held against the formula of its own source; where IAPO's authors use another form of it,
-that form is a method of its own.
+Each is compared with the formula of its source. If IAPO's authors use another form of a method,
+that form is a separate method.
 """
 
 import math
@@ -39,7 +39,7 @@ def groups_of(r):
 
 
 def repaid(r, change):
-    """GRPO's rows for rewards that are changed by a list."""
+    """GRPO's rows after adding a list to the rewards."""
     return plain_grpo(r.filled(rewards=r.rewards + torch.tensor(change)))
 
 
@@ -86,7 +86,7 @@ def plain_gtpo(r, weight):
             sign = 1 if right else -1
             tokens = [(i, t) for i in own for t in range(len(rows[i]))]
             shaped = [sign * ((1 - weight) + weight * shares[i][t]) for i, t in tokens]
-            # Shares of one completion alone are 1 up to rounding.
+            # The share of a single completion is 1 up to rounding.
             flat = shaped and max(shaped) - min(shaped) < 1e-5
             for (i, t), a in zip(tokens, [0.0] * len(shaped) if flat else norm(shaped)):
                 rows[i][t] = a
@@ -132,7 +132,7 @@ def test_baselines_equal_the_plain_reference(r, weight, limit):
 
 
 def test_overlong_punishment_by_hand():
-    """Limit 10, buffer 2: free up to 8 tokens, -0.5 at 9, -1 at 10."""
+    """Limit 10, buffer 2: 0 up to 8 tokens, -0.5 at 9, -1 at 10."""
     r = example(
         lengths=[4, 8, 9, 10], group=4, informativeness=[[0.0] * n for n in (4, 8, 9, 10)],
         old_probabilities=[[0.5] * n for n in (4, 8, 9, 10)],
@@ -140,7 +140,7 @@ def test_overlong_punishment_by_hand():
     assert overlong_punishment(replace(r, limit=10)).tolist() == [0, 0, -0.5, -1]
     assert not overlong_punishment(r).any()  # no limit is known
     assert torch.equal(dapo(r), grpo(r))
-    assert r.rewards.tolist() == [1.5, -0.5, -1.5, 1.5]  # what is logged stays the reward
+    assert r.rewards.tolist() == [1.5, -0.5, -1.5, 1.5]  # the logged reward does not change
 
 
 def test_length_rewards_by_hand():
@@ -156,7 +156,7 @@ def test_length_rewards_by_hand():
     check(grpo_efficient(r, 0.4), repaid(r, [-0.4 * x for x in loss]))
 
 
-def test_equal_lengths_are_paid_nothing_for_length():
+def test_equal_lengths_get_no_length_reward():
     r = example(
         lengths=[2, 2], rewards=[1.5, -0.5], informativeness=[[0.0] * 2] * 2,
         old_probabilities=[[0.5] * 2] * 2,
@@ -165,7 +165,7 @@ def test_equal_lengths_are_paid_nothing_for_length():
 
 
 def test_gfpo_by_hand():
-    """Four completions of 3, 2, 4 and 1 tokens: the one of 4 is dropped, also from the mean."""
+    """Of completions with 3, 2, 4 and 1 tokens, the longest is dropped, also from the mean."""
     r = example(group=4)
     found = gfpo(r)
     mean, std = (1.5 - 0.5 + 1.5) / 3, 2 / math.sqrt(3)
@@ -191,7 +191,7 @@ def test_gfpo_keeps_the_shortest_share(group, share, kept):
 
 
 def test_gtpo_by_hand():
-    """Two right completions with entropies 1 and 3 at their first token, one goes on alone."""
+    """Two right completions have entropies 1 and 3 at their first token; only one continues."""
     r = example(
         lengths=[2, 1], rewards=[1.5, 1.5], informativeness=[[0.0] * 2, [0.0]],
         old_probabilities=[[0.5, 0.5], [0.5]],
@@ -204,13 +204,13 @@ def test_gtpo_by_hand():
     a = 0.05 / (0.05 + 1e-4)
     torch.testing.assert_close(gtpo(r, 0.1), torch.tensor([[-a, 0.0], [a, 0.0]]))
     wrong = r.filled(rewards=r.rewards - 2, correct=~r.correct)
-    # Wrong: the sure one pays three times as much.
+    # In wrong completions the more certain token has three times the weight.
     torch.testing.assert_close(gtpo_iapo(wrong, 0.1), -torch.tensor([[0.15, 0.1], [0.05, 0.0]]))
     torch.testing.assert_close(gtpo(wrong, 0.1), torch.tensor([[-a, 0.0], [a, 0.0]]))
 
 
-def test_gtpo_as_published_normalises_right_and_wrong_apart():
-    """So neither is better than the other on the whole: only their tokens differ."""
+def test_gtpo_as_published_normalises_right_and_wrong_separately():
+    """So the mean advantage of both is 0, and only single tokens differ."""
     r = example(group=4)
     found = gtpo(r, 0.3)
     for rows in (r.correct, ~r.correct):
@@ -218,7 +218,7 @@ def test_gtpo_as_published_normalises_right_and_wrong_apart():
         assert found[rows].abs().max() > 0.5
 
 
-def test_gtpo_does_not_drown_in_a_token_without_doubt():
+def test_a_certain_token_does_not_dominate_gtpo():
     r = example()
     r = r.filled(token_entropies=torch.zeros_like(r.token_entropies))
     assert gtpo_iapo(r, 0.1).isfinite().all() and gtpo(r, 0.1).isfinite().all()
@@ -255,8 +255,8 @@ def test_sgrpo_scales_both_thresholds():
 
 @settings(max_examples=30)
 @given(rollouts(), st.sampled_from([0.01, 0.35, 1.0]))
-def test_what_is_not_counted_has_no_advantage(r, alpha):
-    """Else a token would be paid that the loss leaves out."""
+def test_tokens_that_are_not_counted_have_no_advantage(r, alpha):
+    """Otherwise a token could have an advantage that the loss leaves out."""
     for name, rule in (("gfpo", gfpo), ("sgrpo", sgrpo)):
         counted = COUNTED[name](r, alpha)
         assert counted.dtype == torch.bool and not (counted & ~r.completion_mask).any()

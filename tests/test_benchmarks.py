@@ -1,4 +1,4 @@
-"""The benchmarks on a tiny shape and a CPU, so that they run when they are asked for."""
+"""Run the benchmarks with a tiny shape on a CPU, to know that they work."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def run(script, *arguments):
     )  # fmt: skip
 
 
-def test_memory_goes_the_whole_way_on_a_tiny_shape(tmp_path):
+def test_the_memory_benchmark_runs_on_a_tiny_shape(tmp_path):
     out = tmp_path / "memory.json"
     done = run("memory.py", "--tiny", "--device", "cpu", "--steps", 2, "--out", out)
     assert done.returncode == 0, done.stderr
@@ -36,7 +36,7 @@ def test_memory_goes_the_whole_way_on_a_tiny_shape(tmp_path):
     assert 12 < row["length"] <= 16
 
 
-def test_sampling_goes_the_whole_way_on_a_tiny_shape(tmp_path):
+def test_the_sampling_benchmark_runs_on_a_tiny_shape(tmp_path):
     out = tmp_path / "sampling.json"
     done = run("sampling.py", "--tiny", "--device", "cpu", "--out", out)
     assert done.returncode == 0, done.stderr
@@ -49,7 +49,7 @@ def test_sampling_goes_the_whole_way_on_a_tiny_shape(tmp_path):
     assert all(r["tokens_per_second"] > 0 and r["tokens"] > 100 for r in rows), rows
 
 
-def test_trl_goes_the_whole_way_on_a_few_completions(tmp_path):
+def test_the_trl_benchmark_runs_on_a_few_completions(tmp_path):
     pytest.importorskip("trl", reason="the extra [trl] is not installed")
     out = tmp_path / "trl.json"
     sizes = ("--repeats", 1, "--prompts", 2, "--group", 2, "--limit", 16)
@@ -65,7 +65,7 @@ def test_trl_goes_the_whole_way_on_a_few_completions(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says so only without a CUDA device")
 @pytest.mark.parametrize("script", ["memory.py", "sampling.py"])
-def test_without_a_card_they_say_so(script):
+def test_without_a_gpu_they_say_so(script):
     done = run(script)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.strip().splitlines()

@@ -1,4 +1,4 @@
-"""The explorer in JupyterLab, in a real browser. Skipped where there is none."""
+"""The explorer in JupyterLab in a real browser. Skipped if there is no browser."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_explorer_moves_in_jupyterlab(lab, tmp_path):
         page.set_default_timeout(240_000)
         page.goto(f"{lab}/lab/tree/explore.ipynb")
         page.wait_for_selector(".jp-Notebook .jp-Cell")
-        # Asked to run before its kernel is there, a notebook opens a dialog.
+        # A notebook that is run before its kernel is ready opens a dialog.
         kernel = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
         page.wait_for_function(f"{kernel}?.status === 'idle'")
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells') && null")

@@ -1,4 +1,4 @@
-"""The fine-tune that makes forced early answers calibrated, and the loss it lowers."""
+"""The fine-tuning that calibrates forced early answers, and its loss."""
 
 import itertools
 import random
@@ -22,7 +22,7 @@ from iapo_mini.tasks import Problem
 
 
 def trunk_of(policy, rollouts):
-    """Prompts and completions, read in one padded pass."""
+    """Prompts and completions, processed in one padded pass."""
     tokens = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)
     mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
@@ -32,7 +32,7 @@ def trunk_of(policy, rollouts):
 
 
 def loss_of_whole_sequences(model, rollouts, after, postfix, answers):
-    """The exit loss, one plain pass for each exit, gradients through all of it."""
+    """The exit loss from one plain pass for each exit, with gradients through all of it."""
     losses = []
     for i, row in enumerate(after.tolist()):
         prompt, completion = unpadded(rollouts, i)
@@ -133,7 +133,7 @@ def test_forecast_targets_are_mixtures_of_what_comes_later(exits, td_lambda, see
     torch.testing.assert_close(found.sum(-1), torch.ones(2, exits))
 
 
-def test_with_lambda_one_only_the_truth_counts(tiny_folder):
+def test_with_lambda_one_only_the_true_answer_counts(tiny_folder):
     policy = load_policy(tiny_folder, lora_rank=0)
     rollouts, postfix = make_rollouts([4, 7], [5, 3], 1), encode_postfix(policy)
     ends = rollouts.prompt_ids.shape[1] - 1 + torch.tensor([[0, 2, 4], [1, 2, 3]])
@@ -148,8 +148,8 @@ def test_with_lambda_one_only_the_truth_counts(tiny_folder):
     assert abs(float(losses[0] - losses[2])) > 0.01
 
 
-def test_a_forecast_that_agrees_with_the_next_is_left_alone():
-    """Only the last of three exits after the same prefix feels the truth when lambda is small."""
+def test_a_forecast_that_agrees_with_the_next_gets_no_gradient():
+    """With a small lambda, only the last of three exits after one prefix gets a gradient."""
     logits = torch.randn(1, 1, 7).expand(1, 3, 7).clone().requires_grad_()
     targets = forecast_targets(logits, torch.tensor([2]), 1e-6)
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1)).backward()
@@ -164,7 +164,7 @@ def chains(n, seed=0):
 
 
 def mean_exit_loss(policy, problems):
-    """Loss of the true answer after prefixes spread over the chain, by plain passes."""
+    """Loss of the true answer after prefixes spread over the chain, from plain passes."""
     rng, total = random.Random(1), []
     texts = ["".join(s.text for s in chain_of_thought(p, rng, 0.0)) for p in problems]
     rollouts = from_texts(policy, problems, texts)
@@ -210,8 +210,8 @@ def test_equal_seeds_calibrate_alike(tiny_folder):
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_the_anchor_holds(schooled_folder):
-    """The stronger, the nearer the policy stays to what it was."""
+def test_the_anchor_keeps_the_policy_close(schooled_folder):
+    """A stronger anchor keeps the policy closer to its start."""
     drift = []
     for anchor in (0.0, 100.0):
         policy = load_policy(schooled_folder, lora_rank=0)

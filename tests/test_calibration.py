@@ -23,7 +23,7 @@ from iapo_mini.sampling import from_texts, sample
 
 @pytest.mark.parametrize("parts", [1, 4])
 def test_exit_calibration_asks_after_equal_parts(schooled_folder, parts):
-    """Against explicit forwards, with references that the policy gives at some of the exits."""
+    """Compared with plain forward passes, with references that some of the exits give."""
     policy = load_policy(schooled_folder, lora_rank=0)
     rollouts = sample(policy, TRIVIAL, num_generations=4, max_completion_length=12)
     answers = ["4", "5", "6", "7"] * 2
@@ -52,7 +52,7 @@ def test_exits_of_short_completions(base_policy):
 
 @pytest.mark.parametrize("against", ["final", "truth"])
 def test_calibration_judges_every_part_of_the_chain(schooled_folder, against):
-    """Three completions to a prompt, with answers of their own and one without."""
+    """Three completions per prompt, two with different answers and one without an answer."""
     policy = load_policy(schooled_folder, lora_rank=0)
     problems = [*TRIVIAL, *itertools.islice(stories("test"), 3)]
     texts = [f"<think> {n}.</think><answer> {n}</answer>" for n in (4, 5, 6, 7)]

@@ -1,6 +1,6 @@
-"""What surrounds a completion, in the ways of the model families that people train.
+"""Prompts and ends of turns for the model families that people train.
 
-Templates and end-of-turn tokens are those of the families; the tokenizer below them is our own.
+Templates and end-of-turn tokens are those of the families; the tokenizer is our own.
 """
 
 import copy
@@ -80,7 +80,7 @@ FAMILIES = {
 
 
 def in_the_way_of(family, tokenizer):
-    """A policy whose tokenizer has a family's template; the model names another stop token."""
+    """A policy whose tokenizer has a family's template and whose model names another stop token."""
     template, end, special = FAMILIES[family]
     tokenizer = copy.deepcopy(tokenizer)
     if tokenizer.convert_tokens_to_ids(end) in (None, tokenizer.unk_token_id):
@@ -104,7 +104,7 @@ def test_a_right_completion_earns_its_reward_in_every_family(family, tokenizer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_question_and_the_instructions_are_asked_in_every_family(family, tokenizer):
+def test_every_familys_prompt_has_the_question_and_the_instructions(family, tokenizer):
     policy, _ = in_the_way_of(family, tokenizer)
     prompt = render_prompt(policy.tokenizer, PROBLEM)
     assert SYSTEM_PROMPT_INTEGER in prompt and PROBLEM.question in prompt
@@ -112,7 +112,7 @@ def test_the_question_and_the_instructions_are_asked_in_every_family(family, tok
 
 
 def test_the_token_that_ends_a_row_is_dropped_and_no_other(tokenizer):
-    """It stands in generation_config alone; another special token in the text stays there."""
+    """Only generation_config names this token. Other special tokens in the text are kept."""
     policy, end = in_the_way_of("gemma", tokenizer)
     assert end not in policy.tokenizer.all_special_ids
     inside = policy.tokenizer.convert_tokens_to_ids("<|im_start|>")
@@ -132,7 +132,7 @@ def test_tags_that_are_special_tokens_stay_in_the_text(tokenizer):
     assert rollouts.texts(tokenizer) == [PERFECT] and float(rollouts.rewards[0]) == 1.5
 
 
-def test_what_the_template_writes_of_a_completion_is_judged_with_it(tokenizer):
+def test_a_prefill_of_the_template_is_judged_with_the_completion(tokenizer):
     policy, end = in_the_way_of("r1", tokenizer)
     assert prefill(policy.tokenizer) == "<think>\n"
     ids = [*policy.tokenizer.encode("ok</think>\n<answer>4</answer>"), end]
@@ -140,7 +140,7 @@ def test_what_the_template_writes_of_a_completion_is_judged_with_it(tokenizer):
     rollouts = score(rollouts, policy.tokenizer, [PROBLEM])
     assert rollouts.texts(policy.tokenizer) == ["<think>\nok</think>\n<answer>4</answer>"]
     assert float(rollouts.rewards[0]) == 1.5
-    # The estimator asks behind the same beginning: it stands in the prompts, once.
+    # The estimator asks after the same prefill, which occurs once in the prompts.
     prompt = policy.tokenizer.decode(rollouts.prompt_ids[0][rollouts.prompt_mask[0]])
     assert prompt.endswith("<think>\n")
     whole = from_texts(policy, [PROBLEM], ["<think>\nok</think>\n<answer>4</answer>"])
@@ -148,19 +148,19 @@ def test_what_the_template_writes_of_a_completion_is_judged_with_it(tokenizer):
     assert torch.equal(answer_entropies(policy, whole), answer_entropies(policy, rollouts))
 
 
-def test_other_templates_write_nothing_of_the_completion(tokenizer):
+def test_other_templates_have_no_prefill(tokenizer):
     for family in FAMILIES.keys() - {"r1"}:
         assert prefill(in_the_way_of(family, tokenizer)[0].tokenizer) == ""
 
 
 def test_a_base_model_with_a_chat_template_stops_at_the_end_of_a_turn(tokenizer):
-    """Its generation config names <|endoftext|> alone, which its chats never write."""
+    """Its generation config names only <|endoftext|>, which never occurs in chats."""
     policy, end = in_the_way_of("qwen3", tokenizer)
     other = policy.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     assert policy.eos_ids.tolist() == [end, other]
 
 
-def test_a_template_that_goes_on_in_plain_text_adds_no_stop_token(tokenizer):
+def test_a_template_that_continues_in_plain_text_adds_no_stop_token(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = _TURNS + "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     assert end_of_turn(tokenizer) is None
@@ -201,7 +201,7 @@ ENDLESS = [
 
 @pytest.mark.parametrize("template", ENDLESS)
 @pytest.mark.parametrize("main", [True, False], ids=["main thread", "another thread"])
-def test_a_template_without_an_end_is_given_up(tokenizer, template, main, monkeypatch):
+def test_a_template_that_never_ends_is_stopped(tokenizer, template, main, monkeypatch):
     monkeypatch.setattr(chat, "PATIENCE", 0.3)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = template
@@ -232,7 +232,7 @@ def test_a_model_without_a_stop_token_is_refused(tokenizer):
 
 @pytest.fixture(scope="module")
 def spaced():
-    """A tokenizer in the way of Llama 2: words carry the space before them, as SentencePiece."""
+    """A tokenizer like that of Llama 2, in which words include the space before them."""
     rng = random.Random(0)
     texts = []
     for problem in itertools.islice(stories("train", seed=0), 200):
@@ -255,7 +255,7 @@ def spaced():
     return found
 
 
-def test_a_text_that_goes_on_gets_no_stray_space(spaced):
+def test_a_continuing_text_gets_no_extra_space(spaced):
     assert spaced.convert_ids_to_tokens(spaced.encode(POSTFIX))[0].startswith("\u2581")
     for text in (POSTFIX, "7", "</answer>", " 7", "apples"):
         tokens = spaced.convert_ids_to_tokens(continuation_ids(spaced, text))
@@ -265,7 +265,7 @@ def test_a_text_that_goes_on_gets_no_stray_space(spaced):
     assert "".join(tokens) == POSTFIX
 
 
-def test_roles_of_story_tokens_are_right_where_words_carry_their_space(spaced):
+def test_roles_of_story_tokens_are_right_for_tokenizers_with_leading_spaces(spaced):
     rng = random.Random(1)
     for problem in itertools.islice(stories("tune", seed=2), 20):
         chain = chain_of_thought(problem, rng)
@@ -308,7 +308,7 @@ def test_a_model_that_can_not_write_a_perfect_completion_is_refused_before_any_w
 
 
 def test_a_tokenizer_that_loses_the_tags_is_refused(tokenizer):
-    """A normalizer that takes angle brackets for markup."""
+    """Its normalizer removes angle brackets as markup."""
     told = json.loads(tokenizer.backend_tokenizer.to_str())
     told["normalizer"] = {"type": "Replace", "pattern": {"String": "<answer>"}, "content": ""}
     told["added_tokens"] = [t for t in told["added_tokens"] if t["content"] != "<answer>"]

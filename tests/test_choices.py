@@ -1,4 +1,4 @@
-"""Who is paid where a sentence is opened."""
+"""How much a term favours computing over talk at the start of a sentence."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ def policy():
 
 @pytest.fixture(scope="module")
 def rollouts(policy):
-    """Two completions that part at their first sentence, where the policy is unsure."""
+    """Two completions that differ from their first sentence on, where the policy is unsure."""
     rows = [policy.tokenizer.encode(text, add_special_tokens=False) for text in (COMPUTES, TALKS)]
     found = written([[*row, int(policy.eos_ids[0])] for row in rows], group=2)
     entropies = torch.zeros(found.completion_mask.shape)
@@ -56,7 +56,7 @@ def test_pay_is_computing_minus_talk_in_standard_deviations(policy, rollouts, mo
     by_length = pay / n[:, None]
     expected = (3.0 / n[0] - 1.0 / n[1]) / by_length[mask].std()
     assert found["told"]["sequence"][0] == pytest.approx(float(expected), rel=1e-5)
-    # A constant pays nothing at a choice under the token mean, and the shorter one under the other.
+    # At a choice a constant gives 0 with the token mean; the sequence mean favours shorter rows.
     assert found["constant"]["token"] == [0.0, 0.0, 0.0]
     assert n[0] < n[1] and found["constant"]["sequence"][0] > 0.5
 

@@ -1,4 +1,4 @@
-"""Verdicts, choices and the numbers behind them, on results made by hand."""
+"""Verdicts, choices and their numbers, on results made by hand."""
 
 import math
 import os
@@ -87,7 +87,7 @@ def point(value, length, passed):
     return {"value": value, "length": [length] * 2, "pass@1": [passed] * 2}
 
 
-def test_a_weight_is_followed_until_training_collapses():
+def test_a_sweep_is_used_until_training_collapses():
     points = [point(0.1, 40, 0.8), point(0.2, 30, 0.41), point(0.4, 90, 0.39), point(1, 30, 0.8)]
     kept, told = claims._trained(points, "alpha")
     assert kept == points[:2]
@@ -98,7 +98,7 @@ def test_a_weight_is_followed_until_training_collapses():
     assert claims._trained(points[:2], "alpha") == (points[:2], "; for alpha up to 0.2")
 
 
-def test_equal_accuracy_can_be_tested_only_where_the_start_policy_leaves_room():
+def test_equal_accuracy_is_testable_only_if_the_start_policy_is_less_accurate():
     def table(start):
         rows = {"start": start, "iapo": [0.97, 0.98], "grpo": [0.98, 0.99]}
         return {"methods": {name: {"pass@8": values} for name, values in rows.items()}}
@@ -107,7 +107,7 @@ def test_equal_accuracy_can_be_tested_only_where_the_start_policy_leaves_room():
     assert claims._as_accurate(table([1.0, 0.97]), "pass@8", "grpo", "-").testable
 
 
-def test_a_departure_that_was_not_trained_tells_its_correlations_only():
+def test_an_untrained_departure_shows_only_its_correlations():
     rows = {
         "a": {"what": "A", "correlation": [0.98, 0.98], "terms": [0.9, 0.9]},
         "b": {"what": "B", "correlation": [0.5, 0.5], "length": [30.0, 31.0], "pass@1": [0.5, 0.5]},
@@ -150,7 +150,7 @@ def test_every_row_gets_as_many_different_valid_trials():
         assert len(trials) == 7 and len({str(t) for t in trials}) == 7
         for settings in trials:
             config = TrainConfig(**settings)
-            # As many completions a step for every row.
+            # Every row has the same number of completions per step.
             assert config.prompts_per_step * config.num_generations == 96
 
 
@@ -168,7 +168,7 @@ def test_trials_and_reported_runs_share_no_seed():
 
 
 def cut(results):
-    """Results of the first seed alone, in which nothing was right."""
+    """Results of the first seed only, without any right answers."""
     if isinstance(results, dict):
         return {k: [0.0] if k.startswith("pass@") else cut(v) for k, v in results.items()}
     if isinstance(results, list):
@@ -177,7 +177,7 @@ def cut(results):
     return results
 
 
-def test_one_seed_without_a_right_answer_tells_nothing():
+def test_one_seed_without_a_right_answer_gives_no_verdict():
     table, ablated, swept, theory, departed = (
         read_json(results_path(FIGURES, name, "full"))
         for name in ("table1", "ablation", "sweeps", "theory", "departures")
@@ -207,7 +207,7 @@ def run(*arguments):
 
 
 def test_claims_runs_every_experiment_and_judges_every_claim(tmp_path):
-    """All experiments at tiny size, in one command."""
+    """One command makes all experiments at a tiny size."""
     command = ["lab", "claims", "--preset", "quick"]
     command += ["--out", tmp_path / "runs", "--figures", tmp_path / "figures"]
     done = run(*command)
@@ -227,7 +227,7 @@ def test_claims_runs_every_experiment_and_judges_every_claim(tmp_path):
     for name in ("table1", "table1_quick_tradeoff", "ablation", "sweeps", "departures"):
         name = name if "quick" in name else f"{name}_quick"
         assert (tmp_path / f"figures/{name}.png").stat().st_size > 10_000
-    # Again: no run is made, the text is the same.
+    # A second call makes no runs and gives the same text.
     runs = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("result.json")}
     again = run(*command)
     assert (

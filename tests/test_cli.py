@@ -1,4 +1,4 @@
-"""The command line as a process: what a person types, what comes back, how bad input ends."""
+"""The command line as a process: its output, its files, and its errors for bad input."""
 
 import json
 import os
@@ -29,14 +29,14 @@ def run(*arguments, cwd=None):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """One `compare --preset quick`, shared by the tests that look at what it leaves."""
+    """One `compare --preset quick`, shared by the tests of its results."""
     folder = tmp_path_factory.mktemp("compare")
     arguments = ["compare", "--preset", "quick", "--out", folder / "runs"]
     arguments += ["--figures", folder / "figures", "--parallel", "2"]
     return folder, arguments, run(*arguments)
 
 
-def test_compare_prints_the_table_and_writes_what_it_names(compared):
+def test_compare_prints_the_table_and_writes_the_files_it_names(compared):
     folder, _, done = compared
     assert done.returncode == 0, done.stderr
     for row in ("| start policy |", "| GRPO |", "| IAPO |", "Pass@8", "Length@8", "Ratio@8"):
@@ -95,7 +95,7 @@ def test_train_then_resume(tmp_path):
 
 @pytest.fixture
 def questions(tmp_path):
-    """A file such as GSM8K's, of a dozen problems."""
+    """A file of a dozen problems in GSM8K's format."""
     path = tmp_path / "questions.jsonl"
     rows = [
         {"question": f"What is {n} + {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"}
@@ -131,7 +131,7 @@ def test_train_and_evaluate_on_a_local_file(tiny_folder, questions, tmp_path):
         results.with_suffix(".jsonl").read_text(encoding="utf-8"),
     )
     assert text.count("\n") == 10
-    # As a kill would leave it: no results, one whole batch and a half.
+    # The state after a kill: no results, and one and a half batches.
     results.unlink()
     results.with_suffix(".jsonl").write_text(
         "".join(text.splitlines(keepends=True)[:5]) + '{"pro', encoding="utf-8"
@@ -246,7 +246,7 @@ def test_bad_input_is_one_sentence_and_status_two(arguments, named, tmp_path):
 
 
 def test_help_comes_at_once():
-    """Under a second of processor time: a command's libraries are imported when it runs."""
+    """It takes less than a second of processor time, since commands import libraries late."""
     began = os.times()
     done = run("--help")
     spent = os.times()
@@ -263,7 +263,7 @@ def test_help_comes_at_once():
      ["methods"], ["train", "--help"], ["lab", "--help"]],
     ids=" ".join,
 )  # fmt: skip
-def test_what_needs_no_model_imports_no_model_code(arguments, tmp_path):
+def test_commands_without_a_model_import_no_model_code(arguments, tmp_path):
     (tmp_path / "run").mkdir()
     line = {"step": 1, "loss": 0.0, "reward": 1.0, "format": 1.0, "truncated": 0.0, "length": 9.0,
             "zero_variance_groups": 0.0, "grad_norm": 1.0, "kl": 0.0, "clip_ratio": 0.0,
@@ -293,7 +293,7 @@ def test_options_are_not_abbreviated(arguments, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_methods_tells_every_methods_source_and_settings():
+def test_methods_lists_every_methods_source_and_settings():
     done = run("methods")
     assert done.returncode == 0
     told = re.sub(r"\s+", " ", done.stdout)
@@ -302,7 +302,7 @@ def test_methods_tells_every_methods_source_and_settings():
         assert recipe_line(recipe) in told
 
 
-def test_train_says_what_it_takes_from_the_recipe(tmp_path, schooled_folder):
+def test_train_prints_the_settings_from_the_recipe(tmp_path, schooled_folder):
     command = ["train", "--out", tmp_path / "run", "--model", schooled_folder, *SMALL]
     done = run(*command, "--max-completion-length", 12, "--method", "dapo", "--epsilon", "0.1")
     assert done.returncode == 0, done.stderr

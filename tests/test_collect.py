@@ -1,4 +1,4 @@
-"""Which rollouts a step takes, and which of their tokens are in the loss."""
+"""The rollouts that a step uses, and the tokens that are in its loss."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ GROUP = 2
 
 
 def outcomes(monkeypatch, config, rounds, *right):
-    """Run ``collect`` on batches whose groups have so many right completions each."""
+    """Run ``collect`` on batches of groups with given numbers of right completions."""
     asked = []
 
     def drawn(policy, batch, **how):
@@ -67,7 +67,7 @@ def test_sampling_ends_with_the_last_round(monkeypatch, config):
     assert names == ["q2"] and sampled == 12
 
 
-def test_if_no_group_teaches_the_last_round_is_taken(monkeypatch, config):
+def test_if_no_group_is_mixed_the_last_round_is_used(monkeypatch, config):
     names, sampled, _ = outcomes(monkeypatch, config, 2, [0, 0, 2], [2, 2, 2])
     assert names == ["q3", "q4", "q5"] and sampled == 12
 
@@ -93,7 +93,7 @@ def test_a_run_with_dynamic_sampling_resumes_to_the_same_numbers(config, tmp_pat
 def test_tokens_that_are_not_counted_are_in_no_denominator(
     base_policy, config, monkeypatch, aggregation, micro_batch_size
 ):
-    """The loss of a step against the definition: only the counted tokens exist."""
+    """The loss of a step equals its definition over the counted tokens alone."""
     problems = [Problem("What is 2 + 2?", "4"), Problem("What is 3 + 2?", "5")]
     rollouts = sample(base_policy, problems, num_generations=2, max_completion_length=9, seed=1)
     right = torch.tensor([True, False, True, False])
@@ -105,7 +105,7 @@ def test_tokens_that_are_not_counted_are_in_no_denominator(
         config, method="sgrpo", alpha=alpha, aggregation=aggregation, kl_coef=0.0,
         micro_batch_size=micro_batch_size,
     )  # fmt: skip
-    # The old policy is another one, so that the ratio is not 1 and the loss not the mean advantage.
+    # The old policy differs, so the ratio is not 1 and the loss is not the mean advantage.
     rollouts = replace(rollouts, old_logprobs=rollouts.old_logprobs - 0.1 * right[:, None])
     logprobs, _ = trainer.token_logprobs(base_policy.model, rollouts)
     ratio = (logprobs - rollouts.old_logprobs).exp().detach()

@@ -1,4 +1,4 @@
-"""Settings: a method is its settings, too; what is given comes first; what is wrong is refused."""
+"""Settings: recipes of methods, given values that replace them, and wrong values."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from iapo_mini.information import INFORMATION
 from iapo_mini.recipes import FROM_RECIPE, RECIPES
 from iapo_mini.rewards import JUDGES
 
-# What each method's source asks for: mean of the loss, clip range below and above, weights.
+# Settings in the source of each method: mean of the loss, clip range below and above, weights.
 SOURCES = {
     "grpo": ("sequence", 0.2, 0.2, 0.0, 0.0),
     "dapo": ("token", 0.2, 0.28, 0.0, 0.0),
@@ -36,7 +36,7 @@ SOURCES = {
 def test_training_with_defaults_uses_what_the_methods_source_uses(
     method, monkeypatch, config, tmp_path
 ):
-    """Watched at the two places where it matters: the rule's weights, and the loss."""
+    """Checked at the two places that use them: the weights of the rule, and the loss."""
     aggregation, low, high, alpha, beta = SOURCES[method]
     seen, rule = [], RECIPES[method].rule
     plain, loss = ADVANTAGES[rule], objective.policy_loss
@@ -85,13 +85,13 @@ def test_what_is_given_comes_before_the_recipe(method):
         )
 
 
-def test_a_clip_range_alike_on_both_sides_stays_so():
+def test_a_symmetric_clip_range_stays_symmetric():
     assert TrainConfig(method="grpo", epsilon=0.1).recipe().epsilon_high == 0.1
     assert TrainConfig(method="dapo", epsilon=0.1).recipe().epsilon_high == 0.28
 
 
 def test_another_method_brings_its_own_settings():
-    """A field that was not given belongs to the recipe, also after ``replace``."""
+    """A field that was not given comes from the recipe, also after ``replace``."""
     changed = dataclasses.replace(TrainConfig(method="dapo"), method="gtpo")
     assert changed.settings() == TrainConfig(method="gtpo").settings()
 
@@ -110,8 +110,8 @@ def test_settings_from_before_a_field_existed_are_completed():
     assert with_defaults(saved) == TrainConfig(method="dapo").settings()
 
 
-def test_choices_are_those_of_the_modules_that_act_on_them():
-    """Told twice, since settings load no torch."""
+def test_choices_are_those_of_the_modules_that_use_them():
+    """They are listed twice, because settings must not import torch."""
     assert config_choices() == (objective.AGGREGATIONS, ("native", "vllm"), tuple(JUDGES))
     mask = make_rollouts([3], [2, 1], group=2).completion_mask
     for how in config.AGGREGATIONS:

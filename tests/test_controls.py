@@ -1,4 +1,4 @@
-"""Controls: what is put in the place of s, and at which token it is paid."""
+"""Controls: the replacements of s, and the tokens at which s is paid."""
 
 import json
 from dataclasses import replace
@@ -55,12 +55,12 @@ def test_noise_is_drawn_from_the_tokens_of_the_batch(policy, rollouts):
     assert not found[~rollouts.completion_mask].any()
     other = replace(rollouts, completion_ids=rollouts.completion_ids + 1)
     assert not torch.equal(found, controls.noise(policy, other, EVERY_PREFIX))
-    # After norm its variance is that of any s.
+    # After norm it has the same variance as any s.
     mask = rollouts.completion_mask
     assert float(normalize(found, mask)[0][mask[0]].std()) == pytest.approx(1.0, abs=1e-3)
 
 
-def test_numbers_and_roles_are_read_off_the_text(policy, rollouts):
+def test_numbers_and_roles_come_from_the_text(policy, rollouts):
     texts = shown(policy, rollouts)
     numbers = controls.numeric(policy, rollouts, EVERY_PREFIX)[0]
     assert [t.strip() for t, x in zip(texts, numbers) if x] == ("14 7 21 21 7 14 21".split())
@@ -68,11 +68,11 @@ def test_numbers_and_roles_are_read_off_the_text(policy, rollouts):
     assert "".join(t for t, x in zip(texts, computing) if x) == " That makes 14 + 7 = 21 stamps."
 
 
-def test_the_reference_answer_counts_and_not_the_own_one(policy, rollouts):
+def test_the_reference_answer_counts_not_the_completions_own(policy, rollouts):
     right = controls.reference(policy, rollouts, EVERY_PREFIX)
     wrong = replace(rollouts, references=("14", "14"))
     other = controls.reference(policy, wrong, EVERY_PREFIX)
-    # In sum the change from before the first token to after the last, where 21 is near.
+    # The sum is the change from before the first token to after the last, where 21 is likely.
     assert float(right[0].sum()) > float(other[0].sum()) + 1
 
 
@@ -94,7 +94,7 @@ def test_spread_gives_every_token_an_equal_part_of_its_sentence(policy, told):
     assert found[1].tolist() == [1, 3, 3, 8, 0, 0, 0, 0]
 
 
-def test_first_pays_the_sum_where_a_sentence_begins(policy, told):
+def test_first_puts_the_sum_at_the_start_of_a_sentence(policy, told):
     found = controls.first(policy, *told)
     assert found.tolist() == [[1, 14, 0, 0, 48, 0, 192, 0], [1, 6, 0, 8, 0, 0, 0, 0]]
 

@@ -1,4 +1,4 @@
-"""The exercises' checks, and the promises that every notebook of the course keeps."""
+"""The checks of exercises, and the common form of all notebooks of the course."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What a training curve says beside its end, by hand."""
+"""Properties of training curves, computed by hand."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_accuracy_is_that_of_the_first_window_that_is_short_enough():
     assert accuracy_at(found, 29.9) is None
 
 
-def test_one_short_step_is_no_short_policy():
+def test_one_short_step_is_not_enough():
     assert accuracy_at(curve([60.0] * 9 + [10.0]), 40) is None
 
 

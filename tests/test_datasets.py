@@ -51,7 +51,7 @@ EXPECTED = {
 
 
 def write(path, rows):
-    """A file of rows, in the format that its ending names."""
+    """Write a file of rows in the format of its ending."""
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     elif path.suffix == ".json":
@@ -123,7 +123,7 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path):
     path = tmp_path / "a.jsonl"
     lines = [json.dumps(row) for row in gsm8k(9)]
     lines[1] = '{"question": "cut sho'
-    lines[3] = ""  # an empty line is no row
+    lines[3] = ""  # an empty line is not a row
     lines[4] = '{"question": "What?"}'
     lines[5] = '["What?", "5"]'
     lines[6] = '{"question": "What?", "answer": "#### five"}'
@@ -151,7 +151,7 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path):
         ("gsm8k", {"question": True, "answer": "5"}, "no text under 'question'"),
     ],
 )
-def test_what_is_wrong_with_a_row_is_said(data, row, reason, tmp_path):
+def test_the_fault_of_a_row_is_named(data, row, reason, tmp_path):
     with pytest.raises(ValueError, match=r"1 of 1 rows.*row 1 \(.*" + reason):
         load_problems(data, "all", write(tmp_path / "a.json", [row]))
 
@@ -173,7 +173,7 @@ def test_files_that_cannot_be_read_are_refused(name, content, reason, tmp_path):
         load_problems("gsm8k", "all", str(tmp_path / name))
 
 
-def test_a_byte_order_mark_and_line_separators_within_strings_do_no_harm(tmp_path):
+def test_byte_order_marks_and_line_separators_within_strings_are_accepted(tmp_path):
     row = {"question": "One\u2028two?", "answer": "#### 5"}
     path = tmp_path / "a.jsonl"
     path.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
@@ -273,7 +273,7 @@ def test_the_training_stream_is_seeded_covers_everything_and_never_touches_the_t
     assert {p.question for p in draw(0, "all", 30)} == {row["question"] for row in gsm8k(30)}
 
 
-def test_stories_are_the_stream_they_always_were():
+def test_the_training_stream_of_stories_is_unchanged():
     drawn = list(itertools.islice(training_problems("stories", 3), 5))
     assert drawn == list(itertools.islice(stories("train", 3), 5))
     assert DATA[0] == "stories"
@@ -330,7 +330,7 @@ def chat(n):
 
 @pytest.mark.parametrize("kept_as", [list, json.dumps])
 def test_the_question_of_a_chat_is_its_last_user_turn(tmp_path, kept_as):
-    """With a system turn first, all problems would be the system text, and one."""
+    """If the first turn counted, all problems would be the same system text."""
     rows = [
         {"prompt": kept_as(chat(n)), "reward_model": {"ground_truth": str(2 + n)}} for n in range(5)
     ]
@@ -361,14 +361,14 @@ def test_answers_that_are_numbers_are_read_as_people_write_them(tmp_path, value,
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "true", "null", "[5]"])
-def test_answers_that_are_no_numbers_are_refused(tmp_path, value):
+def test_answers_that_are_not_numbers_are_refused(tmp_path, value):
     path = tmp_path / "n.jsonl"
     path.write_text('{"question": "How many?", "answer": ' + value + "}\n", encoding="utf-8")
     with pytest.raises(ValueError, match="1 of 1 rows can't be used: line 1"):
         load_problems("gsm8k", "all", str(path))
 
 
-def test_commonsense_qa_is_read_as_first_published(tmp_path):
+def test_commonsense_qa_is_read_in_its_first_format(tmp_path):
     row = {
         "answerKey": "A", "id": "1",
         "question": {
@@ -381,7 +381,7 @@ def test_commonsense_qa_is_read_as_first_published(tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, "", 7, "half \ud800 a letter"])
-def test_a_choice_that_is_no_text_is_refused_and_never_called_none(tmp_path, text):
+def test_a_choice_that_is_not_text_is_refused(tmp_path, text):
     choices = {"label": ["A", "B"], "text": ["bank", text]}
     path = tmp_path / "c.jsonl"
     path.write_text(

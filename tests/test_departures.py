@@ -1,4 +1,4 @@
-"""The released code's departures, against plain loops and forward passes."""
+"""The released code's departures, compared with plain loops and forward passes."""
 
 import dataclasses
 from dataclasses import replace
@@ -21,13 +21,13 @@ def policy():
     return load_policy(lora_rank=0)
 
 
-def test_the_released_s_is_the_own_drop_and_half_of_the_one_before():
-    """E_i of the released code is the entropy before token i: alignment by hand."""
+def test_the_released_s_is_the_own_drop_plus_half_of_the_previous_one():
+    """E_i of the released code is the entropy before token i; the alignment is checked by hand."""
     h = torch.tensor([[4.0, 3.0, 1.0, 0.5], [2.0, 1.0, 0.9, 9.0]])
     mask = torch.tensor([[True, True, True], [True, True, False]])
     found = departures.smoothed(h, mask)
     expected = [
-        # (E_0 + 0) / 2 - E_1, (E_1 + E_0) / 2 - E_2, and E_3 lies outside of the batch.
+        # (E_0 + 0) / 2 - E_1, (E_1 + E_0) / 2 - E_2, and E_3 is outside the batch.
         [4.0 / 2 - 3.0, (3.0 + 4.0) / 2 - 1.0, (1.0 + 3.0) / 2 - 0.0],
         [2.0 / 2 - 1.0, (1.0 + 2.0) / 2 - 0.9, 0],
     ]
@@ -37,7 +37,7 @@ def test_the_released_s_is_the_own_drop_and_half_of_the_one_before():
     assert float(found[0, 1]) == pytest.approx(float(drops[0, 1] + drops[0, 0] / 2))
 
 
-def test_a_drop_is_paid_at_its_own_token_and_half_of_it_at_the_next():
+def test_a_drop_counts_at_its_own_token_and_by_half_at_the_next():
     h = torch.tensor([[2.0, 2.0, 2.0, 0.0, 0.0, 0.0]])
     found = departures.smoothed(h, torch.ones(1, 5, dtype=torch.bool))
     assert found[0, 1:].tolist() == [0.0, 2.0, 1.0, 0.0]
@@ -49,13 +49,13 @@ def test_bracketless_by_hand():
     y = [v - mean / std for v in (3, 1, 0, 0)]
     norm = sum(v * v for v in y) ** 0.5
     torch.testing.assert_close(departures.bracketless(x), torch.tensor([[v / norm for v in y]]))
-    # Padding takes part: one more column of it changes the numbers.
+    # Padding counts here, so one more column of it changes the numbers.
     wider = departures.bracketless(torch.nn.functional.pad(x, (0, 1)))[:, :4]
     assert not torch.allclose(wider, departures.bracketless(x), atol=1e-3)
 
 
 def surely_and_not():
-    """A right and a wrong completion of a sure and an unsure token each."""
+    """A right and a wrong completion, each with a confident and an unsure token."""
     rollouts = make_rollouts([3], [2, 2], 2)
     return replace(
         rollouts.filled(
@@ -72,7 +72,7 @@ def test_the_released_c_is_minus_the_entropy_if_right():
     torch.testing.assert_close(found, torch.tensor([[-0.1, -0.9], [0.1, 0.9]]))
 
 
-def test_a_sure_token_is_paid_if_right_and_charged_if_wrong_in_both_rules():
+def test_a_confident_token_gains_if_right_and_loses_if_wrong_in_both_rules():
     rollouts = surely_and_not()
     for rule in (iapo, departures._entropy_c, departures._all):
         term = rule(rollouts, 0.0, 1.0) - grpo(rollouts)
@@ -81,8 +81,8 @@ def test_a_sure_token_is_paid_if_right_and_charged_if_wrong_in_both_rules():
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
 
 
-def test_misplaced_entropies_are_what_the_sentence_says(policy):
-    """Prefix by prefix, from a plain trunk: padding seen, positions of the chunk's end."""
+def test_misplaced_entropies_follow_their_description(policy):
+    """Computed prefix by prefix, with visible padding and positions of the chunk's end."""
     rollouts = make_rollouts([5, 3], [6, 4], 1, left=1)
     found = departures.misplaced_entropies(policy, rollouts, chunk=3)
     suffix = encode_postfix(policy)
@@ -113,7 +113,7 @@ def test_misplaced_entropies_are_what_the_sentence_says(policy):
         assert not found[i, n + 1 :].any()
 
 
-def test_the_longest_prefix_of_a_chunk_without_padding_is_asked_as_it_should_be(policy):
+def test_the_longest_prefix_of_a_chunk_without_padding_is_asked_correctly(policy):
     rollouts = make_rollouts([5], [7], 1)
     found, right = (
         departures.misplaced_entropies(policy, rollouts, 3),
@@ -129,7 +129,7 @@ def test_misplaced_differs_from_the_definition(policy):
     assert (departures.misplaced_entropies(policy, rollouts) - right).abs().max() > 0.05
 
 
-def test_effect_is_none_for_the_paper_itself(policy, monkeypatch):
+def test_the_papers_own_rule_has_no_effect(policy, monkeypatch):
     monkeypatch.setattr(departures, "RECIPES", {"same": RECIPES["iapo"]})
     found = departures.effect(policy, 0.4, 0.05, prompts=2, seed=0)["same"]
     assert found["correlation"] == pytest.approx(1.0) and found["sign_flips"] == 0
@@ -139,7 +139,7 @@ def test_effect_is_none_for_the_paper_itself(policy, monkeypatch):
 def test_every_departure_has_its_rule_estimate_and_sentence():
     assert departures.RECIPES.keys() == departures.WHAT.keys()
     for name, recipe in departures.RECIPES.items():
-        # A departure, all else as IAPO's recipe has it.
+        # Everything else is as in IAPO's recipe.
         changed = recipe.rule != "iapo" or recipe.information != "answer_entropy"
         assert changed or name in departures.CHANGES
         assert (

@@ -1,4 +1,4 @@
-"""Where a model runs: names, what a machine has, and that pictures are made from any device."""
+"""Devices: their names, the devices of a machine, and plots of tensors from any device."""
 
 import ast
 from pathlib import Path
@@ -36,7 +36,7 @@ def cards(monkeypatch):
         (8, "cuda:7", "cuda:7"),
     ],
 )
-def test_a_device_is_the_one_that_was_asked_for(cards, count, asked, device):
+def test_a_named_device_is_used(cards, count, asked, device):
     cards(count)
     assert chosen_device(asked) == device
 
@@ -45,14 +45,14 @@ def test_a_device_is_the_one_that_was_asked_for(cards, count, asked, device):
     ("count", "asked", "there"),
     [(0, "cuda", "cpu"), (0, "cuda:1", "cpu"), (2, "cuda:2", "cpu, cuda:0, cuda:1")],
 )
-def test_a_card_that_is_not_there_is_refused_with_those_that_are(cards, count, asked, there):
+def test_a_missing_gpu_is_refused_and_the_existing_devices_are_named(cards, count, asked, there):
     cards(count)
     with pytest.raises(ValueError, match=rf"machine's \({there}\), got '{asked}'"):
         load_policy(device=asked)
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "CPU", "cuda:", "cuda:-1", "cuda:x", "cpu:0", "meta"])
-def test_a_name_that_is_no_device_is_refused(name):
+def test_a_name_that_is_not_a_device_is_refused(name):
     with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:<number>, got"):
         TrainConfig(device=name)
     with pytest.raises(ValueError, match="device must be auto"):
@@ -68,8 +68,8 @@ def test_commands_refuse_it_at_once(command, tmp_path, monkeypatch, capsys):
     assert not any(tmp_path.iterdir())
 
 
-def test_every_array_is_made_from_a_tensor_on_the_cpu():
-    """``numpy()`` of a tensor on a card raises; so each call of it follows ``cpu()``."""
+def test_every_array_is_made_from_a_cpu_tensor():
+    """``numpy()`` raises for a tensor on a GPU, so ``cpu()`` must come before each call of it."""
     found = 0
     for path in Path(iapo_mini.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

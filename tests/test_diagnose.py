@@ -1,4 +1,4 @@
-"""The diagnosis of a run, on runs that are healthy and on ones that are ill in one way each."""
+"""The diagnosis of runs: healthy ones, and ones with a single problem each."""
 
 import json
 import time
@@ -19,7 +19,7 @@ HEALTHY = {
 
 
 def write(folder, steps=30, **changes):
-    """A run whose reward rises, with some metrics set otherwise: values, or functions of step."""
+    """Write a run with a rising reward and some changed metrics: values, or functions of step."""
     folder.mkdir(exist_ok=True)
     with (folder / "metrics.jsonl").open("w", encoding="utf-8") as log:
         for step in range(1, steps + 1):
@@ -55,7 +55,7 @@ def test_a_healthy_run_needs_no_look(tmp_path):
         ({"loss": lambda step: float("nan") if step == 7 else 0.0}, "finite", "step 7"),
     ],
 )
-def test_each_illness_is_seen_alone_and_comes_with_advice(tmp_path, changes, what, advice):
+def test_each_problem_is_found_alone_with_advice(tmp_path, changes, what, advice):
     found = diagnose(write(tmp_path, **changes))
     (ill,) = looks(found)
     assert what in ill
@@ -68,7 +68,7 @@ def test_only_the_last_steps_are_averaged(tmp_path):
     assert not looks(diagnose(early)) and looks(diagnose(early, last=15))
 
 
-def test_noise_is_not_called_a_trend_and_few_steps_tell_nothing(tmp_path):
+def test_noise_and_too_few_steps_are_not_called_a_trend(tmp_path):
     flat = diagnose(write(tmp_path, reward=lambda step: 0.5 + 0.1 * (-1) ** step))
     (reward,) = [f for f in flat if f.what.startswith("reward")]
     assert "within the noise" in reward.value and not reward.look and "loss" in reward.advice
@@ -80,7 +80,7 @@ def test_a_method_without_information_is_not_asked_for_it(tmp_path):
     assert len(diagnose(write(tmp_path, informativeness=None))) == len(CHECKS) + 2
 
 
-def test_half_a_line_at_the_end_is_passed_over(tmp_path):
+def test_an_incomplete_last_line_is_skipped(tmp_path):
     path = write(tmp_path) / "metrics.jsonl"
     path.write_text(path.read_text(encoding="utf-8") + '{"step": 31, "los', encoding="utf-8")
     assert read_log(tmp_path, 10).steps == 30 and not looks(diagnose(tmp_path))
@@ -140,14 +140,14 @@ def damage(path, at, line):
      ["[" * 10**5], ['{"step": 7}', '{"step": 7}']],
     ids=["half", "gone", "empty", "a list", "text", "another", "zeros", "long", "nested", "twice"],
 )  # fmt: skip
-def test_a_damaged_line_is_told_with_its_number(tmp_path, line):
+def test_a_damaged_line_is_reported_with_its_number(tmp_path, line):
     damage(write(tmp_path) / "metrics.jsonl", 7, line)
     (finding,) = [f for f in diagnose(tmp_path) if f.look]
     assert "can't be read or are out of order" in finding.what
     assert f"the first is line {8 if len(line) == 2 else 7}" in finding.advice
 
 
-def test_numbers_that_are_missing_or_none_are_told_and_averaged_over(tmp_path):
+def test_missing_numbers_are_reported_and_left_out_of_averages(tmp_path):
     for value in (None, "0.3", [1], True):
         found = diagnose(write(tmp_path, kl=value, reward=value))
         assert [f.value for f in found if f.look] == ["not in the log"] * 2
@@ -163,7 +163,7 @@ def test_numbers_that_are_not_finite_deserve_a_look(tmp_path, value):
     assert all(f.look for f in found[-2:])
 
 
-def test_the_log_of_another_tool_is_told_apart(tmp_path):
+def test_the_log_of_another_tool_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "train/loss": 3.2, "_runtime": 7}\n' * 9, encoding="utf-8"
     )

@@ -67,7 +67,7 @@ def test_a_healthy_run_needs_no_look(tmp_path):
         ({"entropy": 0.001}, "entropy", "iapo_alpha"),
         ({"clip_ratio/region_mean": 0.5}, "clip_ratio", "learning_rate"),
         ({"rewards/format_reward/mean": -0.3}, "format", "supervised"),
-        ({"rewards/accuracy_reward/std": 0.0}, "reward functions", "what they look for"),
+        ({"rewards/accuracy_reward/std": 0.0}, "reward functions", "match the model's answers"),
         ({"reward": lambda step: -0.02 * step}, "reward, end", "iapo_alpha and iapo_beta"),
         ({"loss": lambda step: float("nan") if step == 7 else 0.0}, "finite", "step 7"),
     ],

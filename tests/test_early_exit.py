@@ -1,4 +1,4 @@
-"""Asking after every prefix: each way against a forward pass for every prefix."""
+"""Asking after every prefix: each way is compared with a forward pass for every prefix."""
 
 import copy
 from dataclasses import replace
@@ -35,14 +35,14 @@ from iapo_mini.tasks import POSTFIX
 
 
 @pytest.mark.parametrize("postfix", [*POSTFIXES, POSTFIX])
-def test_postfixes_have_the_lengths_meant(base_policy, postfix):
+def test_postfixes_have_the_intended_lengths(base_policy, postfix):
     expected = 2 if postfix == POSTFIX else postfix.count(" ")
     assert len(encode_postfix(base_policy, postfix)) == expected
 
 
 @st.composite
 def batches(draw, longest=10):
-    """Rollouts of random tokens; few different ones, so that completions may begin alike."""
+    """Rollouts of few different random tokens, so completions can begin alike."""
     prompts = draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
     group = draw(st.integers(1, 3))
     rows = group * len(prompts)
@@ -81,7 +81,7 @@ def test_every_way_equals_the_definition(
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("keep", [1, 2, 3, 5])
 def test_the_last_positions_of_the_suffix_are_kept(base_policy, way, keep):
-    """All kept log-probabilities, each row with a suffix of its own."""
+    """Compares all kept log-probabilities, with a different suffix for each row."""
     rollouts = make_rollouts(**BATCH, left=1)
     suffix = torch.randint(1, 800, (6, 5), generator=torch.Generator().manual_seed(keep))
     question = Question(suffix, lambda _, x: x.log_softmax(-1)[..., ::50].flatten(1), keep=keep)
@@ -98,7 +98,7 @@ def test_the_last_positions_of_the_suffix_are_kept(base_policy, way, keep):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_only_what_is_asked_is_answered(base_policy, way):
+def test_only_asked_prefixes_get_values(base_policy, way):
     rollouts = make_rollouts(**BATCH, right=2)
     expected = explicit_entropies(base_policy, rollouts)
     asked = torch.rand(expected.shape, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -117,7 +117,7 @@ def test_only_what_is_asked_is_answered(base_policy, way):
     assert (asked & ~reached).any() and len(seen) <= int((asked & reached).sum())
 
 
-def test_estimating_consumes_no_randomness_and_keeps_no_graph(base_policy):
+def test_the_estimator_uses_no_random_numbers_and_keeps_no_graph(base_policy):
     before = torch.get_rng_state()
     for way in WAYS:
         found = entropies_by(way, base_policy, make_rollouts([4], [3, 2], group=2))
@@ -126,7 +126,7 @@ def test_estimating_consumes_no_randomness_and_keeps_no_graph(base_policy):
 
 
 def test_a_schooled_policy(schooled_folder):
-    """Trained weights, real postfix, sampled text."""
+    """Uses trained weights, the real postfix and sampled text."""
     policy = load_policy(schooled_folder, lora_rank=0)
     rollouts = sample(policy, TRIVIAL, num_generations=4, max_completion_length=12)
     expected = explicit_entropies(policy, rollouts)
@@ -143,14 +143,14 @@ def test_column_t_follows_t_completion_tokens(base_policy, way, postfix):
     rollouts = make_rollouts([4, 9], [5, 1, 3, 6], group=2, left=2, right=1)
     expected = explicit_entropies(base_policy, rollouts, postfix)
     close(entropies_by(way, base_policy, rollouts, postfix, chunk_size=3), expected)
-    # Neighbouring columns differ, so a shift by one would have been seen.
+    # Neighbouring columns differ, so the test would detect a shift by one.
     for i, n in enumerate(rollouts.lengths.tolist()):
         assert (expected[i, 1 : n + 1] - expected[i, :n]).abs().min() > 1e-3
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_token_is_seen_from_its_own_column_on(base_policy, way):
-    """The cached prefix is not one token short, nor one too long."""
+    """The cached prefix is neither one token too short nor one too long."""
     rollouts = make_rollouts([4, 9], [6, 6, 6, 6], group=2, left=1)
     before = entropies_by(way, base_policy, rollouts)
     for t in range(6):
@@ -162,8 +162,8 @@ def test_a_token_is_seen_from_its_own_column_on(base_policy, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_short_prefixes_beside_long_ones_keep_their_positions(base_policy, way):
-    """What a row gets depends neither on its chunk nor on other rows."""
+def test_short_prefixes_next_to_long_ones_keep_their_positions(base_policy, way):
+    """The values of a row depend neither on its chunk nor on other rows."""
     rollouts = make_rollouts(**BATCH)
     whole = entropies_by(way, base_policy, rollouts)
     for chunk_size in (1, 2, 3, 50):
@@ -176,7 +176,7 @@ def test_short_prefixes_beside_long_ones_keep_their_positions(base_policy, way):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("padding", [{"left": 5}, {"right": 5}, {"left": 3, "right": 2}])
-def test_padding_takes_no_part(base_policy, way, padding):
+def test_padding_has_no_effect(base_policy, way, padding):
     plain = entropies_by(way, base_policy, make_rollouts(**BATCH))
     for pad in (0, 7):
         found = entropies_by(way, base_policy, make_rollouts(**BATCH, **padding, pad=pad))
@@ -186,8 +186,8 @@ def test_padding_takes_no_part(base_policy, way, padding):
 
 @settings(max_examples=12)
 @given(padded_pairs(), st.integers(1, 6))
-def test_a_row_gets_what_it_gets_alone(base_policy, pair, chunk_size):
-    """However much padding there is, and whatever other rows stand beside it."""
+def test_a_row_gets_the_same_values_alone(base_policy, pair, chunk_size):
+    """This holds for any padding and any other rows."""
     rollouts, padded = pair
     how = EarlyExit(chunk_size=chunk_size)
     found, more = (answer_entropies(base_policy, x, how) for x in pair)
@@ -216,7 +216,7 @@ def test_tested_architectures(tokenizer, name, attention):
     assert policy.model.config.model_type in prefixes.TESTED
     rollouts = make_rollouts(**BATCH, left=2, right=1)
     expected = explicit_entropies(policy, rollouts)
-    # The entropies tell prefixes apart, so a wrong mask or position would show.
+    # The entropies of prefixes differ, so a wrong mask or position would show.
     assert all((expected[i, 1 : n + 1].diff().abs() > 1e-3).all() for i, n in ((0, 5), (3, 6)))
     for way in WAYS:
         if way == "flat" and name == "gpt2":
@@ -231,7 +231,7 @@ def test_tested_architectures(tokenizer, name, attention):
 @pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_adapter_is_used(lora_policy, monkeypatch, way, merged):
-    """Entropies are those of the current policy, not of the base below the adapter."""
+    """Entropies are those of the policy with its adapter, not of the base model."""
     if not merged:
         monkeypatch.setattr(policy_module, "_MERGED_COPY_LIMIT", 0)
     assert (lora_policy.for_inference() is lora_policy.model) != merged
@@ -245,7 +245,7 @@ def test_the_adapter_is_used(lora_policy, monkeypatch, way, merged):
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma", "gpt2"])
 def test_bfloat16_weights_give_fp32_entropies(tokenizer, name):
-    """No way rounds worse than the definition, judged by the same weights computed in fp32."""
+    """No way has larger rounding errors than the definition, compared with fp32 arithmetic."""
     policy = tiny_policy(name, tokenizer, dtype=torch.bfloat16)
     rollouts = make_rollouts(**BATCH, left=1)
     naive = entropies_by("naive", policy, rollouts)

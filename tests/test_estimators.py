@@ -43,7 +43,7 @@ def test_judging_the_embedded_policy(told):
         for name in estimators.ESTIMATORS:
             value, low, high = found[section][name]
             assert low <= value <= high
-    # The order of the estimators is large enough to show on six stories.
+    # The estimators differ enough for six stories to show their order.
     auc = {name: found["auc"][name][0] for name in estimators.ESTIMATORS}
     assert auc["belief_shift"] > auc["entropy"] > 0.6 > auc["next_token"]
 
@@ -81,7 +81,7 @@ def test_command_refuses_too_few_stories():
     assert done.stderr == "iapo-mini: stories must be at least 2, got 1\n"
 
 
-def test_the_uncalibrated_twin_is_sure_where_the_embedded_policy_is_not(told):
+def test_the_uncalibrated_policy_is_certain_where_the_embedded_one_is_not(told):
     problems, chains = told
     entropies = {}
     for name in ("embedded", "embedded-uncalibrated"):

@@ -65,7 +65,7 @@ def test_ratio_at_k_of_no_length_is_refused(length):
 
 
 def test_summary_by_hand():
-    """Two problems: both of two right at 10 and 30 tokens, none of two at 20 and 60."""
+    """One problem has two right answers of 10 and 30 tokens, one has two wrong of 20 and 60."""
     tokens = torch.tensor([[10.0, 30.0], [20.0, 60.0]], dtype=torch.float64)
     found = summary([2, 0], tokens, ks=(1, 2))
     intervals = found.pop("intervals")
@@ -74,14 +74,14 @@ def test_summary_by_hand():
         "pass@1": 0.5, "length@1": 15.0, "ratio@1": 0.5 / 15,
         "pass@2": 0.5, "length@2": 30.0, "ratio@2": 0.5 / 30,
     }  # fmt: skip
-    # Of two problems the bootstrap draws one of them twice, or both.
+    # With two problems the bootstrap draws one of them twice, or both.
     assert intervals["length"] == [20.0, 40.0] and intervals["length@1"] == [10.0, 20.0]
     assert intervals["pass@1"] == intervals["pass@2"] == [0.0, 1.0]
     assert intervals["ratio@1"] == [0.0, 0.1] and intervals["ratio@2"] == [0.0, 0.05]
 
 
 def test_metrics_follow_from_the_completions(policy):
-    """Everything reported is recomputed from the listed completions."""
+    """Recomputes every reported number from the listed completions."""
     result = run(policy)
     assert result["problems"] == 3
     completions = result["completions"]
@@ -104,7 +104,7 @@ def test_metrics_follow_from_the_completions(policy):
         ratio = statistics.fmean(passed) / statistics.fmean(lengths)
         assert result[f"ratio@{k}"] == pytest.approx(ratio)
         assert result[f"ratio@{k}"] == ratio_at_k(result[f"pass@{k}"], result[f"length@{k}"])
-    # Some right, some wrong, or nothing was tested.
+    # Some answers must be right and some wrong for a meaningful test.
     assert 0 < result["pass@1"] < 1 and result["pass@1"] < result["pass@4"]
 
 
@@ -136,7 +136,7 @@ def test_equal_seeds_give_equal_results(policy):
 
 
 def test_batches_draw_different_completions(policy):
-    """Each batch has its own seed: equal problems in two batches are not the same sample twice."""
+    """Each batch has its own seed, so equal problems in two batches get different samples."""
     result = evaluate(
         policy, [TRIVIAL[0]] * 2, ks=(1,), num_generations=16, batch_size=16,
         max_completion_length=12, progress=False,
@@ -169,7 +169,7 @@ def test_a_policy_that_is_never_right_scores_zero(base_policy):
     assert result["pass@2"] == result["ratio@2"] == 0.0
 
 
-def test_the_bar_tells_the_tokens_of_the_running_batch(policy, monkeypatch, capsys):
+def test_the_bar_shows_the_tokens_of_the_running_batch(policy, monkeypatch, capsys):
     monkeypatch.setattr(progress, "EVERY", 0.0)
     run(policy, progress=True, batch_size=4)
     told = re.findall(r"token (\d+) of (\d+) running", capsys.readouterr().err)
@@ -178,7 +178,7 @@ def test_the_bar_tells_the_tokens_of_the_running_batch(policy, monkeypatch, caps
     assert all(int(rows) <= 4 for _, rows in told)
 
 
-def test_a_bar_is_as_it_was_after_a_batch(monkeypatch):
+def test_a_bar_is_restored_after_a_batch(monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.0)
     with tqdm(total=1, file=io.StringIO()) as bar:
         bar.set_postfix(reward=1)
@@ -196,7 +196,7 @@ def lines(path):
 
 @pytest.fixture
 def interrupted(policy, tmp_path, monkeypatch):
-    """A file of completions that an interrupt in the second of three batches left behind."""
+    """A file of completions that remains after an interrupt in the second of three batches."""
     calls = []
 
     def sample(*args, **kwargs):
@@ -219,7 +219,7 @@ def test_completions_are_saved_as_they_are_reported(policy, tmp_path):
     assert lines(tmp_path / "c.jsonl") == saved["completions"]
 
 
-def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(policy, interrupted, monkeypatch):
+def test_an_interrupted_evaluation_continues_to_the_same_numbers(policy, interrupted, monkeypatch):
     kept = lines(interrupted)
     assert [c["problem"] for c in kept] == [0] * 4
     starts = []
@@ -279,7 +279,7 @@ def test_completions_of_other_problems_or_another_policy_are_refused(
         run(policy, batch_size=4, save_to=interrupted)
 
 
-def test_fewer_values_of_k_are_read_off_the_same_completions(policy, tmp_path):
+def test_fewer_values_of_k_use_the_same_completions(policy, tmp_path):
     whole = run(policy, save_to=tmp_path / "c.jsonl")
     part = run(policy, ks=(2,), save_to=tmp_path / "c.jsonl")
     assert part["pass@2"] == whole["pass@2"] and "pass@4" not in part
@@ -294,7 +294,7 @@ def test_fewer_values_of_k_are_read_off_the_same_completions(policy, tmp_path):
      ("mine.json", "mine.settings.json' does not hold the settings"),
      ("chats.json", "chats.jsonl' does not hold completions")],
 )  # fmt: skip
-def test_results_write_over_nothing_else(tmp_path, name, message):
+def test_results_overwrite_no_other_files(tmp_path, name, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "data.json").write_text("[]", encoding="utf-8")
     (tmp_path / "config.json").write_text('{"method": "iapo"}', encoding="utf-8")
@@ -309,7 +309,7 @@ def test_results_write_over_nothing_else(tmp_path, name, message):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_results_of_before_may_be_written_over(policy, tmp_path):
+def test_earlier_results_may_be_overwritten(policy, tmp_path):
     result = run(policy, save_to=tmp_path / "e.jsonl")
     check_out(tmp_path / "e.json")  # as a kill before the results leaves it
     (tmp_path / "e.json").write_text(json.dumps(result | {"config": {}}), encoding="utf-8")
@@ -317,7 +317,7 @@ def test_results_of_before_may_be_written_over(policy, tmp_path):
     check_out(tmp_path / "new.json", str(tmp_path / "data.jsonl"))
 
 
-def test_completions_do_not_write_over_the_data(tmp_path):
+def test_completions_do_not_overwrite_the_data(tmp_path):
     with pytest.raises(ValueError, match="would overwrite data_file"):
         check_out(tmp_path / "data.json", str(tmp_path / "data.jsonl"))
 
@@ -342,7 +342,7 @@ def test_a_damaged_line_of_completions_is_refused_and_left_alone(policy, tmp_pat
     assert file.read_bytes() == before
 
 
-def test_a_line_of_completions_that_is_gone_is_refused(policy, tmp_path):
+def test_a_missing_line_of_completions_is_refused(policy, tmp_path):
     file = tmp_path / "x.jsonl"
     run(policy, save_to=file)
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)

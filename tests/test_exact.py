@@ -1,4 +1,4 @@
-"""Closed-form worlds by brute force, and the estimators pushed through worlds they can't know."""
+"""Closed-form worlds, checked by brute force, and the estimators applied to them."""
 
 import itertools
 import math
@@ -53,7 +53,7 @@ WORLDS = st.builds(
 
 
 class Tables:
-    """Every probability of a world by summing a plain dictionary."""
+    """Every probability of a world, by summing over a dictionary."""
 
     def __init__(self, world):
         *shape, self.answers = world.joint.shape
@@ -133,14 +133,14 @@ def test_chain_rule(world):
 
 
 def test_worlds_by_hand():
-    """The answer is the first of two fair bits: the first tells ln 2, the second nothing."""
+    """The answer is the first of two fair bits, which gives ln 2; the second gives 0."""
     joint = torch.zeros(2, 2, 2, dtype=torch.float64)
     joint[0, :, 0] = joint[1, :, 1] = 0.25
     world = World(joint)
     assert mutual_information(world) == pytest.approx(math.log(2))
     assert conditional_mi(world, 1) == pytest.approx(math.log(2))
     assert conditional_mi(world, 2) == pytest.approx(0.0)
-    # The answer is their exclusive or: each alone tells nothing.
+    # The answer is their exclusive or, so each alone says nothing about it.
     joint = torch.zeros(2, 2, 2, dtype=torch.float64)
     joint[0, 0, 0] = joint[1, 1, 0] = joint[0, 1, 1] = joint[1, 0, 1] = 0.25
     world = World(joint)
@@ -175,7 +175,7 @@ def test_noise_of_a_random_world(noise):
         torch.ones(2, 2).double() / 3,
     ],
 )
-def test_no_distributions_are_refused(joint):
+def test_tensors_that_are_not_distributions_are_refused(joint):
     with pytest.raises(ValueError, match="joint must have at least 2 axes"):
         World(joint)
 
@@ -184,7 +184,7 @@ def test_no_distributions_are_refused(joint):
 
 
 def enumerated(world):
-    """Strings, weights p(o, y), and log-beliefs (rows, T + 1, Y), one row for each (o, y)."""
+    """Strings, weights p(o, y), and log-beliefs (rows, T + 1, Y), with one row for each (o, y)."""
     tables = Tables(world)
     rows = [(o, y) for o in tables.strings for y in range(tables.answers)]
     weights = torch.tensor([tables.joint[row] for row in rows], dtype=torch.float64)
@@ -212,7 +212,7 @@ def test_means_of_the_measures_are_the_conditional_mi(world):
     for name, value in values.items():
         assert (weights @ value).tolist() == pytest.approx(expected, abs=1e-6), name
     assert values["shift"].min() > -1e-9
-    # One by one they differ, and the drop is that of the closed form.
+    # Single values differ, and the drop is that of the closed form.
     for t in range(1, world.length + 1):
         drop = entropy_drop(world, t)
         closed = [float(drop[o[:t]]) for o, _ in rows]
@@ -235,7 +235,7 @@ class Alphabet:
 
 
 class Tabular(torch.nn.Module):
-    """A world as a causal LM: after a prefix it predicts a symbol, after the postfix an answer."""
+    """A world as a causal LM, which predicts symbols, and an answer after the postfix."""
 
     def __init__(self, world):
         super().__init__()
@@ -301,7 +301,7 @@ def test_the_estimator_finds_the_conditional_mi_of_a_tabular_policy(
         drop = entropy_drop(world, t)
         closed = [float(drop[o[:t]]) for o, _ in rows]
         assert s[:, t - 1].tolist() == pytest.approx(closed, abs=2e-6)  # fp32
-    # Without a cache to hang questions behind the definition is used, and said once.
+    # Without a KV cache the definition is used, with one warning.
     told = [str(w.message) for w in recwarn if "way='naive'" in str(w.message)]
     assert len(told) == (way == "packed")
 
@@ -323,8 +323,8 @@ def test_the_estimator_finds_the_conditional_mi_of_a_tabular_policy(
 def rules(value):
     """(op, operand) of the next event and their probabilities, from the rules in words.
 
-    Values stay from 1 to 60; add or subtract 2 to 9, multiply by 2 to 4, divide evenly by 2 to 5
-    and not down to nothing less than 1. First the operation, then the operand, both uniform.
+    Values stay within 1 to 60. Add or subtract 2 to 9, multiply by 2 to 4, or divide evenly by 2 to
+    5, with a result of at least 1. First the operation is drawn, then the operand, both uniformly.
     """
     by_op = {
         "+": [value + n for n in range(2, 10)],
@@ -370,7 +370,7 @@ def test_answer_posterior_by_drawing():
     often = [a for a in range(MAX_VALUE + 1) if n * p[a] >= 20]
     statistic = sum((counts[a] - n * float(p[a])) ** 2 / (n * float(p[a])) for a in often)
     assert len(often) > 30 and statistic < len(often) + 5 * math.sqrt(2 * len(often))
-    # The posterior after one event fewer would be told from it.
+    # The test would detect the posterior after one event less.
     q = answer_posterior(2)[value]
     wrong = sum(n * (float(q[a]) - float(p[a])) ** 2 / float(p[a]) for a in often)
     assert wrong > 10 * len(often)
@@ -391,7 +391,7 @@ def test_true_drops_of_a_chain(seed):
         drops = true_drops(problem, segments)
         assert len(drops) == len(segments)
         assert {d for d, s in zip(drops, segments) if s.role != "compute"} <= {0.0}
-        # They telescope from not knowing what is to come to knowing the answer.
+        # They sum to the entropy before any step minus that of the known answer.
         start = answer_posterior(len(problem.steps))[problem.steps[0].before]
         h = -sum(p * math.log(p) for p in start.tolist() if p > 0)
         assert sum(drops) == pytest.approx(h, abs=1e-9)

@@ -1,6 +1,6 @@
-"""Nothing lost: damaged checkpoints, full disks, locks, Ctrl-C, numbers that are not finite.
+"""Runs lose nothing: damaged checkpoints, full disks, locks, Ctrl-C, numbers that are not finite.
 
-The long version, with kills at random moments and at every file operation: torture/.
+torture/ has the long version, with kills at random moments and at every file operation.
 """
 
 import itertools
@@ -36,7 +36,7 @@ def config(config):
 
 
 def stopped_at(config, folder, step):
-    """A run that was broken off right after this step was logged."""
+    """A run that was interrupted right after this step was logged."""
 
     def stop(line):
         if line["step"] == step:
@@ -81,7 +81,7 @@ def garbage(file):
         ("optimizer.safetensors", one_bit),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(
     config, tmp_path, whole, name, damage
 ):
     folder = tmp_path / "run"
@@ -93,11 +93,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         run(config, folder, resume=True, callbacks=[watcher])
     assert seen == [3, 4, 5]  # from checkpoint-2
     assert content(folder) == whole
-    # The damaged one was made anew, and is used next time without a word.
+    # The damaged checkpoint was written again, and is used next time without a warning.
     assert run_folder._sums(folder / "checkpoint-4")
 
 
-def test_with_all_checkpoints_damaged_the_run_starts_anew(config, tmp_path, whole):
+def test_with_all_checkpoints_damaged_the_run_starts_again(config, tmp_path, whole):
     folder = tmp_path / "run"
     stopped_at(config, folder, 5)
     for checkpoint in (folder / "checkpoint-2", folder / "checkpoint-4"):
@@ -162,7 +162,7 @@ def test_a_second_process_on_a_run_is_refused_until_the_first_is_dead(config, tm
     assert not list(folder.glob(".*"))
 
 
-def test_two_threads_of_one_process_are_two_as_well(config, tmp_path):
+def test_two_threads_of_one_process_can_not_share_a_run(config, tmp_path):
     def step(line):
         with pytest.raises(ValueError, match="another process is training"):
             run(config, tmp_path / "run", resume=True)
@@ -172,7 +172,7 @@ def test_two_threads_of_one_process_are_two_as_well(config, tmp_path):
 
 @pytest.fixture
 def foreground():
-    """Ctrl-C as in a terminal: a shell's job in the background is started deaf to it."""
+    """Make Ctrl-C work as in a terminal, because a shell's background job ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     others = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGTERM, signal.SIGHUP)}
     yield
@@ -183,7 +183,7 @@ def foreground():
 @POSIX
 @pytest.mark.usefixtures("foreground")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(config, tmp_path, whole, name):
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_continue(config, tmp_path, whole, name):
     """A real signal in the middle of a step, between two checkpoints: Ctrl-C, a cluster's time
     limit, a closed terminal."""
     folder = tmp_path / "run"
@@ -264,7 +264,7 @@ def test_training_in_another_thread_leaves_signals_alone(config, tmp_path):
 
 
 def at_step(step, values):
-    """Replace what the estimator says of one step."""
+    """Replace the estimate of one step."""
     calls = itertools.count(1)
 
     def estimate(*args):
@@ -290,7 +290,7 @@ def test_informativeness_that_is_not_finite_stops_before_the_update(
     assert kept["rewards"].shape == (4,)
     texts = json.loads((folder / "failed-step-3" / "completions.json").read_text(encoding="utf-8"))
     assert len(texts) == 4 and any("<think>" in text for text in texts)
-    # The cause gone, the run goes on as if nothing had been.
+    # Without the cause the run continues as if nothing had happened.
     run(config, folder, resume=True)
     assert content(folder) == whole
 
@@ -323,7 +323,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(config, tmp_path
     assert torch.equal(weight, before)
 
 
-def test_weights_that_are_not_finite_are_seen_when_sampling(config, tmp_path):
+def test_weights_that_are_not_finite_are_found_when_sampling(config, tmp_path):
     policy = load_policy(config.model, lora_rank=4)
     with torch.no_grad():
         for weight in policy.trainable().values():
@@ -343,8 +343,8 @@ main(sys.argv[2:])
 
 
 @POSIX
-def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_it(config, tmp_path, whole):
-    """No file may grow beyond a limit: what a full disk looks like to a writer."""
+def test_a_checkpoint_that_does_not_fit_keeps_the_previous_one(config, tmp_path, whole):
+    """A limit on the size of files gives the same error as a full disk."""
     folder = tmp_path / "run"
     stopped_at(config, folder, 3)
     size = (folder / "checkpoint-2" / "optimizer.safetensors").stat().st_size
@@ -370,7 +370,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_it(config, tmp_pat
     assert content(folder) == whole
 
 
-def test_a_disk_full_at_the_log_is_told_in_one_sentence(config, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_at_the_log_is_reported_in_one_sentence(config, tmp_path, monkeypatch, capsys):
     def full(metrics):
         raise OSError(28, "No space left on device")
 
@@ -386,7 +386,7 @@ def test_a_disk_full_at_the_log_is_told_in_one_sentence(config, tmp_path, monkey
         run(config, tmp_path / "run")
 
 
-def test_cli_tells_a_failed_step_in_one_sentence(config, tmp_path, monkeypatch, capsys):
+def test_the_command_reports_a_failed_step_in_one_sentence(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(INFORMATION, "answer_entropy", at_step(1, math.nan))
     command = ["train", "--out", str(tmp_path / "run"), "--model", config.model]
     command += ["--max-completion-length=12", "--prompts-per-step=2", "--threads=1"]
@@ -399,7 +399,7 @@ def test_cli_tells_a_failed_step_in_one_sentence(config, tmp_path, monkeypatch, 
 def test_a_checkpoint_that_can_not_be_read_ends_the_command_and_is_kept(
     config, tmp_path, whole, monkeypatch
 ):
-    """Another user's, or on a share that is away: it need not be damaged."""
+    """It may belong to another user, or be on a missing share, and so may be undamaged."""
     folder = tmp_path / "run"
     run(replace(config, max_steps=2), folder)
     before = sorted(p.name for p in folder.iterdir())

@@ -1,4 +1,4 @@
-"""JSON that is read back: whole, or one sentence that names the file."""
+"""Reading JSON back: an object, or one sentence that names the file."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_a_damaged_file_is_named(tmp_path, content):
         assert "\n" not in str(told.value)
 
 
-def test_a_file_that_is_not_there_is_the_default_or_named(tmp_path):
+def test_a_missing_file_gives_the_default_or_is_named(tmp_path):
     assert read_json(tmp_path / "x.json", {"a": 1}, needs=("b",)) == {"a": 1}
     with pytest.raises(ValueError, match=r"x.json' can't be used \(.*No such file"):
         read_json(tmp_path / "x.json")
@@ -35,7 +35,7 @@ def test_a_key_that_is_needed_is_named(tmp_path):
         read_json(tmp_path / "x.json", needs=("a", "b"))
 
 
-def test_damaged_results_are_told_before_anything_is_made_of_them(tmp_path):
+def test_damaged_results_are_reported_before_they_are_used(tmp_path):
     for name, read in (
         ("tuning", lambda: tuned("full", tmp_path / "out", tmp_path, None)),
         ("theory", lambda: _theory("full", tmp_path)),

@@ -1,4 +1,4 @@
-"""Flat packing: its attention, the models it serves, and the keys and values kept by sampling."""
+"""Flat packing: its attention, the models it handles, and keys and values kept by sampling."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def plain_attention(query, key, value, mask, scale):
 
 
 class ElsewhereTensor(torch.Tensor):
-    """Says that it lives on an accelerator, so that the branch for those is taken."""
+    """A tensor that claims to be on an accelerator, so the code for accelerators is used."""
 
     device = torch.device("cuda")
 
@@ -59,13 +59,13 @@ def test_attention_and_its_log_sum_exp(heads, kv_heads, sets, elsewhere):
 
 
 class OtherHead(torch.nn.Linear):
-    """A head that is more than its weights, as one with an adapter or in 4 bits is."""
+    """A head that does more than multiply by its weights, like one with an adapter or 4 bits."""
 
     def forward(self, x):
         return super().forward(x) * 3
 
 
-def test_a_head_that_is_no_plain_matrix_is_asked_for_its_logits(tokenizer):
+def test_a_head_that_is_not_a_plain_matrix_computes_logits(tokenizer):
     policy = tiny_policy("qwen2", tokenizer)
     rollouts, plain = make_rollouts(**BATCH), policy.model.lm_head
     policy.model.lm_head = OtherHead(plain.in_features, plain.out_features, bias=False)
@@ -107,7 +107,7 @@ def test_llamas_of_other_kinds(tokenizer, changes):
         close(entropies_by(way, policy, rollouts, POSTFIX), expected)
 
 
-def test_rotations_that_depend_on_the_length_are_not_walked(tokenizer):
+def test_rotations_that_depend_on_the_length_are_not_packed_flat(tokenizer):
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     assert not flat.walkable(tiny_policy("llama", tokenizer, rope_parameters=rope).model)
     assert flat.walkable(tiny_policy("llama", tokenizer).model)
@@ -128,8 +128,8 @@ def test_kept_keys_give_the_same_entropies(stopping_policy, size):
             close(entropies_by(way, stopping_policy, kept, **size), expected)
 
 
-def test_kept_keys_spare_the_trunk(stopping_policy):
-    """Keys and values that are not the policy's give other entropies: they are really read."""
+def test_kept_keys_replace_the_trunk_pass(stopping_policy):
+    """Wrong keys and values give other entropies, so they are really used."""
     rollouts = sample(
         stopping_policy, TRIVIAL, num_generations=2, max_completion_length=8, keep_cache=True
     )
@@ -154,7 +154,7 @@ def test_kept_keys_of_other_architectures(tokenizer, name):
     close(answer_entropies(policy, rollouts), explicit_entropies(policy, rollouts))
 
 
-def test_rows_take_their_keys_along(stopping_policy):
+def test_selected_rows_keep_their_keys(stopping_policy):
     rollouts = sample(
         stopping_policy, TRIVIAL, num_generations=4, max_completion_length=10, keep_cache=True
     )

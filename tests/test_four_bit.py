@@ -1,4 +1,4 @@
-"""LoRA on 4-bit weights, on a CPU, where bitsandbytes runs as well."""
+"""LoRA on 4-bit weights, on a CPU, where bitsandbytes also works."""
 
 import json
 import sys
@@ -71,7 +71,7 @@ def test_every_linear_layer_but_the_head_is_in_nf4_twice_quantised(policy, base_
 def test_no_layer_repacks_its_weights_for_inference(policy):
     """bitsandbytes' kernel for CPUs with AVX512-BF16 has no backward pass; it must stay off.
 
-    Where the CPU lacks it the flag is off anyway, and this looks at less.
+    On a CPU without AVX512-BF16 the flag is always off, and this test checks less.
     """
     layers = [m for m in policy.model.modules() if isinstance(m, Linear4bit)]
     assert layers and not any(m.support_avx512bf16_for_cpu for m in layers)
@@ -83,8 +83,8 @@ def test_no_layer_repacks_its_weights_for_inference(policy):
     assert all(torch.equal(g, after[n]) for n, g in before.items())
 
 
-def test_the_repacking_is_still_there_to_be_kept_off():
-    """When bitsandbytes drops the flag, so can we."""
+def test_bitsandbytes_still_has_the_flag_that_is_switched_off():
+    """When bitsandbytes removes the flag, we can remove our setting of it."""
     assert hasattr(Linear4bit(64, 64), "support_avx512bf16_for_cpu")
 
 
@@ -95,7 +95,7 @@ def test_train_and_eval_logits_are_equal_and_gradients_repeat(policy):
 
 
 def test_quantising_costs_what_nf4_costs(policy, base_policy):
-    """A weight is off by at most half the widest gap of NF4, 0.15 of the largest of its block."""
+    """A weight is off by at most half NF4's widest gap, 0.15 of the block's largest weight."""
     for name, module in policy.model.get_base_model().named_modules():
         if isinstance(module, Linear4bit):
             plain = base_policy.model.get_submodule(name.removesuffix(".base_layer")).weight
@@ -170,7 +170,7 @@ def test_merging_names_the_weights_as_the_architecture_does(tokenizer, tmp_path,
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kept", [False, True])
 def test_the_estimator_asks_the_quantised_policy(policy, way, kept, monkeypatch):
-    """Through the adapter layer by layer, as for a model too large to be merged."""
+    """It goes through the adapter's layers, as for a model that is too large to be merged."""
     monkeypatch.setattr(policy_module, "_MERGED_COPY_LIMIT", 0)
     assert policy.for_inference() is policy.model
     problems = [Problem("1 + 1?", "2"), Problem("How many fingers?", "5")]
@@ -186,7 +186,7 @@ def test_the_estimator_asks_the_quantised_policy(policy, way, kept, monkeypatch)
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("way", ["flat", "shared", "cached"])
 def test_the_estimator_asks_a_bf16_policy(tiny_folder, way, four_bit):
-    """bf16 keeps 8 bits: the ways differ by its rounding, 0.07 of entropies up to 4 nats."""
+    """bf16 has 8 bits, so the ways differ by up to 0.07 in entropies of up to 4 nats."""
     policy = load_policy(tiny_folder, lora_rank=4, four_bit=four_bit, dtype=torch.bfloat16)
     perturb_lora(policy)
     rollouts = make_rollouts([9, 5], [6, 1, 8, 4], group=2)
@@ -210,7 +210,7 @@ def test_logprobs_of_the_quantised_policy(policy):
     ("capable", "dtype"), [(True, torch.bfloat16), (False, torch.float16)], ids=["A100", "T4"]
 )
 def test_dtype_follows_the_card(monkeypatch, capable, dtype):
-    """A T4 says yes when emulation counts, and is then many times slower than in fp16."""
+    """A T4 emulates bf16, which is many times slower than fp16."""
 
     def supported(including_emulation=True):
         return including_emulation or capable
@@ -220,7 +220,7 @@ def test_dtype_follows_the_card(monkeypatch, capable, dtype):
     assert compute_dtype("cpu") == torch.float32
 
 
-def test_without_bitsandbytes_there_is_a_way_on(tiny_folder, monkeypatch):
+def test_a_missing_bitsandbytes_is_reported_with_the_remedy(tiny_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # import fails
     with pytest.raises(ValueError) as caught:
         load_policy(tiny_folder, four_bit=True)
@@ -241,7 +241,7 @@ def test_a_bitsandbytes_that_does_not_work_is_found_before_the_model_is_read(mon
         load_policy("nobody/no-such-model", four_bit=True)
 
 
-# Rows that are no whole number of blocks
+# Rows that are not a whole number of blocks
 
 REFUSAL = (
     "has a layer with rows of 96 weights, which bitsandbytes reads back wrongly on this processor "
@@ -251,16 +251,16 @@ REFUSAL = (
 
 @pytest.fixture
 def odd_folder(tokenizer, tmp_path):
-    """A policy with rows of 96 and 288 weights: one and a half and four and a half blocks."""
+    """A policy with rows of 96 and 288 weights, which are 1.5 and 4.5 blocks."""
     build_model(tokenizer, seed=0, hidden=96, layers=1).save_pretrained(tmp_path / "odd")
     tokenizer.save_pretrained(tmp_path / "odd")
     return str(tmp_path / "odd")
 
 
 def dequantised(packed, state, by_row):
-    """NF4 spelled out, with blocks counted along the memory (right) or anew in every row.
+    """NF4 by its definition, with blocks counted along the memory (right) or in each row (wrong).
 
-    The second is what bitsandbytes (0.50) does with AVX512, where 16 divides the rows.
+    bitsandbytes (0.50) is wrong in this way with AVX512, if 16 divides the length of rows.
     """
     levels = state.code[torch.stack([packed >> 4, packed & 15], dim=-1).flatten().long()]
     scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
@@ -273,7 +273,7 @@ def dequantised(packed, state, by_row):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [16, 48, 80, 96, 288, 1008, 4000])
-def test_a_wrong_way_back_is_told_from_a_right_one(monkeypatch, length, dtype):
+def test_wrong_dequantisation_is_detected(monkeypatch, length, dtype):
     for by_row in (False, True):
         back = partial(dequantised, by_row=by_row)
         monkeypatch.setattr(functional, "dequantize_4bit", back)
@@ -283,7 +283,7 @@ def test_a_wrong_way_back_is_told_from_a_right_one(monkeypatch, length, dtype):
 def test_policies_with_rows_that_are_read_back_wrongly_are_refused(
     odd_folder, tiny_folder, monkeypatch
 ):
-    """Whole blocks are read rightly even so: there both ways to count agree."""
+    """Rows of whole blocks are read rightly, because both ways to count agree there."""
     monkeypatch.setattr(functional, "dequantize_4bit", partial(dequantised, by_row=True))
     with pytest.raises(ValueError) as caught:
         load_policy(odd_folder, four_bit=True)
@@ -292,10 +292,10 @@ def test_policies_with_rows_that_are_read_back_wrongly_are_refused(
     load_policy(tiny_folder, four_bit=True)
 
 
-def test_what_bitsandbytes_answers_on_this_machine_decides(odd_folder, tmp_path):
-    """Where it reads such rows rightly, the policy and its gradients are the dequantised model's.
+def test_the_result_of_bitsandbytes_on_this_machine_decides(odd_folder, tmp_path):
+    """If it reads such rows rightly, the policy and its gradients equal the dequantised model's.
 
-    Random normal weights come back up to 0.46 off here; by the scales of other blocks, 1.9.
+    Random normal weights then have errors up to 0.46; with the scales of other blocks, up to 1.9.
     """
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     packed, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
@@ -304,7 +304,7 @@ def test_what_bitsandbytes_answers_on_this_machine_decides(odd_folder, tmp_path)
             load_policy(odd_folder, four_bit=True)
         return
     policy = perturb_lora(load_policy(odd_folder, lora_rank=4, four_bit=True))
-    # The same adapter on a model whose weights are spelled out from the 4 bits.
+    # The same adapter on a model with dequantised weights.
     model = load_policy(odd_folder, lora_rank=0).model
     for name, module in policy.model.get_base_model().named_modules():
         if isinstance(module, Linear4bit):

@@ -1,4 +1,4 @@
-"""Training runs with LoRA on 4-bit weights: resumed, split up, exported, set up by a card."""
+"""Training with LoRA on 4-bit weights: resuming, micro-batches, export, settings of cards."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def final(folder):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(config, tmp_path):
-    """What Colab does to a run whose folder is on a drive that outlives it."""
+    """This happens on Colab to a run whose folder is on a permanent drive."""
     train(config, tmp_path / "whole", progress=False)
     script = (
         "import json, os, sys; from iapo_mini.trainer import TrainConfig, train\n"
@@ -56,7 +56,7 @@ def test_a_killed_run_resumes_to_the_same_bits(config, tmp_path):
 
 
 def test_a_run_from_before_these_settings_resumes(config, tmp_path):
-    """Its config.json does not name them; they are at their defaults then."""
+    """Its config.json lacks them, so they get their defaults."""
     config = replace(config, four_bit=False, gradient_checkpointing=False, max_steps=2)
     train(config, tmp_path / "run", progress=False)
     file = tmp_path / "run" / "config.json"
@@ -72,7 +72,7 @@ def test_a_run_from_before_these_settings_resumes(config, tmp_path):
 
 
 def first_step(config, folder, **changes):
-    """Trained adapter and metrics after one step of GRPO from given changes."""
+    """Trained adapter and metrics after one step of GRPO with changed settings."""
     config = replace(config, max_steps=1, warmup_steps=0, prompts_per_step=8, **changes)
     policy = train(config, folder, progress=False)
     adapter = torch.cat([p.detach().flatten() for p in policy.trainable().values()])
@@ -80,7 +80,7 @@ def first_step(config, folder, **changes):
 
 
 def test_first_steps_are_those_of_the_unquantised_policy(config, tmp_path):
-    """Weights 0.1 off in each block give nearly the policy, and nearly its gradients."""
+    """Weights with errors of 0.1 in each block give nearly the same policy and gradients."""
     same = dict(learning_rate=1e-12)
     _, four = first_step(config, tmp_path / "a", **same)
     _, full = first_step(config, tmp_path / "b", four_bit=False, **same)
@@ -99,7 +99,7 @@ def test_first_steps_are_those_of_the_unquantised_policy(config, tmp_path):
     assert torch.cosine_similarity(*directions, dim=0) > 0.9
 
 
-def test_checkpointing_and_micro_batches_leave_the_step_as_it_is(config, tmp_path):
+def test_checkpointing_and_micro_batches_do_not_change_the_step(config, tmp_path):
     whole, _ = first_step(config, tmp_path / "a", micro_batch_size=32, gradient_checkpointing=False)
     split, _ = first_step(config, tmp_path / "b", micro_batch_size=3)
     # Adam's first step is the sign of the gradient times the rate, so tiny ones may flip.
@@ -108,7 +108,7 @@ def test_checkpointing_and_micro_batches_leave_the_step_as_it_is(config, tmp_pat
 
 
 def test_fp16_gradients_survive_the_scaled_loss(config, tmp_path):
-    """As on a T4. The scale is taken back, so the clipped norm is that of fp32."""
+    """This is the case on a T4. Gradients are divided by the scale before they are clipped."""
     policies = {}
     for dtype in (torch.float32, torch.float16):
         policy = load_policy(config.model, lora_rank=4, four_bit=True, dtype=dtype)
@@ -139,7 +139,7 @@ def test_export_of_a_run(tmp_path, schooled_folder):
         assert_close_in_fp32(loaded.model(ids).logits, trained.model(ids).logits)
 
 
-def test_4_bit_weights_are_not_trained_themselves():
+def test_4_bit_weights_are_not_trained_without_an_adapter():
     with pytest.raises(ValueError, match="lora_rank must be at least 1 with four_bit"):
         TrainConfig(four_bit=True, lora_rank=0)
 
@@ -160,7 +160,7 @@ def test_presets_are_valid_and_train_an_adapter_on_4_bit(name):
 
 
 def test_options_take_precedence_over_the_preset(tmp_path, schooled_folder):
-    """The preset's model is not to be had here; that is the one field that must be overridden."""
+    """The preset's model is not available here, so the test must override this field."""
     command = [
         sys.executable, "-m", "iapo_mini", "train", "--out", str(tmp_path / "run"),
         "--card", "t4", "--model", schooled_folder, "--max-steps", "1",

@@ -1,4 +1,4 @@
-"""The hub: not reached is told within seconds, and what its cache holds is loaded without it."""
+"""The hub: an unreachable hub is reported within seconds, and cached files load without it."""
 
 import shutil
 import socket
@@ -21,7 +21,7 @@ SOON = 2 * hub.PATIENCE + 2
 
 @pytest.fixture
 def endpoint(monkeypatch, tmp_path):
-    """Sets the hub's address, with an empty cache, and asks it."""
+    """Set the hub's address, with an empty cache, and ask it."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
@@ -34,14 +34,14 @@ def endpoint(monkeypatch, tmp_path):
 
 @pytest.fixture
 def silent():
-    """An address where connections are taken and nothing is ever said."""
+    """An address that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.fixture
 def speaking(request):
-    """An address that answers everything with one status."""
+    """An address that answers every request with the same status."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -61,7 +61,7 @@ REFUSING = "http://127.0.0.1:1"
 
 
 @pytest.mark.parametrize("where", ["silent", "refusing", "nameless"])
-def test_a_hub_that_is_not_reached_is_told_soon(where, endpoint, silent):
+def test_an_unreachable_hub_is_reported_soon(where, endpoint, silent):
     address = {"silent": silent, "refusing": REFUSING, "nameless": "http://no-such.invalid"}[where]
     endpoint(address)
     began = time.monotonic()
@@ -71,7 +71,7 @@ def test_a_hub_that_is_not_reached_is_told_soon(where, endpoint, silent):
     assert not constants.HF_HUB_OFFLINE  # the next model is asked for again
 
 
-def test_a_name_that_is_looked_up_for_ever_is_given_up(endpoint, monkeypatch):
+def test_an_endless_name_lookup_is_given_up(endpoint, monkeypatch):
     endpoint("http://slow.invalid")
     waited = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: waited.wait(30))
@@ -84,12 +84,12 @@ def test_a_name_that_is_looked_up_for_ever_is_given_up(endpoint, monkeypatch):
 
 @pytest.mark.parametrize(("speaking", "there"), [(200, True), (404, True), (503, False)],
                          indirect=["speaking"])  # fmt: skip
-def test_a_hub_in_trouble_is_no_hub(speaking, there, endpoint):
+def test_a_hub_with_errors_counts_as_unreachable(speaking, there, endpoint):
     endpoint(speaking)
     assert hub.answers() == there
 
 
-def test_data_and_shapes_from_a_hub_that_is_not_reached_are_told_soon(endpoint):
+def test_data_and_shapes_from_an_unreachable_hub_are_reported_soon(endpoint):
     endpoint(REFUSING)
     began = time.monotonic()
     with pytest.raises(ValueError, match=f"{REFUSING} does not answer.*--data-file"):
@@ -99,9 +99,7 @@ def test_data_and_shapes_from_a_hub_that_is_not_reached_are_told_soon(endpoint):
     assert time.monotonic() - began < SOON
 
 
-def test_what_the_cache_holds_is_loaded_without_the_hub(
-    endpoint, tiny_folder, tmp_path, silent, monkeypatch
-):
+def test_cached_models_load_without_the_hub(endpoint, tiny_folder, tmp_path, silent, monkeypatch):
     endpoint(silent)
     monkeypatch.setattr(hub, "PATIENCE", 0.5)
     model = tmp_path / "cache" / "models--some--model"
@@ -114,7 +112,7 @@ def test_what_the_cache_holds_is_loaded_without_the_hub(
     shape("some/model")
 
 
-def test_nobody_is_asked_for_a_folder_or_offline(endpoint, tiny_folder, monkeypatch):
+def test_the_hub_is_not_asked_for_folders_or_offline(endpoint, tiny_folder, monkeypatch):
     endpoint(REFUSING)
     monkeypatch.setattr(hub, "answers", lambda: pytest.fail("the hub was asked"))
     load_policy(tiny_folder)
@@ -132,9 +130,7 @@ COMMANDS_WITH_MODELS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS_WITH_MODELS)
-def test_commands_ask_before_they_import_what_takes_seconds(
-    command, endpoint, monkeypatch, tmp_path, capsys
-):
+def test_commands_ask_the_hub_before_slow_imports(command, endpoint, monkeypatch, tmp_path, capsys):
     endpoint(REFUSING)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "iapo_mini.policy")  # to be imported again, which fails
@@ -147,7 +143,7 @@ def test_commands_ask_before_they_import_what_takes_seconds(
     assert not any(tmp_path.iterdir())
 
 
-def test_what_the_cache_holds_is_left_to_who_loads_it(endpoint, tmp_path):
+def test_cached_models_are_checked_only_when_loaded(endpoint, tmp_path):
     endpoint(REFUSING)
     (tmp_path / "cache" / "models--some--model").mkdir(parents=True)
     hub.check_in_reach("some/model")

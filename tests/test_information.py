@@ -1,4 +1,4 @@
-"""Measures of what a token tells: sums along a completion, whole answers, candidates."""
+"""Measures of the information in a token: sums over a completion, whole answers, candidates."""
 
 import math
 from dataclasses import replace
@@ -38,7 +38,7 @@ from iapo_mini.tasks import POSTFIX
 @settings(max_examples=30)
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_informativeness_telescopes(lengths, seed):
-    """Chain rule: what the tokens tell sums to what the whole completion tells."""
+    """Chain rule: the information of the tokens sums to that of the whole completion."""
     generator = torch.Generator().manual_seed(seed)
     width = max(1, *lengths)
     entropies = 5 * torch.rand(len(lengths), width + 1, generator=generator)
@@ -53,7 +53,7 @@ def test_informativeness_telescopes(lengths, seed):
 
 
 def test_informativeness_sign():
-    """A token that makes the answer surer is informative; one that confuses counts negative."""
+    """A token that makes the answer more certain is positive, and one that confuses is negative."""
     s = informativeness(torch.tensor([[2.0, 0.5, 1.0]]), torch.tensor([[True, True]]))
     assert s.tolist() == [[1.5, -0.5]]
 
@@ -100,7 +100,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("name", POTENTIALS)
 @pytest.mark.parametrize("stride", [1, 3, "sentence"])
-def test_what_training_reads_asks_at_the_stride(base_policy, name, stride):
+def test_training_asks_at_the_stride(base_policy, name, stride):
     rollouts, how = from_texts(base_policy, TRIVIAL, TEXTS), EarlyExit(stride=stride)
     found = INFORMATION[name](base_policy, rollouts, how)
     potential = POTENTIALS[name](base_policy, rollouts, how)
@@ -111,7 +111,7 @@ def test_what_training_reads_asks_at_the_stride(base_policy, name, stride):
     assert ((found - every_token).abs().max() > 0.01) == (stride != 1)
 
 
-def test_next_token_entropy_asks_the_policy_nothing(base_policy):
+def test_next_token_entropy_needs_no_early_answers(base_policy):
     rollouts = make_rollouts(**BATCH)
     with pytest.raises(ValueError, match="no token_entropies yet"):
         INFORMATION["next_token_entropy"](None, rollouts, EVERY_PREFIX)
@@ -123,7 +123,7 @@ def test_next_token_entropy_asks_the_policy_nothing(base_policy):
 
 
 @pytest.mark.parametrize("information", INFORMATION)
-def test_informed_rollouts_know_more_and_have_no_cache(base_policy, information):
+def test_informed_rollouts_have_informativeness_and_no_cache(base_policy, information):
     rollouts = sample(
         base_policy, TRIVIAL, num_generations=2, max_completion_length=5, keep_cache=True
     )
@@ -136,7 +136,7 @@ def test_informed_rollouts_know_more_and_have_no_cache(base_policy, information)
     assert rollouts.cache is not None
 
 
-def test_a_function_of_ones_own_informs_too(base_policy):
+def test_a_users_own_function_can_inform(base_policy):
     rollouts, how = make_rollouts(**BATCH), EarlyExit(stride=3)
 
     def by_position(policy, rollouts, how):
@@ -151,7 +151,7 @@ def test_a_function_of_ones_own_informs_too(base_policy):
 
 
 def explicit_surprisal(policy, rollouts, i, t, answer, postfix=POSTFIX):
-    """-log p(answer) token by token, each by a forward pass that ends just before it."""
+    """-log p(answer), token by token, from forward passes that end just before each token."""
     start, total = encode_postfix(policy, postfix).tolist(), 0.0
     tokens = policy.tokenizer.encode(answer)
     for j, token in enumerate(tokens):
@@ -178,7 +178,7 @@ def test_surprisals_are_those_of_teacher_forcing(base_policy, way):
 
 
 def test_surprisals_of_single_tokens(base_policy):
-    """Equal rows, too: with one token each, rows may share prefixes, but not answers."""
+    """Includes equal rows: answers of one token must not be shared along with prefixes."""
     rollouts = make_rollouts([4, 9], [5, 5, 3, 6], group=2)
     ids = rollouts.completion_ids.clone()
     ids[1] = ids[0]
@@ -228,7 +228,7 @@ def test_final_answers(base_policy):
     assert final_answers(base_policy, rollouts) == READ
 
 
-def test_surprisals_are_about_the_final_answer_unless_told(base_policy):
+def test_surprisals_are_of_the_final_answer_by_default(base_policy):
     rollouts = from_texts(base_policy, TRIVIAL * 4, WRITTEN)
     found = answer_surprisals(base_policy, rollouts)
     assert torch.equal(found, answer_surprisals(base_policy, rollouts, READ))
@@ -299,7 +299,7 @@ def test_belief_shift_is_a_divergence(seed, scale):
 
 
 def test_belief_shift_sees_a_change_of_mind():
-    """From one guess to another, equally unsure one: no drop of entropy, but a shift."""
+    """Another, equally uncertain guess gives no drop of entropy, but a shift."""
     logs = torch.tensor([[[0.9, 0.1], [0.1, 0.9]]]).log()
     mask = torch.tensor([[True]])
     assert float(informativeness(logits_entropy(logs), mask)) == pytest.approx(0, abs=1e-6)

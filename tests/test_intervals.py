@@ -1,4 +1,4 @@
-"""Statistics with intervals, against counting by hand."""
+"""Statistics with intervals, compared with numbers computed by hand."""
 
 import itertools
 import math
@@ -119,12 +119,12 @@ def test_no_p_value_without_two_numbers(values):
 @pytest.mark.parametrize(
     ("p", "stands"),
     [
-        # Holm's borders at 0.06 for three tests: 0.02, 0.03, 0.06.
+        # Holm's levels at 0.06 for three tests are 0.02, 0.03 and 0.06.
         ([0.05, 0.01, 0.025], [True, True, True]),
         ([0.021, 0.025, 0.05], [False, False, False]),  # the least one fails, and all with it
         ([0.01, 0.05, 0.031], [True, False, False]),
         ([0.02, 0.03, 0.06], [True, True, True]),
-        # Two tests were made: 0.03, 0.06.
+        # Two tests were made, with levels 0.03 and 0.06.
         ([math.nan, 0.03, 0.06], [False, True, True]),
         ([math.nan], [False]),
         ([], []),

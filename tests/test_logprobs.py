@@ -1,6 +1,6 @@
-"""Log-probabilities against plain passes: shared prompts, padding, chunks, checkpointed layers.
+"""Log-probabilities, compared with plain passes: shared prompts, padding, chunks, checkpoints.
 
-A large vocabulary is what runs a small card out of memory; here a tiny budget has the same effect.
+On a small GPU a large vocabulary would exhaust memory; here a tiny budget has the same effect.
 """
 
 import pytest
@@ -89,7 +89,7 @@ CHUNKS = 0.05  # MiB: four tokens at a time with the tests' vocabulary of 864
 
 
 class Widest(TorchDispatchMode):
-    """Most rows of any tensor whose last dimension is the vocabulary."""
+    """Records the largest number of rows of any tensor whose last dimension is the vocabulary."""
 
     rows, vocabulary = 0, 864
 
@@ -97,7 +97,7 @@ class Widest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
         for x in out if isinstance(out, (tuple, list)) else (out,):
-            # A view, such as the transposed weight of the head, is no new memory.
+            # A view, such as the transposed weight of the head, is not new memory.
             new = isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given
             if new and x.shape[-1:] == (self.vocabulary,):
                 self.rows = max(self.rows, x.numel() // self.vocabulary)
@@ -115,7 +115,7 @@ def weighed(model, rollouts, **settings):
 
 
 def assert_same(one, other, atol=1e-6):
-    """Values to ``atol`` nats; gradients, which are sums of hundreds of terms, to 3 ``atol``."""
+    """Compare values to ``atol`` nats, and gradients (sums of many terms) to 3 ``atol``."""
     for x, y in zip(one[:2], other[:2]):
         torch.testing.assert_close(x, y, atol=atol, rtol=1e-6)
     assert one[2].keys() == other[2].keys() and one[2]
@@ -127,7 +127,7 @@ def assert_same(one, other, atol=1e-6):
 @pytest.mark.parametrize("rank", [4, 0])
 @pytest.mark.parametrize("rows_per_block", [3, 16])
 def test_chunks_give_the_same_results_and_gradients(tiny_folder, rank, rows_per_block):
-    """Rank 0 trains the head too, which is the embedding: its gradients add up over chunks."""
+    """With rank 0 the head is trained as well, and its gradients add up over chunks."""
     policy = perturb_lora(load_policy(tiny_folder, lora_rank=rank))
     rollouts = make_rollouts(**SIZES)
     policy.model.train()
@@ -150,8 +150,8 @@ def test_no_tensor_of_all_logits_exists(lora_policy):
     assert 0 < chunked.rows <= 4
 
 
-def test_small_logits_go_the_plain_way(lora_policy):
-    """With room for all logits nothing is computed twice, and results are those of before."""
+def test_small_logits_are_not_chunked(lora_policy):
+    """If all logits fit, nothing is computed twice, and the results are the same."""
     rollouts = make_rollouts(**SIZES)
     with Widest() as seen:
         token_logprobs(lora_policy.model, rollouts, memory_mb=512)
@@ -166,7 +166,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_logits_that_are_more_than_their_head_are_made_whole(tokenizer, name):
+def test_logits_that_change_after_the_head_are_not_chunked(tokenizer, name):
     attention = "eager" if name == "gemma2" else "sdpa"
     policy = tiny_policy(name, tokenizer, attention, **ODD[name])
     assert not head_alone(policy.model)
@@ -193,7 +193,7 @@ def test_plain_heads_are_recognised(tokenizer, name):
 @pytest.mark.parametrize("memory_mb", [512, CHUNKS])
 @pytest.mark.parametrize("rank", [4, 0])
 def test_gradient_checkpointing_changes_nothing(tiny_folder, rank, memory_mb):
-    """The prompts are run for each row there, and no cache is read."""
+    """With checkpointing the prompts are run for each row, without a cache."""
     results = []
     for checkpointing in (False, True):
         policy = load_policy(tiny_folder, lora_rank=rank, gradient_checkpointing=checkpointing)
@@ -213,7 +213,7 @@ def test_gradient_checkpointing_keeps_less(tiny_folder):
     assert kept[1] < kept[0] / 5
 
 
-def test_rows_of_half_a_group_go_through_checkpointed_layers(tiny_folder):
+def test_half_a_group_works_with_checkpointed_layers(tiny_folder):
     policy = load_policy(tiny_folder, lora_rank=4, gradient_checkpointing=True)
     perturb_lora(policy).model.train()
     rollouts = make_rollouts([5, 9], [4, 1, 6, 3, 2, 2], group=3)
@@ -225,7 +225,7 @@ def test_rows_of_half_a_group_go_through_checkpointed_layers(tiny_folder):
 
 
 def test_a_banned_token_leaves_logprobs_entropies_and_gradients_finite(tokenizer):
-    """The head's last rows at -inf, as where a vocabulary is padded."""
+    """The last logits of the head are -inf, as in a padded vocabulary."""
     policy = tiny_policy("qwen2", tokenizer, tie_word_embeddings=False)
     head = policy.model.get_output_embeddings()
     bias = torch.nn.Parameter(torch.zeros(head.out_features))

@@ -1,4 +1,4 @@
-"""What is logged of a step, against the same numbers by plain loops."""
+"""The metrics of a step, compared with the same numbers from plain loops."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_numbers_by_role_by_a_loop(base_policy):
     assert found["tokens/compute"] > 0 and found["tokens/hedge"] > 0
 
 
-def test_problems_that_are_no_stories_have_no_roles(base_policy):
+def test_problems_that_are_not_stories_have_no_roles(base_policy):
     rollouts = from_texts(base_policy, [Problem("2 + 2?", "4")], ["<think> 4.</think>"])
     advantages = torch.zeros(rollouts.completion_ids.shape)
     assert role_metrics(rollouts, advantages, base_policy.tokenizer, [Problem("?", "4")]) == {}

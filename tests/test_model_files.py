@@ -1,4 +1,4 @@
-"""Model folders that are damaged, quantised or of another kind end in one sentence."""
+"""Damaged, quantised or unsuitable model folders are refused with one sentence."""
 
 import json
 import shutil
@@ -74,14 +74,14 @@ def test_a_whole_model_loads(folder):
     assert len(rollouts.lengths) == 8
 
 
-def test_an_adapter_given_as_a_model_says_what_to_say_instead(tiny_folder, tmp_path):
+def test_an_adapter_given_as_a_model_is_refused_with_the_right_option(tiny_folder, tmp_path):
     load_policy(tiny_folder, lora_rank=2).save(tmp_path / "final")
     with pytest.raises(ValueError, match=r"which is an adapter; use --adapter '.*final'"):
         load_policy(str(tmp_path / "final"))
 
 
 def refusal(folder, **settings):
-    """The one sentence that a folder is refused with."""
+    """The one sentence with which a folder is refused."""
     with pytest.raises(ValueError, match=r"\Amodel (is|must be) '") as refused:
         load_policy(str(folder), **settings)
     assert "\n" not in str(refused.value)
@@ -158,7 +158,7 @@ def test_damaged_settings_are_refused_by_the_name_of_their_file(folder, name, co
         ("generation_config.json", {"pad_token_id": "x"}),
     ],
 )
-def test_settings_that_make_no_sense_are_one_sentence(folder, name, changes):
+def test_meaningless_settings_are_one_sentence(folder, name, changes):
     set_in(folder / name, **changes)
     refusal(folder)
 
@@ -173,7 +173,7 @@ def test_a_folder_without_a_tokenizer_is_refused(folder):
 @pytest.mark.parametrize(
     "content", [b"", b"\xff" * 500, b"version https://git-lfs.github.com/spec"]
 )
-def test_weights_that_are_no_safetensors_are_refused(folder, content):
+def test_weights_that_are_not_safetensors_are_refused(folder, content):
     (folder / "model.safetensors").write_bytes(content)
     refusal(folder)
 
@@ -181,8 +181,11 @@ def test_weights_that_are_no_safetensors_are_refused(folder, content):
 @pytest.mark.parametrize(
     ("index", "told"),
     [
-        ({"weight_map": {NAME: "model-2.safetensors"}}, "names 'model-2.safetensors', which is no"),
-        ({"weight_map": {NAME: 3}}, "names '3', which is no safetensors"),
+        (
+            {"weight_map": {NAME: "model-2.safetensors"}},
+            "names 'model-2.safetensors', which is not",
+        ),
+        ({"weight_map": {NAME: 3}}, "names '3', which is not a safetensors"),
         ({"weight_map": [1]}, "can't be loaded"),
         ({}, "can't be loaded"),
         ([1], "is damaged"),
@@ -227,7 +230,7 @@ def test_an_architecture_that_can_not_be_sampled_from_is_refused(folder, kind):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma", "mistral", "phi3", "gpt_neox", "mpt"])
-def test_decoders_with_attention_in_every_layer_are_not(tokenizer, name):
+def test_decoders_with_attention_in_every_layer_are_accepted(tokenizer, name):
     if name == "mpt":
         config = transformers.MptConfig(vocab_size=864, d_model=64, n_heads=4, n_layers=2)
         model = redraw(transformers.AutoModelForCausalLM.from_config(config))
@@ -247,7 +250,7 @@ def test_a_model_with_keys_wider_than_values_is_sampled_from(tokenizer):
     assert rollouts.lengths.max() == 40
 
 
-def test_too_few_positions_are_told_before_the_work(tokenizer, tmp_path, capsys):
+def test_too_few_positions_are_reported_before_the_work(tokenizer, tmp_path, capsys):
     policy = tiny_policy("gpt2", tokenizer, max_position_embeddings=48)
     problems = [Problem("1 + 1?", "2"), Problem("1 + 1 + 1 + 1 + 1 + 1 + 1 + 1 + 1?", "9")]
     with pytest.raises(ValueError, match=r"the model has 48 positions, .* are up to \d+ tokens"):

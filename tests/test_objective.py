@@ -1,4 +1,4 @@
-"""The clipped surrogate, the KL estimate and the two means, against plain Python."""
+"""The clipped surrogate, the KL estimate and the two means, compared with plain Python."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_aggregate_by_hand():
 
 @pytest.mark.parametrize("how", ["sequence", "token"])
 def test_aggregate_of_a_constant_is_the_constant(how):
-    """Both are means, whatever the lengths."""
+    """Both are means for all lengths."""
     assert float(aggregate(torch.full((3, 4), 2.5), MASK, how)) == pytest.approx(2.5)
 
 
@@ -79,7 +79,7 @@ def test_clipped_surrogate(ratio, advantage, low, high):
     )
     assert value.item() == pytest.approx(expected, rel=1e-5)
     assert bool(clipped) is binds
-    # Where the clip binds the token pulls no more; elsewhere d(rho A) / d log pi = rho A.
+    # A clipped token has no gradient; the others have d(rho A) / d log pi = rho A.
     value.sum().backward()
     assert float(logprobs.grad) == pytest.approx(0.0 if binds else ratio * advantage, rel=1e-5)
 
@@ -139,7 +139,7 @@ def test_loss_equals_the_formula(how, high, kl_coef):
 
 
 def test_sequence_and_token_means_differ_in_how_they_weigh_lengths():
-    """GRPO weighs all completions alike, the token mean all tokens; at equal lengths they agree."""
+    """One gives equal weight to completions, one to tokens; for equal lengths they agree."""
     logprobs, old, _, advantages, mask = batch()
     losses = [
         policy_loss(logprobs, old, advantages, m, aggregation=how)[0].item()
@@ -159,7 +159,7 @@ def test_without_a_reference_there_is_no_kl():
 
 
 @pytest.mark.parametrize("how", ["sequence", "token"])
-def test_padding_pulls_nothing(how):
+def test_padding_has_no_gradient(how):
     logprobs, old, ref, advantages, mask = batch()
     options = dict(ref_logprobs=ref, kl_coef=0.1, aggregation=how)
     policy_loss(logprobs, old, advantages, mask, **options)[0].backward()
@@ -169,7 +169,7 @@ def test_padding_pulls_nothing(how):
 
 @pytest.mark.parametrize("how", ["sequence", "token"])
 def test_micro_batches_add_up_to_the_whole(how):
-    """Weighed by rows (sequence) or tokens (token), parts have the gradient of the whole batch."""
+    """Parts weighted by rows (sequence) or tokens (token) give the whole batch's gradient."""
     logprobs, old, ref, advantages, mask = batch()
 
     def loss(*tensors):

@@ -1,4 +1,4 @@
-"""Absurd values, for every number that any command takes: one sentence, and no work is begun."""
+"""Absurd values for every number of every command: one sentence, before any work begins."""
 
 import argparse
 import dataclasses
@@ -47,7 +47,7 @@ PARSER = cli._parser()
 
 @pytest.fixture
 def idle(monkeypatch, tmp_path):
-    """Where nothing is there, and no model is to be loaded."""
+    """An empty working folder in which no model may be loaded."""
     monkeypatch.setattr(cli, "_parser", lambda: PARSER)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("iapo_mini.policy.AutoModelForCausalLM", None)
@@ -55,7 +55,7 @@ def idle(monkeypatch, tmp_path):
 
 
 def told(capsys, run, arguments):
-    """The one sentence that a command ends with."""
+    """The one sentence with which a command ends."""
     with pytest.raises(SystemExit) as ended:
         run(arguments)
     assert ended.value.code == 2
@@ -128,12 +128,12 @@ def test_absurd_numbers_of_pretrain_are_refused_in_one_sentence(field, idle, cap
         ("explain - --out h.json", "out must be a .png, .pdf or .svg file, got 'h.json'"),
     ],
 )  # fmt: skip
-def test_what_is_told(arguments, sentence, idle, capsys):
+def test_wrong_options_get_these_sentences(arguments, sentence, idle, capsys):
     assert sentence in told(capsys, cli.main, arguments.split())
 
 
 @pytest.mark.parametrize("name", ["h.png", "h.pdf", "h.svg"])
-def test_a_heat_map_writes_over_heat_maps_alone(name, tmp_path):
+def test_a_heat_map_overwrites_only_heat_maps(name, tmp_path):
     figure = tmp_path / name
     check_figure(figure)
     Figure().savefig(figure)
@@ -148,13 +148,13 @@ def test_a_heat_map_writes_over_heat_maps_alone(name, tmp_path):
 
 
 def test_a_seed_takes_no_time_to_count_to(monkeypatch, tmp_path, capsys):
-    """It seeds the stories; it is not their number."""
+    """The seed of stories must not be used as a number of stories to skip."""
     monkeypatch.setattr("iapo_mini.policy.load_policy", lambda *a, **k: 1 / 0)
     out = ["--out", str(tmp_path / "h.png")]
     assert "division" in told(capsys, cli.main, ["explain", "-", "--seed", str(MOST_SEED), *out])
 
 
-def test_memory_that_is_not_there_is_told(monkeypatch, tmp_path, capsys):
+def test_too_little_memory_is_reported(monkeypatch, tmp_path, capsys):
     def load(*args, **settings):
         raise MemoryError
 

@@ -1,4 +1,4 @@
-"""Real continuations of a prefix: what they are drawn from, and what is made of them."""
+"""Real continuations of a prefix: their sampling, and the quantities computed from them."""
 
 import json
 import math
@@ -42,13 +42,13 @@ def test_sampling_after_the_prompt_is_sampling(policy, problem):
 
 def test_entropy_of_answers_by_hand():
     assert oracle.entropy_of(["7"] * 8) == 0.0
-    # Shares 3/4 and 1/4, and (2 - 1) / 8 on top.
+    # Shares 3/4 and 1/4, plus the correction (2 - 1) / 8.
     plain = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert oracle.entropy_of(["7", "7", "7", None]) == pytest.approx(plain + 1 / 8)
 
 
 def test_the_correction_takes_most_of_the_bias_away():
-    """Eight answers drawn from four equally likely ones, many times."""
+    """Draws eight answers from four equally likely ones, many times."""
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(4, (2000, 8), generator=generator).tolist()
     found = sum(oracle.entropy_of([str(x) for x in draw]) for draw in draws) / 2000
@@ -68,12 +68,12 @@ def test_prefixes_are_continued_after_sentences_and_not_after_tags(policy, probl
     assert [text.strip()[-10:] for text in texts[:-1]] == ["", "21 stamps.", "21 / 3 = 7."[-10:]]
     assert [len(own) for own in answers[0]] == [3, 3, 3, 1]
     assert answers[0][-1][0].strip() == "7"
-    # After the result is written nearly all continuations end with it.
+    # After the result is written, nearly all continuations end with it.
     assert answers[0][2].count("7") >= 2
 
 
 def test_continuations_are_those_of_the_prefix(policy, problem):
-    """What follows nothing but the prompt are completions like any; made again they are equal."""
+    """Continuations of the prompt alone are ordinary completions, and repeat exactly."""
     n, nothing = 96, from_texts(policy, [problem], ["<think>"])
     _, answers = oracle.continuations(policy, nothing, k=n, seed=3)
     assert answers == oracle.continuations(policy, nothing, k=n, seed=3)[1]
@@ -107,8 +107,8 @@ def test_a_token_gets_the_gain_in_value_of_its_sentence(policy, monkeypatch):
     torch.testing.assert_close(oracle._vine(rollouts, 0, 0)[0], expected)
 
 
-def test_agreement_of_an_estimate_with_itself_is_whole(policy, monkeypatch):
-    """With the early exits' own entropies in place of the continuations'."""
+def test_an_estimate_agrees_with_itself(policy, monkeypatch):
+    """The early exits' entropies are used in place of those of continuations."""
     exits, plain = [], oracle.answer_entropies
 
     def watched(policy, rollouts):

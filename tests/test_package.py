@@ -1,4 +1,4 @@
-"""The package away from its repository: what wheel and sdist hold, and that they work there."""
+"""The package without its repository: the contents of wheel and sdist, and that they work."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def run(*command, cwd, **environment):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Folder with a copy of the tracked files, and what building it said."""
+    """Folder with a copy of the tracked files, and the output of building it."""
     folder = tmp_path_factory.mktemp("built")
     listed = run("git", "ls-files", "-z", cwd=ROOT)
     if listed.returncode:
@@ -52,14 +52,14 @@ def wheel(built):
 
 @pytest.fixture(scope="module")
 def installed(built):
-    """Folder that the wheel was installed into, to be put on the path."""
+    """Folder with the installed wheel, to put on the path."""
     site = built[0] / "site"
     with zipfile.ZipFile(wheel(built)) as archive:
         archive.extractall(site)
     return site
 
 
-def test_setuptools_has_nothing_to_say_against_it(built):
+def test_setuptools_gives_no_warnings(built):
     # Of a clean tree it remarks that there was nothing to leave out.
     usual = "byte-compiling is disabled|no previously-included"
     said = [line for line in built[1].splitlines() if not re.search(usual, line)]
@@ -79,7 +79,7 @@ def test_wheel_holds_every_module_the_policies_and_the_results(built):
     assert not any(name.startswith(("tests/", "notebooks/")) for name in names)
 
 
-def test_sdist_holds_all_that_its_tests_need(built):
+def test_the_sdist_holds_everything_that_its_tests_need(built):
     (path,) = (built[0] / "dist").glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -90,7 +90,7 @@ def test_sdist_holds_all_that_its_tests_need(built):
     assert {"Makefile", "requirements.txt", "LICENSE", "tests/conftest.py"} <= names
 
 
-def test_metadata_is_what_an_index_shows(built):
+def test_metadata_for_the_package_index_is_complete(built):
     with zipfile.ZipFile(wheel(built)) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         told = Parser().parsestr(archive.read(name).decode())
@@ -100,7 +100,7 @@ def test_metadata_is_what_an_index_shows(built):
     )
     assert any("Repository" in url for url in told.get_all("Project-URL"))
     assert told.get_payload().startswith("# iapo-mini")
-    # On the index's page a relative link leads nowhere.
+    # On the page of the package index relative links do not work.
     for target in re.findall(r"\]\(([^)]+)\)", told.get_payload()):
         assert re.match(r"https://|#", target), target
 
@@ -123,8 +123,8 @@ def test_compare_runs_in_an_empty_folder(installed, tmp_path):
     assert (tmp_path / "figures/results/compare_quick.json").is_file()
 
 
-def test_ranges_admit_what_colab_brings():
-    """Installing the library there must move nothing; .ci/colab tries it for real."""
+def test_dependency_ranges_allow_colabs_versions():
+    """Installing the library there must change no package; .ci/colab tries it for real."""
     lines = (ROOT / ".ci/colab.txt").read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     brought = {pin.name: next(iter(pin.specifier)).version for pin in pins}

@@ -1,4 +1,4 @@
-"""The memory planner: counted parts against real tensors, suggestions against its own numbers."""
+"""The memory planner: counted parts compared with real tensors, and its suggestions."""
 
 import itertools
 import subprocess
@@ -48,7 +48,7 @@ def test_built_in_shapes_have_the_real_models_parameters(name):
     counted = shape_of(config_of(name))
     assert replace(counted, linear=known.linear) == known
     assert sorted(counted.linear) == sorted(known.linear)
-    # Without quantisation every weight takes its two bytes.
+    # Without quantisation every weight takes two bytes.
     parts = weight_bytes(shape(name), rank=16, four_bit=False, width=2)
     assert parts["16-bit weights"] == 2 * PARAMETERS[name] and parts["4-bit weights"] == 0
 
@@ -67,13 +67,13 @@ def folder(request, tokenizer, tmp_path):
 
 
 def nbytes(tensors):
-    """Bytes of the storages of tensors, each counted once."""
+    """Bytes of the storages of tensors, with each storage counted once."""
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     return sum(storages.values())
 
 
 def quantisation(state):
-    """Every tensor beside the packed weights that undoing the quantisation needs."""
+    """Every tensor besides the packed weights that dequantisation needs."""
     return [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
 
 
@@ -104,7 +104,7 @@ def test_weights_adapter_and_optimizer_are_those_of_real_tensors(folder, dtype):
 
 
 @pytest.mark.parametrize("limit", [3, 128, 140, 300])
-def test_the_cache_is_that_of_sampling(folder, limit):
+def test_the_planned_cache_is_that_of_sampling(folder, limit):
     policy = load_policy(folder, lora_rank=0)
     policy.model.generation_config.eos_token_id = 863  # never: rows run to the limit
     policy.model.get_output_embeddings().weight.data[863] = 0
@@ -131,11 +131,11 @@ def test_activations_are_those_that_autograd_keeps(folder, dtype, checkpointing)
     )  # fmt: skip
     planned = plan(shape(folder), settings, 40, width=dtype.itemsize)
     expected = planned.phases["update, at the head"]["activations"]
-    # With checkpointing one layer at a time is computed again later, in the backward pass.
+    # With checkpointing the backward pass computes one layer at a time again.
     more = planned.phases["update, in a layer"]["activations"] - expected
     layer = 8 * 100 * layer_bytes(shape(folder), 8, dtype.itemsize)
     assert more == (layer if checkpointing else 0)
-    # Gradients of the final hidden states are planned for and not kept by the forward pass.
+    # The plan includes gradients of the final hidden states, which no forward pass keeps.
     assert 0.93 * kept < expected < 1.2 * kept
 
 
@@ -185,7 +185,7 @@ def test_settings_of_a_card_fit_it(name):
     assert planned.total < limit * GB
 
 
-def test_suggestions_end_where_it_fits_and_each_one_helps():
+def test_suggestions_end_when_the_run_fits_and_each_one_helps():
     settings = TrainConfig(prompts_per_step=8, max_completion_length=512)
     config = shape("qwen2.5-7b")
     before = plan(config, settings, 200)
@@ -193,13 +193,13 @@ def test_suggestions_end_where_it_fits_and_each_one_helps():
     totals = [before.total, *(after.total for _, _, after in steps)]
     assert totals == sorted(totals, reverse=True) and len(set(totals)) == len(totals)
     assert all(x > 8 * GB for x in totals[:-1]) and totals[-1] <= 8 * GB
-    # The last settings are those of the last plan.
+    # The last settings must give the last plan.
     assert plan(config, steps[-1][1], 200) == steps[-1][2]
     assert steps[0][0] == "four_bit False -> True"
     assert lower(config, steps[-1][1], 200, 8 * GB) == []
 
 
-def test_nothing_left_to_lower_ends():
+def test_suggestions_end_when_nothing_can_be_lowered():
     config = shape("qwen2.5-7b")
     steps = lower(config, TrainConfig(), 200, 1 * GB)
     assert steps and steps[-1][2].total > 1 * GB
@@ -254,7 +254,7 @@ def test_the_documented_table_is_the_planners():
 
 
 def peak_bytes(function):
-    """Most bytes that were allocated at a time, above those before."""
+    """Peak of allocated bytes, above the bytes before."""
     with torch.profiler.profile(profile_memory=True) as profiler:
         function()
     events = profiler.profiler.kineto_results.events()
@@ -264,7 +264,7 @@ def peak_bytes(function):
 
 @pytest.fixture(params=[1024, 128], ids=["wide", "narrow"])
 def card_like(request, tokenizer, tmp_path):
-    """A policy as on a card, 4-bit and bf16, and its configuration."""
+    """A policy as on a GPU, in 4 bits and bf16, and its configuration."""
     config = Qwen2Config(
         hidden_size=256, intermediate_size=request.param, num_hidden_layers=3,
         num_attention_heads=8, num_key_value_heads=2, vocab_size=4000, tie_word_embeddings=True,
@@ -301,7 +301,7 @@ def test_peak_of_an_update(card_like, checkpointing):
 def test_peak_of_sampling(card_like):
     config, folder = card_like
     settings = TrainConfig(prompts_per_step=2, num_generations=4, max_completion_length=40)
-    # In fp32: in bf16 a CPU lays out the head's weight anew at every step, which no card does.
+    # In fp32, because in bf16 a CPU copies the head's weight at every step, unlike a GPU.
     policy = load_policy(folder, lora_rank=0)
     policy.model.generation_config.eos_token_id = 3999
     problems = [Problem("7 " * 30 + "?", "7")] * 2

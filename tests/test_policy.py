@@ -31,7 +31,7 @@ def copied(folder, target):
 
 
 def refusal(model, **kwargs):
-    """The message with which loading is refused: one sentence that names what was given."""
+    """The message with which loading is refused: one sentence that names the given value."""
     with pytest.raises(ValueError) as caught:
         load_policy(str(model), **kwargs)
     message = str(caught.value)
@@ -100,13 +100,13 @@ def test_reference_of_full_fine_tuning_is_a_frozen_copy(tiny_folder, base_policy
         assert not any(p.requires_grad for p in reference.parameters())
 
 
-def test_no_reference_was_kept(base_policy):
+def test_a_missing_reference_is_refused(base_policy):
     with pytest.raises(ValueError, match="keep_reference=True"), base_policy.reference():
         pass
 
 
 def test_inference_equals_the_adapters_forward_and_follows_its_weights(perturbed):
-    """The merged copy must be refreshed: sampling from last step's policy would be off-policy."""
+    """The merged copy must be refreshed, or sampling would use the last step's policy."""
     before = logits(perturbed.for_inference())
     assert_close_in_fp32(before, logits(perturbed.model))
     perturb_lora(perturbed, seed=2)
@@ -182,7 +182,7 @@ def test_a_folder_without_weights_is_refused(tiny_folder, tmp_path):
 
 
 def test_pickled_weights_are_never_read(tiny_folder, tmp_path):
-    """Unpickling runs code from the file, so a pickle is refused even where it would load."""
+    """Unpickling runs code from the file, so even a valid pickle is refused."""
     folder = copied(tiny_folder, tmp_path / "m")
     model = AutoModelForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
@@ -192,7 +192,7 @@ def test_pickled_weights_are_never_read(tiny_folder, tmp_path):
 
 
 def test_truncated_weights_are_refused(tiny_folder, tmp_path):
-    """What a broken download or a full disk leaves."""
+    """A broken download or a full disk can leave such files."""
     folder = copied(tiny_folder, tmp_path / "m")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:10_000])
@@ -205,7 +205,7 @@ def test_a_broken_config_is_refused(tiny_folder, tmp_path):
     assert f"'{folder}', whose config.json is damaged" in refusal(folder)
 
 
-def test_a_model_that_is_no_causal_lm_is_refused(tiny_folder, tmp_path):
+def test_a_model_that_is_not_a_causal_lm_is_refused(tiny_folder, tmp_path):
     folder = copied(tiny_folder, tmp_path / "m")
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}), encoding="utf-8")
     assert f"got '{folder}'" in refusal(folder)

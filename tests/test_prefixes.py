@@ -30,8 +30,8 @@ from iapo_mini.information import answer_entropies, encode_postfix
 from iapo_mini.policy import Policy
 
 
-def test_branches_stand_behind_their_own_prefix():
-    """Two rows by hand: the first has two columns of left-padding; K = 2, branches after 2 ends."""
+def test_branches_follow_their_own_prefix():
+    """Two rows by hand: the first has two columns of padding; K = 2, two branches per row."""
     trunk_mask = torch.tensor([[False, False, True, True, True], [True, True, True, True, False]])
     position_ids = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 3, 3]])
     ends = torch.tensor([[2, 4], [0, 3]])
@@ -83,7 +83,7 @@ def test_other_architectures_are_compared_at_use(tokenizer, monkeypatch, name):
 
 
 class Deaf(MistralForCausalLM):
-    """Counts positions from the cache, whatever it is told."""
+    """A model that counts positions from the cache and ignores given position ids."""
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
         return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
@@ -91,7 +91,7 @@ class Deaf(MistralForCausalLM):
 
 @pytest.mark.parametrize("way", ["packed", "cached"])
 @pytest.mark.parametrize("completions", [[5, 1, 3, 6], [0, 3, 2, 4], [0, 0, 0, 0]])
-def test_a_model_that_packing_gets_wrong_is_asked_naively(tokenizer, way, completions):
+def test_a_model_that_packing_gets_wrong_uses_the_naive_way(tokenizer, way, completions):
     like = tiny_policy("mistral", tokenizer, sliding_window=None).model.config
     policy = Policy(redraw(Deaf(like)), tokenizer)
     rollouts = make_rollouts([4, 9], completions, group=2)
@@ -103,7 +103,7 @@ def test_a_model_that_packing_gets_wrong_is_asked_naively(tokenizer, way, comple
 
 @pytest.mark.parametrize("name", WINDOWED)
 @pytest.mark.parametrize("way", ["packed", "cached"])
-def test_a_short_sliding_window_is_asked_naively(tokenizer, name, way):
+def test_a_short_sliding_window_uses_the_naive_way(tokenizer, name, way):
     policy = windowed_policy(name, tokenizer, 6)
     rollouts = make_rollouts([4, 9], [8, 1, 3, 6], group=2)
     expected = explicit_entropies(policy, rollouts)
@@ -131,7 +131,7 @@ def test_a_long_sliding_window_changes_nothing(tokenizer, name):
 
 @pytest.fixture(scope="module")
 def wide_policy(tokenizer):
-    """A vocabulary of 20,000: 80 kB of fp32 logits for each position."""
+    """A policy with a vocabulary of 20,000, so 80 kB of fp32 logits for each position."""
     sizes = dict(vocab_size=20_000, hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
     return tiny_policy("llama", tokenizer, intermediate_size=24, **sizes)
 
@@ -156,14 +156,14 @@ def test_logits_stay_within_the_memory_given(wide_policy, way, memory_mb):
         found = ask(wide_policy.model, rollouts, Question(encode_postfix(wide_policy), read), how)
     hook.remove()
     assert sum(read_sizes) == branches * vocabulary and len(read_sizes) > 1
-    # Made once in the model's dtype, once in fp32, and a temporary.
+    # One copy in the model's dtype, one in fp32, and a temporary.
     assert max(made_sizes + read_sizes) * 12 <= memory_mb * 2**20
     assert max(made_sizes) < branches * vocabulary / 4  # never (B, L, V)
     close(found[..., 0], explicit_entropies(wide_policy, rollouts))
 
 
 class Hungry:
-    """A ``read`` that runs out of memory the first times."""
+    """A ``read`` that runs out of memory in its first calls."""
 
     def __init__(self, times, error=torch.OutOfMemoryError):
         self.times, self.error = times, error
@@ -177,7 +177,7 @@ class Hungry:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
-def test_out_of_memory_halves_the_budget_and_goes_on(base_policy, way, error):
+def test_out_of_memory_halves_the_budget_and_continues(base_policy, way, error):
     rollouts = make_rollouts(**BATCH)
     asked = Question(encode_postfix(base_policy), Hungry(3, error))
     with (
@@ -193,7 +193,7 @@ def test_out_of_memory_halves_the_budget_and_goes_on(base_policy, way, error):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("chunk_size", [None, 8])
 @pytest.mark.filterwarnings("ignore:out of memory")
-def test_out_of_memory_for_good_is_raised(base_policy, way, chunk_size):
+def test_lasting_out_of_memory_is_raised(base_policy, way, chunk_size):
     calls = []
 
     def read(rows, logits):
@@ -205,7 +205,7 @@ def test_out_of_memory_for_good_is_raised(base_policy, way, chunk_size):
     asked = Question(encode_postfix(base_policy), read)
     with only(way, chunk_size=chunk_size) as how, pytest.raises(torch.OutOfMemoryError):
         ask(base_policy.model, make_rollouts(**BATCH), asked, how)
-    # As little as possible was tried: one branch, or one column of a block of rows.
+    # The smallest possible chunk was tried: one branch, or one column of a block of rows.
     assert calls[-1] <= (8 if way == "shared" else 1)
 
 
@@ -254,7 +254,7 @@ def test_shared_prefixes_by_a_loop(rows, group):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", [{}, {"chunk_size": 1}, {"memory_mb": 0.01}])
 def test_equal_completions_are_asked_once(base_policy, way, size):
-    """Many equal rows, rows that another begins with, and a group without any."""
+    """Has many equal rows, rows that are prefixes of others, and a group without either."""
     group = 10
     rollouts = make_rollouts([3, 5, 4], [4] * 10 + [2, 4] * 5 + [1, 0] * 5, group)
     ids = rollouts.completion_ids.clone()

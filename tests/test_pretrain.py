@@ -1,4 +1,4 @@
-"""The recipe of the embedded policy: resumable, and its two losses are what they claim to be."""
+"""Pretraining of the embedded policy: its two losses, and resuming."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ SMALL = {
 
 def test_killed_pretraining_resumes_to_the_same_weights(tmp_path):
     whole = pretrain(tmp_path / "whole", Settings(**SMALL))
-    # Slowed down after each checkpoint, so that the kill lands in the middle of the run.
+    # The run pauses after each checkpoint, so the kill comes in the middle of the run.
     code = (
         "import time; from iapo_mini.lab import pretrain as p; torch_save = p.torch.save\n"
         "def slow(*a):\n    torch_save(*a); time.sleep(0.3)\n"
@@ -64,7 +64,7 @@ def test_losses_equal_a_row_by_row_run():
 
 
 def test_exit_loss_does_not_train_the_policy_to_stop_early():
-    """No branch token is a next-token target: the completion labels are the chain's alone."""
+    """Branch tokens are never next-token targets; the labels are only those of the chain."""
     tokenizer = build_tokenizer(n_stories=200)
     batch = next(sample_batches(tokenizer, seed=0, batch_size=4, exits=3))
     close = tokenizer.encode("</think>")[0]
@@ -72,8 +72,8 @@ def test_exit_loss_does_not_train_the_policy_to_stop_early():
         assert int((labels == close).sum()) == 1
 
 
-def test_the_calibrated_policy_is_the_embedded_one_retaught(tmp_path):
-    """Two steps: weights have moved, the log tells both losses, the folder loads as others do."""
+def test_the_calibrated_policy_is_a_retrained_embedded_one(tmp_path):
+    """After two steps weights have changed, the log has both losses, and the folder loads."""
     folder = calibrated(tmp_path / "calibrated", steps=2, threads=1)
     rows = [
         json.loads(line)
@@ -92,7 +92,7 @@ def test_the_calibrated_policy_is_the_embedded_one_retaught(tmp_path):
 
 
 def test_a_pretrained_policy_is_assessed_on_its_own_and_the_worlds_chains(tmp_path, monkeypatch):
-    """The whole command, small: a policy, its log, the numbers and the diagram."""
+    """Runs the whole command at a small size: a policy, its log, the numbers and the diagram."""
     monkeypatch.setattr(module, "assess", lambda out, figures: assess(out, figures, n_stories=4))
     small = ["--steps=2", "--batch-size=2", "--exits=1", "--hidden=32", "--layers=1", "--threads=1"]
     main([f"--out={tmp_path / 'out'}", f"--figures={tmp_path / 'figures'}", *small])

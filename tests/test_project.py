@@ -1,4 +1,4 @@
-"""What the project says of itself is what its files hold."""
+"""The texts of the project agree with its files."""
 
 import importlib.util
 import json
@@ -40,7 +40,7 @@ def test_readme_table_is_the_committed_result(full):
     assert f"Pass@1 differs by {gap} within a seed" in readme
 
 
-def test_readme_is_read_in_a_minute_and_its_two_commands_come_first():
+def test_the_readme_is_short_and_its_two_commands_come_first():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = readme.splitlines()
     assert len(lines) <= 130
@@ -94,7 +94,7 @@ def test_table1_in_the_texts_is_the_committed_result(table1_results):
     assert choices_table(chosen) in page
 
 
-def test_what_a_better_start_brings_is_told_as_committed():
+def test_results_of_better_starts_in_the_docs_are_the_committed_ones():
     results = json.loads((ROOT / "figures/results/starts.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     assert starts_table(results) in page
@@ -116,7 +116,7 @@ def test_what_a_better_start_brings_is_told_as_committed():
     assert "by " + " ".join(lost) in page
 
 
-def test_numbers_of_table1_in_the_prose_follow_from_it(table1_results):
+def test_numbers_of_table1_in_the_text_are_computed_from_it(table1_results):
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     methods, clock = table1_results["methods"], table1_results["wall_clock"]
     iapo, grpo, start = (methods[name] for name in ("iapo", "grpo", "start"))
@@ -138,13 +138,13 @@ def test_numbers_of_table1_in_the_prose_follow_from_it(table1_results):
     assert f"a Pass@1 that is {format_interval(mean_interval(gap))} higher" in page
 
 
-def test_claims_are_what_the_committed_results_give():
+def test_the_page_of_claims_follows_from_the_committed_results():
     assert report_of_files(figures=ROOT / "figures") == (ROOT / "figures/claims.md").read_text(
         encoding="utf-8"
     )
 
 
-def test_what_stands_on_table1_is_told_as_judged(table1_results):
+def test_statements_about_table1_agree_with_its_verdicts(table1_results):
     rows = verdicts.judge(_of_table1(table1_results))
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     testable = sum(row[3] != "cannot be tested" for row in rows)
@@ -180,12 +180,12 @@ def test_table_of_the_verifier_is_the_committed_result():
     assert f"agree on {results['agreement']:.3f}" in docs
     for judge in ("ours", "strings"):
         assert f"{results['accuracy'][judge]:.3f}" in docs
-    # What the table counts follows from the judges as they are now.
+    # The counts of the table follow from the present judges.
     assert benchmark.by_strings("\\dfrac12", "\\frac{1}{2}") and benchmark.by_strings("50\\%", "50")
     assert not benchmark.by_strings("72.0", "72")
 
 
-def test_the_page_on_trl_tells_the_committed_numbers():
+def test_the_page_on_trl_has_the_committed_numbers():
     results = json.loads((ROOT / "figures/results/trl.json").read_text(encoding="utf-8"))
     docs = (ROOT / "docs/scaleout.md").read_text(encoding="utf-8")
     assert f"**{results['our_step_over_trl_step']:.2f} times**" in docs
@@ -228,7 +228,7 @@ OURS = r"https://(?:github\.com/iapo-mini/iapo-mini/blob|raw\.githubusercontent\
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_what_a_page_links_to_exists(page):
+def test_links_of_every_page_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
         at_home = re.sub(OURS, "/", target)

@@ -1,4 +1,4 @@
-"""What an EarlyExit accepts, without a model."""
+"""The values that an EarlyExit accepts, tested without a model."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit, check_stride
 from iapo_mini.tasks import POSTFIX
 
 
-def test_by_default_it_asks_as_the_paper_does():
+def test_the_defaults_are_those_of_the_paper():
     assert EarlyExit() == EVERY_PREFIX
     assert (EVERY_PREFIX.postfix, EVERY_PREFIX.stride) == (POSTFIX, 1)
 
@@ -50,7 +50,7 @@ def test_bad_values_are_refused(field, value, allowed):
         replace(EVERY_PREFIX, **{field: value})
 
 
-def test_it_is_never_changed():
+def test_it_is_immutable():
     with pytest.raises(FrozenInstanceError):
         EVERY_PREFIX.stride = 4
 

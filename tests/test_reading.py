@@ -39,7 +39,7 @@ def test_entropy_of_half_precision_logits_is_computed_in_full_precision(shape):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_entropy_is_that_of_whole_logits(vocabulary, bias, dtype):
-    """Blocks of the vocabulary, of all sizes of the last one; flat and peaked distributions."""
+    """Tests all sizes of the last block of the vocabulary, and flat and peaked distributions."""
     torch.manual_seed(0)
     head = torch.nn.Linear(16, vocabulary, bias=bias).to(dtype)
     hidden = torch.cat([torch.randn(300, 2, 16), 40 * torch.randn(300, 2, 16)]).to(dtype)
@@ -67,7 +67,7 @@ def test_head_entropy_makes_no_whole_logits():
 
 @pytest.mark.parametrize("where", [[3], [0], [0, 1, 2], list(range(1024, 1100))])
 def test_tokens_that_can_not_be_drawn_add_nothing(where):
-    """Logits of -inf: padded rows of the head, banned tokens, a whole block of them."""
+    """Logits of -inf come from padded rows of the head and banned tokens, even a whole block."""
     generator = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(8, 1100)
     with torch.no_grad():
@@ -82,5 +82,5 @@ def test_tokens_that_can_not_be_drawn_add_nothing(where):
 
 
 def test_a_broken_prediction_stays_visible():
-    """What is no number is not made one."""
+    """NaN stays NaN."""
     assert logits_entropy(torch.tensor([[0.0, math.nan]])).isnan().all()

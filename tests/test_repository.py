@@ -1,4 +1,4 @@
-"""Several models in one repository, a subfolder for each, as the authors published theirs."""
+"""Several models in one repository, with a subfolder for each, like the authors' models."""
 
 import json
 import os
@@ -19,7 +19,7 @@ NAMES = list(HIDDEN)
 
 @pytest.fixture(scope="module")
 def repository(tokenizer, tmp_path_factory):
-    """A folder without a model at its top and two of different width below it."""
+    """A folder without a model at its top, but with two models of different width below it."""
     folder = tmp_path_factory.mktemp("repository")
     (folder / "README.md").write_text("Two models.", encoding="utf-8")
     for name, hidden in HIDDEN.items():
@@ -31,7 +31,7 @@ def repository(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hub_home(repository, tmp_path_factory):
-    """The same repository as the hub's client keeps one, at two revisions, for use offline."""
+    """The same repository in the cache of the hub's client, at two revisions, for offline use."""
     home = tmp_path_factory.mktemp("home")
     kept = home / "hub" / "models--someone--iapo"
     (kept / "refs").mkdir(parents=True)
@@ -63,7 +63,7 @@ def test_the_named_model_of_a_folder_is_loaded(repository, name):
     assert torch.equal(policy.model(IDS).logits, alone.model(IDS).logits)
 
 
-def test_in_4_bits_too(repository):
+def test_a_named_model_of_a_folder_loads_in_4_bits(repository):
     pytest.importorskip("bitsandbytes", reason="the extra [four-bit] is not installed")
     policy = load_policy(str(repository), subfolder=NAMES[1], four_bit=True)
     assert policy.model.config.hidden_size == HIDDEN[NAMES[1]]
@@ -84,7 +84,9 @@ for asked in cases:
 
 
 @pytest.mark.parametrize("four_bit", ["", "yes"], ids=["fp32", "4-bit"])
-def test_the_hub_is_asked_for_them_and_an_adapter_remembers(hub_home, tmp_path, four_bit):
+def test_subfolder_and_revision_reach_the_hub_and_an_adapter_keeps_them(
+    hub_home, tmp_path, four_bit
+):
     if four_bit:
         pytest.importorskip("bitsandbytes", reason="the extra [four-bit] is not installed")
     cases = [
@@ -133,7 +135,7 @@ def test_evaluate_takes_a_model_of_a_repository(repository, hub_home, tmp_path):
     ],
     ids=str,
 )
-def test_what_a_folder_does_not_have_is_one_sentence(repository, asked, told):
+def test_a_missing_subfolder_of_a_folder_is_one_sentence(repository, asked, told):
     with pytest.raises(ValueError, match=told):
         load_policy(**{"model": str(repository), **asked})
 
@@ -141,7 +143,7 @@ def test_what_a_folder_does_not_have_is_one_sentence(repository, asked, told):
 @pytest.mark.parametrize(
     ("option", "value"), [("subfolder", "late"), ("revision", "third")], ids=str
 )
-def test_what_the_hub_does_not_have_is_one_sentence(hub_home, tmp_path, option, value):
+def test_a_missing_subfolder_of_the_hub_is_one_sentence(hub_home, tmp_path, option, value):
     out = tmp_path / "e.json"
     done = evaluate("--model", "someone/iapo", f"--{option}", value, "--out", out, home=hub_home)
     assert done.returncode == 2 and not out.exists()
@@ -149,6 +151,6 @@ def test_what_the_hub_does_not_have_is_one_sentence(hub_home, tmp_path, option, 
     assert f"got 'someone/iapo', {option} '{value}', which can't be loaded" in line
 
 
-def test_a_hub_id_is_asked_for_what_is_given_alone():
+def test_the_hub_is_asked_only_for_given_settings():
     assert of_repository("someone/iapo", "", None) == ("someone/iapo", {})
     assert of_repository("someone/iapo", "a", None) == ("someone/iapo", {"subfolder": "a"})

@@ -107,7 +107,7 @@ def test_reward_of_a_completion(completion, expected):
         ("9" * 30 + ".0", "9" * 30, True),
         ("9" * 200, "9" * 200, True),
         ("9" * 200, "9" * 199 + "8", False),
-        # Not numbers here: nothing is evaluated, and Python's own number words are only words.
+        # These are not numbers: nothing is evaluated, and Python's number words are only words.
         ("2+3", "5", False),
         ("1e1", "10", True),
         ("1_0", "10", False),
@@ -143,7 +143,7 @@ def test_any_text_has_a_reward_and_only_equal_answers_are_right(text, reference)
 
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_tags_around_any_text_make_it_well_formed(thought, answer):
-    """The answer comes back as it stands, whatever it says, short of tags."""
+    """Any answer without tags is returned unchanged."""
     assert parse_answer(f"<think>{thought}</think><answer>{answer}</answer>") == answer.strip()
 
 
@@ -154,7 +154,7 @@ def test_integers_are_right_when_equal(a, b):
 
 
 def test_long_hostile_text_is_judged_quickly():
-    """What a policy at its length limit may write; a pattern that backtracks would hang here."""
+    """A policy may write such text at its length limit; a pattern that backtracks would hang."""
     for text in ("<think>" * 500, "<think></think><answer>" * 300, said("9" * 5000), "<" * 5000):
         assert reward(text, "72")[1] is False
 
@@ -186,7 +186,7 @@ def test_score_gives_each_row_the_answer_of_its_own_problem(tokenizer):
         # The text after the last <answer> counts, and a box in it is opened.
         ("<answer>71</answer><answer>72</answer>", (0.5, True)),
         ("<think>a</think>\n<answer>\\boxed{72}</answer>", (1.5, True)),
-        # What stands before the thought does not spoil the format.
+        # Text before the thought does not spoil the format.
         ("Sure! <think>a</think>\n<answer>72</answer>", (1.5, True)),
         ("", (-1.5, False)),
         ("no idea", (-1.5, False)),

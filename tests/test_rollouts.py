@@ -1,4 +1,4 @@
-"""What rollouts know, their rows and their texts."""
+"""Rollouts: their quantities, their rows and their texts."""
 
 from dataclasses import FrozenInstanceError, fields, replace
 
@@ -12,7 +12,7 @@ BY_ROW, BY_TOKEN = ("rewards", "correct"), ("token_entropies", "informativeness"
 
 
 def values(rollouts, name):
-    """Numbers that tell rows and tokens apart."""
+    """Different numbers for all rows and tokens."""
     rows, width = rollouts.completion_ids.shape
     return torch.arange(float(rows)) if name in BY_ROW else torch.rand(rows, width)
 
@@ -26,7 +26,7 @@ def values(rollouts, name):
         ("informativeness", "information.inform"),
     ],
 )
-def test_what_is_not_known_yet_is_told_by_name(name, by):
+def test_a_quantity_that_is_not_filled_in_is_named(name, by):
     message = rf"^these rollouts have no {name} yet; {by} fills it in\.$"
     with pytest.raises(ValueError, match=message):
         getattr(make_rollouts([3], [2, 1], group=2), name)
@@ -35,7 +35,7 @@ def test_what_is_not_known_yet_is_told_by_name(name, by):
         getattr(make_rollouts([3], [2, 1], group=2).filled(**others), name)
 
 
-def test_filling_in_makes_a_copy_that_knows_more():
+def test_filling_in_returns_a_copy():
     plain = make_rollouts([3], [2, 1], group=2)
     found = {name: values(plain, name) for name in FILLED_BY}
     rewarded = plain.filled(rewards=found["rewards"], correct=found["correct"])
@@ -47,7 +47,7 @@ def test_filling_in_makes_a_copy_that_knows_more():
     for field in fields(plain):
         if field.name != "known":
             assert getattr(full, field.name) is getattr(plain, field.name)
-    # A second time replaces the first.
+    # The second value replaces the first.
     assert full.filled(rewards=-full.rewards).rewards.tolist() == [0.0, -1.0]
     assert full.rewards.tolist() == [0.0, 1.0]
 
@@ -60,7 +60,7 @@ def test_another_name_is_refused(name):
 
 
 @pytest.mark.parametrize("name", ["old_logprobs", "rewards", "informativeness", "cache"])
-def test_nothing_is_assigned(name):
+def test_fields_can_not_be_assigned(name):
     with pytest.raises(FrozenInstanceError):
         setattr(make_rollouts([3], [2, 1], group=2), name, torch.zeros(2))
 
@@ -101,7 +101,7 @@ def test_texts_keep_tags_and_leave_out_the_end(tokenizer):
 
 
 def test_joined_groups_are_the_rows_they_were():
-    """Batches of other widths: every row keeps its tokens and what is known of them."""
+    """In batches of different widths every row keeps its tokens and quantities."""
     one = make_rollouts([3, 5], [2, 4, 1, 3], group=2, seed=1)
     other = make_rollouts([7], [6, 2], group=2, seed=2)
     parts = [

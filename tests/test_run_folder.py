@@ -1,4 +1,4 @@
-"""The folder of a run: what resuming holds on to beside the settings."""
+"""The folder of a run: the checks of a resume besides those of the settings."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def questions(tmp_path):
     return path
 
 
-def test_a_run_goes_on_with_the_same_problems_under_another_spelling(
+def test_a_run_resumes_with_the_same_problems_under_another_path(
     config, questions, tmp_path, monkeypatch
 ):
     config = replace(config, data="gsm8k", data_file=str(questions), max_steps=2, save_steps=1)
@@ -45,7 +45,7 @@ def test_other_problems_under_the_same_name_are_refused(config, questions, tmp_p
         run(replace(config, max_steps=2), tmp_path / "run", resume=True)
 
 
-def test_a_model_that_can_not_be_loaded_leaves_a_folder_for_the_corrected_command(config, tmp_path):
+def test_after_a_failed_load_the_corrected_command_can_use_the_folder(config, tmp_path):
     with pytest.raises(ValueError, match="model must be"):
         run(replace(config, model="./no-such-model"), tmp_path / "run")
     run(replace(config, max_steps=1), tmp_path / "run")
@@ -61,7 +61,7 @@ def test_a_tokenizer_with_several_chat_templates_is_saved_with_the_run(config, t
 
 
 def test_fewer_steps_than_are_done_are_refused(config, tmp_path):
-    """Those between the last checkpoint and the end of the run count as well."""
+    """Steps after the last checkpoint count as well."""
     run(replace(config, max_steps=3, save_steps=2), tmp_path / "run")
     before, settings = (
         content(tmp_path / "run"),
@@ -78,7 +78,7 @@ def test_fewer_steps_than_are_done_are_refused(config, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="rights of files are POSIX's")
-def test_weights_can_be_read_by_whom_other_files_can(config, tmp_path):
+def test_weights_are_readable_like_other_files(config, tmp_path):
     run(replace(config, max_steps=1, save_steps=1), tmp_path / "run")
     (tmp_path / "usual").write_text("", encoding="utf-8")
     usual = stat.S_IMODE((tmp_path / "usual").stat().st_mode)
@@ -108,7 +108,7 @@ def test_other_weights_under_the_same_name_are_refused(config, tmp_path, part, l
     assert content(tmp_path / "run") == content(tmp_path / "whole")
 
 
-def test_a_run_of_a_version_that_kept_no_fingerprint_goes_on(config, tmp_path):
+def test_a_run_of_a_version_without_fingerprints_resumes(config, tmp_path):
     run(replace(config, max_steps=1, save_steps=1), tmp_path / "run")
     file = tmp_path / "run" / "config.json"
     told = json.loads(file.read_text(encoding="utf-8"))
@@ -146,7 +146,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_steps_after_the_damage_in_a_log_are_made_again(config, stopped, tmp_path, damage):
+def test_steps_after_the_damage_in_a_log_are_repeated(config, stopped, tmp_path, damage):
     changed(stopped / "metrics.jsonl", 4 if damage != "twice" else 3, DAMAGE[damage])
     with pytest.warns(UserWarning, match=r"metrics.jsonl' is damaged: .* after 'checkpoint-2' are"):
         run(replace(config, max_steps=6), stopped, resume=True)

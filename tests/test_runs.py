@@ -1,4 +1,4 @@
-"""Runs in processes: what a job holds, methods of a user's own, going on where it stopped."""
+"""Runs in processes: contents of a job, a user's own methods, continuing after a stop."""
 
 import contextlib
 import itertools
@@ -137,7 +137,7 @@ def test_runs_from_before_a_setting_existed_are_found(finished):
     assert before == [(job.parent / "result.json").stat().st_mtime_ns for job in jobs]
 
 
-def test_finished_runs_are_not_made_again_and_a_lost_one_is(finished):
+def test_finished_runs_are_not_repeated_but_a_lost_one_is(finished):
     paths = [Path(job["run"]) / "result.json" for job in finished]
     before = [(p.stat().st_mtime_ns, json.loads(p.read_text(encoding="utf-8"))) for p in paths]
     paths[1].unlink()
@@ -151,7 +151,7 @@ def test_finished_runs_are_not_made_again_and_a_lost_one_is(finished):
 
 
 def test_runs_in_the_ledger_need_no_folder(finished, tmp_path):
-    """Its lines are all that an experiment's results are made of."""
+    """An experiment's results are computed from the lines of the ledger alone."""
     kept = tmp_path / "results" / "runs" / "table1.jsonl"
     run_all(finished, parallel=1, kept=kept)
     assert len(kept.read_text(encoding="utf-8").splitlines()) == len(finished)
@@ -175,8 +175,8 @@ def test_a_damaged_line_of_the_ledger_is_named(tmp_path, line):
         ledger.read(kept)
 
 
-def test_a_policy_is_judged_on_the_way_without_a_trace(tmp_path, monkeypatch):
-    """Judging at a step changes nothing in training, and the primary step is what is reported."""
+def test_judging_on_the_way_does_not_change_training(tmp_path, monkeypatch):
+    """Judging at a step does not change training, and the primary step is reported."""
     monkeypatch.setattr("iapo_mini.lab.judging.WAY_PROBLEMS", 2)
     recipes = {"grpo": {"method": "grpo", "learning_rate": 5e-3}}
     sizes = [replace(TINY, seeds=(0,), max_steps=n) for n in (1, 3)]
@@ -192,7 +192,7 @@ def test_a_policy_is_judged_on_the_way_without_a_trace(tmp_path, monkeypatch):
     assert both["length"] == short["length"] and both["pass@2"] == short["pass@2"]
     assert both["on_the_way"].keys() == {"1", "3"} and both["aggregation"] == "sequence"
     assert "on_the_way" not in long
-    # The policy that is reported is kept, too, beside the last one.
+    # The reported policy is kept as well as the last one.
     assert all(torch.equal(policies[0][name], policies[2][name]) for name in policies[0])
     assert not all(torch.equal(policies[0][name], policies[1][name]) for name in policies[0])
 
@@ -201,7 +201,7 @@ def completion(problem, correct, tokens):
     return {"problem": problem, "correct": correct, "tokens": tokens, "text": f"{tokens} tokens"}
 
 
-def test_of_a_story_the_right_completion_of_median_length_is_kept():
+def test_the_right_completion_of_median_length_is_kept_for_each_story():
     rows = [completion(3, True, n) for n in (9, 2, 5)] + [completion(3, False, 4)]
     rows += [completion(7, False, 1), completion(8, True, 6), completion(8, True, 3)]
     assert _answers(rows, [3, 7, 8]) == {"3": "5 tokens", "8": "6 tokens"}
@@ -233,7 +233,7 @@ def test_a_damaged_log_of_a_run_is_named(finished):
 
 
 def test_a_run_is_the_same_whatever_its_process_did_before(tmp_path):
-    """A process takes one job after the other; only the first one pays for the imports."""
+    """A process does one job after the other, so imports are needed only once."""
     size = replace(TINY, seeds=(0,), max_steps=2)
     recipes = {"iapo": {"method": "iapo", "seed": 4}, "grpo": {"method": "grpo", "seed": 7}}
     both = make_jobs(size, tmp_path / "both", recipes)
@@ -268,7 +268,7 @@ def test_a_failing_run_is_named_with_its_last_line(tmp_path):
         run_all(jobs[:1], parallel=1)
 
 
-def test_a_method_of_ones_own_trains_in_a_process(own_methods, tmp_path):
+def test_a_users_own_method_trains_in_a_process(own_methods, tmp_path):
     recipes = {"mine": {"method": "priced"}}
     jobs = make_jobs(TINY, tmp_path / "out", recipes, methods=own_methods)[:1]
     run_all(jobs, parallel=1)
@@ -291,7 +291,7 @@ def test_wall_clock_times_every_row_and_seed(finished):
 
 
 def test_one_story_is_answered_right_by_every_policy_shown(finished, tmp_path):
-    """It is found where runs are only in the ledger, too."""
+    """The story is also found if runs are only in the ledger."""
     kept = tmp_path / "table1.jsonl"
     first = finished[:2]
     answers = [{"1": "of start", "0": "x"}, {"1": "of gtpo", "4": "y"}]
@@ -333,7 +333,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-def test_runs_end_with_the_command_that_started_them_and_it_goes_on(tmp_path):
+def test_runs_end_with_their_command_and_continue_with_the_next_one(tmp_path):
     script, out = tmp_path / "parent.py", tmp_path / "out"
     script.write_text(PARENT, encoding="utf-8")
     command = [sys.executable, str(script), str(out), "400"]
@@ -361,7 +361,7 @@ def test_runs_end_with_the_command_that_started_them_and_it_goes_on(tmp_path):
     done = log.read_text(encoding="utf-8").count("\n")
     assert done < 400  # it did not run to its end
     assert (out / "grpo-0" / "train" / f"checkpoint-{done}").is_dir()
-    # The same command is not refused and goes on from there.
+    # The same command is not refused and continues from there.
     again = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while log.read_text(encoding="utf-8").count("\n") <= done + 1:
         assert again.poll() is None and time.monotonic() < limit

@@ -1,4 +1,4 @@
-"""Sampling, against transformers' generate and plain forward passes."""
+"""Sampling, compared with transformers' generate and plain forward passes."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ from iapo_mini.problems.stories import stories
 from iapo_mini.sampling import _GrowingLayer, encode_prompts, from_ids, from_texts, sample
 from iapo_mini.tasks import Problem
 
-# Prompts of different lengths, so that left-padding is at work everywhere.
+# Prompts of different lengths, so every test includes left padding.
 PROBLEMS = [*TRIVIAL, *itertools.islice(stories("test"), 2)]
 
 
@@ -33,7 +33,7 @@ def first_token_probabilities(policy, problem, temperature=1.0):
 
 
 def chi_square(counts, expected):
-    """Chi-square statistic over tokens expected at least 10 times, the others in one class."""
+    """Chi-square statistic over tokens expected at least 10 times; the others are one class."""
     often = expected >= 10
     observed = torch.cat([counts[often], counts[~often].sum()[None]])
     expected = torch.cat([expected[often], expected[~often].sum()[None]])
@@ -41,13 +41,13 @@ def chi_square(counts, expected):
 
 
 def too_large(df):
-    """Beyond what chance gives: mean plus five standard deviations of chi-square."""
+    """A value that chance does not give: mean plus five standard deviations of chi-square."""
     return df + 5 * math.sqrt(2 * df)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_first_tokens_have_the_policys_distribution(base_policy, temperature):
-    # The shorter prompt stands next to a longer one and is padded.
+    # The shorter prompt is next to a longer one and so is padded.
     problems, n = [PROBLEMS[0], PROBLEMS[2]], 5000
     drawn = [
         sample(
@@ -65,7 +65,7 @@ def test_first_tokens_have_the_policys_distribution(base_policy, temperature):
         counts = torch.bincount(tokens, minlength=len(p)).double()
         statistic, df = chi_square(counts, n * p)
         assert df >= 10 and statistic < too_large(df)
-        # The bound would notice a temperature off by a tenth: what that adds to the statistic is
+        # The bound would detect a temperature that is off by a tenth, which adds to the statistic
         # twice the distance between its mean and the bound.
         for wrong in (0.9 * temperature, 1.1 * temperature):
             q = first_token_probabilities(base_policy, problem, wrong)
@@ -73,7 +73,7 @@ def test_first_tokens_have_the_policys_distribution(base_policy, temperature):
 
 
 def test_pairs_of_tokens_are_distributed_as_generate_draws_them(base_policy):
-    """The second token goes through the KV cache, so the first two together are compared."""
+    """The second token depends on the KV cache, so pairs of tokens are compared."""
     n, problem = 1500, PROBLEMS[0]
     rollouts = sample(base_policy, [problem], num_generations=n, max_completion_length=2)
     ids, mask = encode_prompts(base_policy, [problem])
@@ -91,10 +91,10 @@ def test_pairs_of_tokens_are_distributed_as_generate_draws_them(base_policy):
     theirs = Counter(map(tuple, drawn.tolist()))
     frequent = [pair for pair, c in (ours + theirs).items() if c >= 20]
     assert len(frequent) >= 10
-    # Two samples of one distribution: the difference of two counts has their sum as variance.
+    # For two samples of one distribution, a difference of counts has their sum as variance.
     statistic = sum((ours[k] - theirs[k]) ** 2 / (ours[k] + theirs[k]) for k in frequent)
     assert statistic < too_large(len(frequent))
-    # generate at another temperature is told apart, so the bound means something.
+    # generate at another temperature exceeds the bound, so the bound is meaningful.
     other = base_policy.model.generate(
         ids,
         attention_mask=mask.long(),
@@ -166,7 +166,7 @@ def test_rows_end_with_a_stop_token_or_at_the_limit(stopping_policy):
         assert set(completion[n:]) <= {pad}
         assert not rollouts.old_logprobs[i, n:].any()
         assert (rollouts.old_logprobs[i, :n] < 0).all()
-    # Both kinds of ending occur, or the test has looked at nothing.
+    # Both kinds of ending must occur for a meaningful test.
     assert 0 < rollouts.finished.sum() < len(rollouts.finished)
 
 
@@ -185,7 +185,7 @@ def test_width_is_that_of_the_longest_row(stopping_policy):
 
 @torch.no_grad()
 def test_dropping_finished_rows_changes_no_other_row(stopping_policy):
-    """The same uniforms, one row at a time, each prefix re-run without a cache."""
+    """Repeats each row alone with the same uniform numbers and without a cache."""
     group, limit, seed = 6, 20, 5
     rollouts = sample(
         stopping_policy,
@@ -220,7 +220,7 @@ def test_dropping_finished_rows_changes_no_other_row(stopping_policy):
 
 
 def test_given_texts_become_rollouts(base_policy):
-    """As if the policy had written them: its tokens, an end, and the prompt of the problem."""
+    """The rows have the tokens of the texts, an end token, and the prompt of the problem."""
     written = ["<think> 3.</think><answer> 3</answer>", "hm", ""]
     rollouts = from_texts(base_policy, PROBLEMS[:3], written)
     tokenizer, eos = base_policy.tokenizer, base_policy.tokenizer.eos_token_id
@@ -230,7 +230,7 @@ def test_given_texts_become_rollouts(base_policy):
         assert completion.tolist() == [*tokenizer.encode(text), eos]
     assert rollouts.texts(tokenizer) == written
     assert rollouts.num_generations == 1 and rollouts.finished.all()
-    # They go through the rest of the pipeline.
+    # The rest of the pipeline accepts them.
     with torch.no_grad():
         logprobs, _ = token_logprobs(base_policy.model, rollouts)
         plain = plain_logprobs(base_policy.model, rollouts)
@@ -309,7 +309,7 @@ def test_kept_keys_are_those_of_a_plain_pass(stopping_policy, monkeypatch, limit
     assert limit == 1 or len(set(rollouts.lengths.tolist())) > 2
 
 
-def test_temperature_0_takes_the_likeliest_token(base_policy):
+def test_temperature_0_takes_the_most_likely_token(base_policy):
     rollouts = sample(
         base_policy, PROBLEMS, num_generations=2, max_completion_length=8, temperature=0, seed=1
     )

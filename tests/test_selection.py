@@ -1,4 +1,4 @@
-"""Selection effects: on what a checkpoint is chosen, and how far its number is then too good."""
+"""Selection effects: rules that choose a checkpoint, and the bias of its number."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ TURNS = 4
 
 
 def equals(candidates, stories, seed, group=8):
-    """Completions of candidates that are all the same policy, on stories of differing length."""
+    """Completions of candidates that are all the same policy, on stories of different length."""
     rng = np.random.default_rng(seed)
     lengths = rng.uniform(30, 50, stories)
     right = rng.random((candidates, stories, group)) < 0.75
@@ -34,7 +34,7 @@ def equals(candidates, stories, seed, group=8):
 
 
 def world(seed, candidates=8, k=1):
-    """(test, tune) of one run in which there is nothing to choose."""
+    """(test, tune) of one run in which all candidates are equal."""
     return tuple(
         measures(*equals(candidates, stories, seed=2 * seed + part), k)
         for part, stories in enumerate((120, 60))
@@ -63,8 +63,8 @@ def test_the_best_ratio_among_the_most_accurate_is_chosen():
     assert choose(accuracy[:, :1], ratio, 1).tolist() == [2, 2]  # one accuracy for all draws
 
 
-def test_reported_and_held_out_stories_of_a_draw_have_none_in_common():
-    """Each story has a length of its own, so that means tell which stories were taken."""
+def test_reported_and_held_out_stories_of_a_draw_are_disjoint():
+    """Each story has a different length, so the means show which stories were used."""
     stories, n = 8, 3
     tokens = np.broadcast_to(2.0 ** np.arange(stories)[:, None], (2, stories, 1))
     test = measures(np.ones_like(tokens, dtype=int), tokens, 1)
@@ -75,7 +75,7 @@ def test_reported_and_held_out_stories_of_a_draw_have_none_in_common():
     assert {bin(x).count("1") for x in reported} == {n}
     assert {bin(x).count("1") for x in held_out} == {stories // 2}
     assert len(reported) == 6 * stories
-    # Every story is as often reported as any other, so that no mean is off by chance.
+    # Every story is reported equally often, so no mean is off by chance.
     for part in ("reported", "value"):
         mean = found["last"][part]["length"].mean()
         assert mean == pytest.approx((2.0**stories - 1) / stories), part
@@ -108,19 +108,19 @@ def test_bias_by_hand():
     assert found["spread"] == pytest.approx([0.5, 1.5], abs=0.1)  # draws of 3, 5 and 3, 3 against 2
 
 
-def test_where_all_candidates_are_equal_only_the_choice_on_reported_stories_is_biased():
+def test_for_equal_candidates_only_the_choice_on_reported_stories_is_biased():
     told = [repeat(*world(seed), 15, 5, TURNS) for seed in range(8)]
     shares = {rule: bias_of(told, rule, "ratio")["share"] for rule in RULES}
     assert shares["test"][1] > 0.02
     for rule in ("tune", "tune_pool", "last"):
         _, low, high = shares[rule]
         assert low < 0.004 < high + 0.01 and abs(shares[rule][0]) < 0.012, rule
-    # Which is paid in both parts of the ratio: more passes in fewer tokens than are true.
+    # Both parts of the ratio are biased: passes are too many and tokens too few.
     assert bias_of(told, "test", "pass")["bias"][0] > 0 > bias_of(told, "test", "length")["bias"][0]
 
 
 def test_the_bias_is_the_expected_maximum_of_equal_candidates():
-    """All is right, so the ratio is one over the mean length, whose error is known.
+    """All answers are right, so the ratio is one over the mean length, whose error is known.
 
     The best of five standard normal numbers is 1.163 on average.
     """
@@ -151,9 +151,9 @@ def test_more_candidates_and_fewer_stories_make_the_bias_larger():
     assert share(15, 8) > share(50, 8) > 0
 
 
-def test_an_untuned_side_loses_to_its_equal():
-    """Same policy on both sides: what the chosen side gains is bias, and the more of it the more
-    runs there are to choose from. Chosen on tune stories nothing is gained."""
+def test_an_untuned_side_loses_to_an_equal_tuned_side():
+    """Both sides are the same policy, so the gain of the chosen side is bias, which grows with the
+    number of runs to choose from. A choice on tune stories gains nothing."""
     test_tune = []
     rng = np.random.default_rng(0)
     for stories in (120, 60):
@@ -244,7 +244,7 @@ def test_the_study_at_its_smallest_and_again_from_the_ledger(tmp_path, monkeypat
     tokens = np.array(way["pools"]["test"]["tokens"])
     assert tokens.shape == (4, 2) and np.array(way["pools"]["tune"]["right"]).shape == (2, 2)
     assert way["length"] == pytest.approx(tokens.mean())
-    # A machine that has the ledger alone needs no run.
+    # A machine that has only the ledger needs no run.
     again = selection.selection("quick", out=tmp_path / "elsewhere", figures=figures)
     assert (
         json.dumps(again) == json.dumps(found)

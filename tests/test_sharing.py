@@ -169,7 +169,7 @@ def test_a_hub_that_refuses_is_one_sentence_and_the_folder_stays(run, stand_in, 
               "--push", "somebody/brief"])  # fmt: skip
     assert ended.value.code == 2
     told = capsys.readouterr().err.strip()
-    assert "the hub did not take" in told and "hf auth login" in told and "\n" not in told
+    assert "the hub refused" in told and "hf auth login" in told and "\n" not in told
     assert (out / "README.md").is_file()
-    with pytest.raises(ValueError, match="did not take"):
+    with pytest.raises(ValueError, match="refused"):
         push(out, "somebody/brief")

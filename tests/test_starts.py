@@ -49,7 +49,7 @@ def test_differences_are_taken_within_a_seed(results):
         for metric, (mean, low, high) in metrics.items():
             gaps = [a - b for a, b in zip(row[one][metric], row[other][metric], strict=True)]
             assert mean == pytest.approx(sum(gaps) / 2)
-            # Student's t with one degree of freedom, of two values half their distance apart.
+            # Student's t with one degree of freedom, for two values.
             assert high - mean == pytest.approx(12.7062 * abs(gaps[0] - gaps[1]) / 2, rel=1e-4)
             assert mean - low == pytest.approx(high - mean)
 

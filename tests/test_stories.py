@@ -28,7 +28,7 @@ ARITHMETIC = {
     "/": operator.floordiv,
 }
 TEXT = st.text(max_size=60)
-# Pieces that the grammar reacts to, mixed with arbitrary text.
+# Words of the grammar, mixed with arbitrary text.
 TAGGED = st.lists(
     st.sampled_from(
         "<think>~</think>~<answer>~</answer>~<|im_end|>~ After she goes,~ 1 + 2.~ So~ Check~. ~ The"
@@ -67,7 +67,7 @@ def test_no_arithmetic_is_in_two_splits():
 
 
 def test_short_arithmetic_recurs_so_that_only_the_split_rule_keeps_it_apart():
-    """Two seeds of one split meet the same short stories: disjointness above is no accident."""
+    """Two seeds of one split share short stories, so the test above is meaningful."""
     one, two = ({skeleton(p) for p in take(1000, "test", s, max_steps=2)} for s in (0, 1))
     assert one & two
 
@@ -78,7 +78,7 @@ def test_equal_seeds_give_equal_streams(split):
     assert take(50, split, 3) != take(50, split, 4)
 
 
-def test_stream_goes_on():
+def test_a_stream_is_endless():
     assert sum(1 for _ in itertools.islice(stories("train"), 20_000)) == 20_000
 
 
@@ -89,7 +89,7 @@ def test_stories_use_every_number_of_steps_and_every_operation():
     for problem in problems:
         for step in problem.steps:
             counts[step.op] += 1
-    # Each at least a twentieth of all steps: none is a rarity.
+    # Each operation has at least a twentieth of all steps.
     assert all(20 * n > sum(counts.values()) for n in counts.values()), counts
     assert {len(p.steps) for p in take(100, "train", min_steps=3, max_steps=3)} == {3}
 
@@ -107,8 +107,8 @@ def test_answers_follow_from_the_steps():
         assert problem.answer == str(value)
 
 
-def test_the_question_tells_all_the_arithmetic():
-    """A reader of the question alone can work out the answer."""
+def test_the_question_contains_all_the_arithmetic():
+    """The answer can be computed from the question alone."""
     for problem in take(500, "train", seed=6):
         assert f"has {problem.steps[0].before} {problem.items}." in problem.question
         position = 0
@@ -143,7 +143,7 @@ def test_chains_have_every_role():
 
 
 def test_chains_compute_every_step():
-    """However terse, a chain states the result of each step, in order, in a compute segment."""
+    """Even a terse chain states the result of each step, in order, in a compute segment."""
     for problem, segments in chains(100, 0.0) + chains(100, 1.0):
         computed = [s.text for s in segments if s.role == "compute"]
         assert len(computed) == len(problem.steps)
@@ -156,7 +156,7 @@ def test_equal_generators_give_equal_chains():
 
 
 def test_token_roles_follow_the_writers_labels(tokenizer):
-    """A token has the role of the character it begins with."""
+    """A token has the role of its first character."""
     for _, segments in chains(100):
         text = "".join(s.text for s in segments)
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -175,7 +175,7 @@ def test_end_of_sequence_token_is_format(tokenizer):
 
 
 def test_token_roles_of_arbitrary_ids(tokenizer):
-    """A policy may write anything, pieces of characters included: one role for each id."""
+    """A policy may write anything, even parts of characters, and each id gets one role."""
     rng = random.Random(0)
     for n in (0, 1, 2, 50):
         ids = [rng.randrange(len(tokenizer)) for _ in range(n)]
@@ -185,7 +185,7 @@ def test_token_roles_of_arbitrary_ids(tokenizer):
 
 
 def test_most_tokens_of_a_chain_do_not_compute(tokenizer):
-    """The headroom of the world: a policy can drop at least half of the tokens."""
+    """So a policy can drop at least half of the tokens."""
     roles = []
     for _, segments in chains(200):
         roles += token_roles(tokenizer, tokenizer.encode("".join(s.text for s in segments)))
@@ -237,7 +237,7 @@ def test_tokenizer_round_trips_any_text(tokenizer, text):
 def test_small_numbers_are_one_token(tokenizer):
     for number in range(100):
         (token,) = tokenizer.encode(f" {number}", add_special_tokens=False)
-        # In a sentence, too, or forced answers and written numbers would be different things.
+        # This must also hold in a sentence, so that forced answers and written numbers agree.
         assert token in tokenizer.encode(f"has {number} apples", add_special_tokens=False)
 
 

@@ -1,4 +1,4 @@
-"""Asking after some prefixes only: exact where asked, straight lines between."""
+"""Asking after some prefixes only: exact there, and interpolated between them."""
 
 import itertools
 import random
@@ -15,7 +15,7 @@ from iapo_mini.sampling import from_texts
 
 
 def straight(values, asked, length):
-    """Values at asked prefixes, straight lines between them, 0 past the length."""
+    """Values at asked prefixes, linear interpolation between them, 0 past the length."""
     out = [0.0] * len(values)
     for t in range(length + 1):
         left = max(j for j in asked if j <= t)
@@ -26,7 +26,7 @@ def straight(values, asked, length):
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 4, 50])
-def test_strided_is_exact_where_asked_and_straight_between(base_policy, stride):
+def test_strided_is_exact_where_asked_and_linear_between(base_policy, stride):
     rollouts = make_rollouts(**BATCH, right=2)
     packed = answer_entropies(base_policy, rollouts)
     found = answer_entropies(base_policy, rollouts, EarlyExit(stride=stride))
@@ -54,7 +54,7 @@ def test_every_token_is_asked_about_by_default(base_policy):
 
 
 def test_prefixes_asked_by_hand(base_policy):
-    """Every third, and the last of each row: of 5, 1, 3, 6, 0 and 9 tokens."""
+    """Every third prefix and the last one, in rows of 5, 1, 3, 6, 0 and 9 tokens."""
     asked = prefixes_asked(base_policy, make_rollouts(**BATCH), 3)
     found = [row.nonzero()[:, 0].tolist() for row in asked]
     ends = [5, 1, 3, 6, 0, 9]
@@ -65,14 +65,14 @@ def test_spread_by_hand():
     values = torch.tensor([[4.0, 9.0, 9.0, 1.0, 9.0], [2.0, 3.0, 9.0, 9.0, 9.0]])
     asked = torch.tensor([[True, False, False, True, False], [True, True, False, False, False]])
     found = spread(values, asked)
-    # Past the last question its value goes on.
+    # After the last question its value is kept.
     assert found.tolist() == [[4.0, 3.0, 2.0, 1.0, 1.0], [2.0, 3.0, 3.0, 3.0, 3.0]]
 
 
 TEXT = "<think> Let me go on. 3 + 4 = 7. Hmm, this part\nis it</think><answer> 7"
 
 
-def test_sentences_end_where_they_end(base_policy):
+def test_sentence_ends_are_found(base_policy):
     rollouts = from_texts(base_policy, TRIVIAL, [TEXT, "7"])
     found = sentence_ends(base_policy, rollouts)
     tokens = base_policy.tokenizer

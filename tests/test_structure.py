@@ -1,4 +1,4 @@
-"""The shape of the house: who may import whom, how long a file is, what is loaded when."""
+"""The structure of the package: allowed imports, length of files, and late imports."""
 
 import ast
 import subprocess
@@ -25,7 +25,7 @@ METHOD = (
 
 
 def imports_of(path, late=True):
-    """Modules of the package that a file imports; without ``late`` only when it is loaded."""
+    """Modules of the package that a file imports; ``late`` includes imports inside functions."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = ast.walk(tree) if late else iter(tree.body)
     found = set()
@@ -42,7 +42,7 @@ GRAPH = {
 }
 
 
-def test_no_module_imports_itself_by_way_of_others():
+def test_no_imports_are_circular():
     state = {}
 
     def visit(name, way):
@@ -63,20 +63,20 @@ def wing(module):
 
 
 @pytest.mark.parametrize("module", [m for m in GRAPH if wing(m) in METHOD])
-def test_the_method_looks_into_no_wing(module):
+def test_the_method_imports_no_wing(module):
     allowed = {"iapo_mini.engines.vllm"} if module == "iapo_mini.trainer" else set()
     looks = {m for m in imports_of(FILES.get(module) or FILES[f"{module}.__init__"])
              if wing(m) in ("tools", "lab", "engines")}  # fmt: skip
     assert looks <= allowed
 
 
-def test_tools_and_engines_do_not_look_into_the_laboratory():
+def test_tools_and_engines_do_not_import_the_lab():
     for module, path in FILES.items():
         if wing(module) in ("tools", "engines"):
             assert not [m for m in imports_of(path) if wing(m) == "lab"], module
 
 
-def test_the_rules_of_the_method_need_torch_and_rollouts_alone():
+def test_advantages_and_objective_import_only_torch_and_rollouts():
     for name in ("advantages", "objective"):
         assert GRAPH[f"iapo_mini.{name}"] <= {"iapo_mini.rollouts"}
 
@@ -93,7 +93,7 @@ def test_files_and_functions_fit_on_a_few_screens(module):
             assert len([n for n in names if n not in ("self", "cls")]) <= 6, where
 
 
-def test_what_a_name_gives_is_loaded_when_it_is_asked_for():
+def test_public_names_are_loaded_on_first_use():
     code = (
         "import sys, iapo_mini; assert 'torch' not in sys.modules; "
         "assert iapo_mini.TrainConfig().method == 'iapo'; assert 'torch' not in sys.modules; "
@@ -107,6 +107,6 @@ def test_what_a_name_gives_is_loaded_when_it_is_asked_for():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         iapo_mini.nothing  # noqa: B018

@@ -1,4 +1,4 @@
-"""The theory's pieces against brute force, autograd and finite differences; the command."""
+"""The theory, compared with brute force, autograd and finite differences; and the command."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ COMPLETIONS = st.lists(
 
 
 def drawn(completions, seed=0, count=2, answers=3):
-    """A world of the given completions: strings, logits and answers, ``count`` of them."""
+    """Worlds with the given completions: strings, ``count`` random logits, and answers."""
     strings = strings_of(completions, 3)
     generator = torch.Generator().manual_seed(seed)
     theta = worlds.random_logits(strings, count, generator)
@@ -38,7 +38,7 @@ def drawn(completions, seed=0, count=2, answers=3):
 
 
 class Tree:
-    """The same world by dictionaries: what follows each prefix, and with which probability."""
+    """The same world as dictionaries: the tokens after each prefix, and their probabilities."""
 
     def __init__(self, completions, theta, answers, symbols=3):
         ended = [(*c, symbols) for c in completions]
@@ -133,7 +133,7 @@ def test_directions_are_the_gradients_of_the_objectives():
     p = exact.string_logprobs(strings, theta).exp()
     right = answers[..., 0]
     mean = (p * right).sum(-1, keepdim=True)
-    # A group without end: each (completion, answer) pair weighted by its probability.
+    # An infinite group: each (completion, answer) pair has its probability as weight.
     std = (p * (right * (1 - mean) ** 2 + (1 - right) * mean**2)).sum(-1, keepdim=True).sqrt()
     advantage = (right * (1 - mean) - (1 - right) * mean) / std
     leaf = theta.clone().requires_grad_()
@@ -181,7 +181,7 @@ def test_agreement_finds_slope_and_order():
 def test_clue_and_filler_worlds_by_hand():
     strings, theta, answers = worlds.clue_worlds(2, 0)
     even = torch.zeros_like(theta)
-    even[..., 2] = -60  # hardly ever stops early, so that the posterior is that of fair bits
+    even[..., 2] = -60  # hardly ever stops early, so the posterior is that of fair bits
     whole = exact.string_drops(strings, even, answers).sum(-1)
     m = strings.lengths - 1
     torch.testing.assert_close(whole, (m * math.log(2)).expand(2, -1), atol=1e-6, rtol=1e-6)
@@ -189,7 +189,7 @@ def test_clue_and_filler_worlds_by_hand():
 
     strings, theta, answers = worlds.filler_worlds(2, 0)
     whole = exact.string_drops(strings, theta, answers).sum(-1)
-    torch.testing.assert_close(whole, whole[:, :1].expand_as(whole))  # all tell everything
+    torch.testing.assert_close(whole, whole[:, :1].expand_as(whole))  # all tell the same
     assert strings.lengths.unique().tolist() == [2, 3, 4, 5, 6, 7, 8]
 
 
@@ -202,7 +202,7 @@ def test_corollary_in_the_tables():
 
 
 def test_statistics_within_stories():
-    # Two stories; the second is longer and tells more, which must not count.
+    # The second of two stories is longer and more informative, which must not matter.
     lengths = torch.tensor([10, 20, 30, 110, 120, 130])
     information = torch.tensor([1.0, 1.0, 1.0, 11.0, 12.0, 13.0])
     steps = torch.tensor([2, 2, 2, 4, 4, 4])
@@ -247,7 +247,7 @@ def test_direction_of_a_language_model_by_finite_differences(base_policy):
 
 
 def test_predicted_change_of_a_language_model_is_its_covariance(stopping_policy):
-    """Against a reweighting of the same completions by their new probabilities."""
+    """Compared with a reweighting of the same completions by their new probabilities."""
     policy, problems = stopping_policy, list(itertools.islice(stories("tune"), 2))
     rollouts = sample(policy, problems, seed=5)
     generator = torch.Generator().manual_seed(0)

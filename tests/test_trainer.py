@@ -1,4 +1,4 @@
-"""The training loop: repeatable to the last bit, resumable after a kill, strict about inputs."""
+"""The training loop: exactly repeatable, resumable after a kill, strict about inputs."""
 
 import itertools
 import json
@@ -42,7 +42,7 @@ def assert_same_run(one, other):
 
 
 def interrupt(config, folder, step):
-    """Train and stop right after this step is logged, before it could be saved."""
+    """Train and stop right after this step is logged, before it can be saved."""
 
     def stop(line):
         if line["step"] == step:
@@ -68,7 +68,7 @@ def test_two_runs_are_identical(config, tmp_path, method, lora_rank):
         torch.manual_seed(seed)  # whatever the state of the global generator
         run(config, tmp_path / name)
     assert_same_run(tmp_path / "a", tmp_path / "b")
-    # Something happened in them: rewards varied and moved the weights.
+    # The runs are meaningful: rewards varied and changed the weights.
     lines = metrics(tmp_path / "a")
     assert [x["step"] for x in lines] == [1, 2, 3, 4]
     assert any(x["grad_norm"] > 1e-2 for x in lines)
@@ -77,7 +77,7 @@ def test_two_runs_are_identical(config, tmp_path, method, lora_rank):
 
 
 def test_two_runs_on_two_threads_are_identical(tmp_path):
-    """Large enough for operations to be split over threads; backward sums keep their order."""
+    """The batch is large enough for two threads; backward sums keep their order."""
     config = TrainConfig(max_steps=2, prompts_per_step=4, warmup_steps=0, threads=2)
     for name in ("a", "b"):
         run(config, tmp_path / name)
@@ -92,7 +92,7 @@ def test_another_seed_is_another_run(config, tmp_path):
 
 
 def test_killed_run_resumes_to_the_same_numbers(config, tmp_path):
-    """A real kill: no handler runs, nothing is flushed or closed."""
+    """After a real kill no handler runs, and nothing is flushed or closed."""
     config = replace(config, max_steps=8)
     run(config, tmp_path / "whole")
 
@@ -112,7 +112,7 @@ def test_killed_run_resumes_to_the_same_numbers(config, tmp_path):
         process.communicate()
     assert process.returncode != 0
     assert not (killed / "final").exists()
-    # The steps up to the kill are those of the whole run already.
+    # The steps before the kill equal those of the whole run.
     before = metrics(killed)
     assert before == metrics(tmp_path / "whole")[: len(before)] and 5 <= len(before) < 8
 
@@ -123,7 +123,7 @@ def test_killed_run_resumes_to_the_same_numbers(config, tmp_path):
 @pytest.mark.parametrize("step", [1, 2, 3])
 @pytest.mark.parametrize("lora_rank", [4, 0])
 def test_interrupted_run_resumes_to_the_same_numbers(config, tmp_path, step, lora_rank):
-    """Before the first checkpoint, just before one is written, and after it."""
+    """The run stops before the first checkpoint, just before one is written, or after it."""
     config = replace(config, lora_rank=lora_rank)
     run(config, tmp_path / "whole")
     interrupt(config, tmp_path / "stopped", step)
@@ -160,7 +160,7 @@ def test_run_on_a_local_file_resumes_where_it_was_in_it(config, tmp_path):
         ({"data_file": None}, "data_file must be of type str, got None"),
     ],
 )
-def test_data_that_cannot_be_is_refused_with_the_settings(changes, named):
+def test_impossible_data_settings_are_refused_early(changes, named):
     with pytest.raises(ValueError, match=named):
         TrainConfig(**changes)
 
@@ -173,7 +173,7 @@ def test_data_that_cannot_be_read_leaves_no_folder_behind(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_half_written_files_of_a_kill_are_dropped(config, tmp_path):
+def test_half_written_files_after_a_kill_are_dropped(config, tmp_path):
     run(config, tmp_path / "whole")
     folder = tmp_path / "stopped"
     interrupt(config, folder, 3)
@@ -229,8 +229,8 @@ def test_a_given_policy_is_trained_in_place(config, tmp_path):
     assert any(not torch.equal(p, before[n]) for n, p in policy.trainable().items())
 
 
-def test_the_base_weights_stay_as_they_are(config, tmp_path):
-    """LoRA trains the adapter alone; the reference depends on it."""
+def test_the_base_weights_do_not_change(config, tmp_path):
+    """LoRA trains only the adapter, because the reference policy needs the base weights."""
     policy = load_policy(config.model, lora_rank=4)
     frozen = {n: p.clone() for n, p in policy.model.named_parameters() if not p.requires_grad}
     run(config, tmp_path / "a", policy=policy)
@@ -287,7 +287,7 @@ def test_grpo_runs_do_not_estimate_information(config, tmp_path):
         assert not any(name.startswith("informativeness/") for name in x)
 
 
-def test_problems_that_are_no_stories_have_no_roles(config, tmp_path):
+def test_problems_that_are_not_stories_have_no_roles(config, tmp_path):
     run(config, tmp_path / "a", problems=TRIVIAL)
     assert not any("/" in name for x in metrics(tmp_path / "a") for name in x)
 
@@ -297,10 +297,10 @@ def test_problems_that_are_no_stories_have_no_roles(config, tmp_path):
 )
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])
 def test_micro_batches_do_not_change_a_step(config, tmp_path, aggregation, names):
-    """One step whole and in parts, from a perturbed adapter, so that the KL term counts.
+    """Compares a whole step with one in parts, from a changed adapter, so the KL term counts.
 
-    The settings say that micro-batches are about memory alone: neither the update nor what is
-    reported of it (nats per token) may depend on them.
+    Micro-batches only save memory: neither the update nor its metrics (nats per token) may depend
+    on them.
     """
     found = []
     for size in (2, 100):
@@ -321,8 +321,8 @@ def test_micro_batches_do_not_change_a_step(config, tmp_path, aggregation, names
         assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
 
 
-def test_later_passes_over_a_batch_move_on(config, tmp_path):
-    """With two passes the second sees the policy after the first, away from the reference."""
+def test_later_passes_over_a_batch_use_the_updated_policy(config, tmp_path):
+    """The second of two passes uses the policy after the first, which is not the reference."""
     config = replace(config, max_steps=1, num_generations=8, warmup_steps=0)
     run(config, tmp_path / "one")
     run(replace(config, num_iterations=2), tmp_path / "two")
@@ -330,7 +330,7 @@ def test_later_passes_over_a_batch_move_on(config, tmp_path):
     assert metrics(tmp_path / "two")[0]["kl"] > 1e-6
 
 
-def test_token_mean_trains_otherwise_than_sequence_mean(config, tmp_path):
+def test_the_token_mean_trains_differently_from_the_sequence_mean(config, tmp_path):
     run(replace(config, aggregation="sequence"), tmp_path / "a")
     run(replace(config, aggregation="token"), tmp_path / "b")
     assert weights(tmp_path / "a") != weights(tmp_path / "b")

@@ -1,4 +1,4 @@
-"""IAPO on TRL: our loss is TRL's, the terms are the paper's, processes do not change the update."""
+"""IAPO on TRL: the loss equals ours, the terms are the paper's, any number of processes agrees."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ CPU = dict(
 
 @pytest.fixture
 def trainer(schooled_folder, tmp_path):
-    """Makes a trainer on the schooled policy; ``kind`` is TRL's or ours."""
+    """Make a trainer with the schooled policy; ``kind`` is TRL's trainer or ours."""
 
     def make(kind=IAPOTrainer, policy=None, problems=TRIVIAL, **settings):
         policy = policy or load_policy(schooled_folder, lora_rank=0)
@@ -54,7 +54,7 @@ def trainer(schooled_folder, tmp_path):
 
 
 def batch_of(trainer):
-    """What TRL computes its loss from, for the first prompts of its data set."""
+    """The batch from which TRL computes its loss, for the first prompts of its data set."""
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     rows = [row for row in trainer.train_dataset for _ in range(4)]
@@ -83,7 +83,7 @@ SHARED_LOSSES = {"grpo": "sequence", "bnpo": "token", "dapo": "token"}
 @pytest.mark.parametrize("high", [None, 0.28])
 @pytest.mark.parametrize("loss_type", SHARED_LOSSES)
 def test_our_loss_and_gradients_are_those_of_trl(trainer, loss_type, high, kl):
-    """On the same completions, off the old policy (the clip binds) and off the reference."""
+    """The policy differs from the old policy (so ratios are clipped) and from the reference."""
     theirs = trainer(
         GRPOTrainer, loss_type=loss_type, epsilon_high=high, beta=kl, temperature=0.9,
         use_bias_correction_kl=False,
@@ -126,7 +126,7 @@ def test_our_loss_and_gradients_are_those_of_trl(trainer, loss_type, high, kl):
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_advantages_are_the_papers(trainer, schooled_folder, lora_rank):
-    """A_{i,t} by the library's own rule, the entropies by the definition."""
+    """Compared with A_{i,t} by the library's rule, with entropies by the definition."""
     policy = load_policy(schooled_folder, lora_rank=lora_rank)
     perturb_lora(policy)
     ours = trainer(policy=policy, iapo_alpha=0.7, iapo_beta=0.3)
@@ -276,8 +276,8 @@ def test_early_answers_at_a_stride(trainer, monkeypatch, stride):
     assert how.stride == ("sentence" if stride == "sentence" else 4)
 
 
-def test_terms_are_left_out_of_what_has_no_reward_or_was_not_written(trainer, monkeypatch):
-    """Rows that no reward function scored, truncated rows, tokens that a tool wrote."""
+def test_token_terms_skip_unrewarded_rows_and_tokens_of_tools(trainer, monkeypatch):
+    """These are rows without a reward, truncated rows, and tokens that a tool wrote."""
     ours = trainer(iapo_alpha=0.7, iapo_beta=0.3, mask_truncated_completions=True)
     plain = GRPOTrainer._generate_and_score_completions
 
@@ -317,9 +317,9 @@ def steps_of(trainer, steps=3):
     ],
     ids=["dapo", "grpo with KL", "cispo off policy"],
 )
-def test_without_its_terms_it_is_grpo_step_for_step(trainer, settings):
-    """alpha = beta = 0: the advantages take the way of ours, (B, T), and nothing changes."""
-    # Off policy two batches are one; and TRL's clip range is alike on both sides, IAPO's is not.
+def test_without_its_terms_every_step_is_that_of_grpo(trainer, settings):
+    """With alpha = beta = 0 the advantages have our shape, (B, T), and the same values."""
+    # Two off-policy batches count as one. TRL's clip range is symmetric, IAPO's is not.
     settings = settings | {
         "problems": [*TRIVIAL, *TRIVIAL],
         "epsilon_high": RECIPES["iapo"].epsilon_high,
@@ -345,7 +345,7 @@ SCRIPT = Path(__file__).parent / "trl_process.py"
 @pytest.mark.parametrize("method", ["iapo", "gfpo"])
 @pytest.mark.skipif(os.name != "posix", reason="gloo by torchrun")
 def test_two_processes_make_the_update_of_one(schooled_folder, tmp_path, method):
-    """By ``accelerate launch``; groups of four lie across the two processes' batches of six."""
+    """With ``accelerate launch``, groups of four are split over two batches of six."""
     found = {}
     for processes, batch in ((1, 12), (2, 6)):
         out = tmp_path / f"{processes}.pt"
@@ -375,7 +375,7 @@ def test_two_processes_make_the_update_of_one(schooled_folder, tmp_path, method)
 
 
 def test_a_short_run_learns(trainer, schooled_folder):
-    """On two problems with the same answer; LoRA, Adam, the terms on."""
+    """Trains on two problems with the same answer, with LoRA, Adam and the token terms."""
     policy = load_policy(schooled_folder, lora_rank=8)
     ours = trainer(
         policy=policy, max_steps=20, optim="adamw_torch", learning_rate=1e-2, iapo_alpha=0.1,
@@ -389,13 +389,13 @@ def test_a_short_run_learns(trainer, schooled_folder):
 
 
 def test_mixed_precision_runs(trainer):
-    """bf16 by autocast, TRL's default on cards: the estimator runs in the weights' own dtype."""
+    """TRL's default on GPUs is bf16 by autocast; the estimator uses the dtype of the weights."""
     logs, _ = steps_of(trainer(bf16=True), 1)
     assert 0 < logs[0]["grad_norm"] < 100 and abs(logs[0]["informativeness"]) < 10
 
 
 def test_a_checkpoint_of_trl_resumes(trainer, tmp_path):
-    """What TRL offers stays: its checkpoints here."""
+    """Features of TRL still work, here its checkpoints."""
     settings = dict(save_strategy="steps", save_steps=2, max_steps=3)
     whole = trainer(**settings)
     whole.train()
@@ -458,7 +458,7 @@ def test_nothing_else_imports_it():
 
 
 def test_configs_for_eight_gpus_can_be_read(tmp_path):
-    """As accelerate and TRL read them; nothing is started."""
+    """accelerate and TRL parse them; nothing is started."""
     yaml = pytest.importorskip("yaml")
     folder = Path(__file__).parent.parent / "examples"
     from accelerate.commands.config.config_args import load_config_from_file
@@ -474,7 +474,7 @@ def test_configs_for_eight_gpus_can_be_read(tmp_path):
 
 
 def test_the_example_trains(tmp_path):
-    """examples/train_trl.py on stories and the embedded policy, the CPU's settings on top."""
+    """Runs examples/train_trl.py on stories with the embedded policy and settings for a CPU."""
     rows = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(3, 9)]
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

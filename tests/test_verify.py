@@ -77,7 +77,7 @@ def math500():
         ("72\\text{ apples}", 72),
         ("72\\text{ square feet}", 72),
         ("72\\mathrm{cm}", 72),
-        # Several numbers, things left to work out, scales that a number does not tell.
+        # Several numbers, unfinished arithmetic, and words for scales.
         ("71 72", None),
         ("1, 234", None),
         ("3,5", None),
@@ -120,7 +120,7 @@ def math500():
         ("$", None),
     ],
 )
-def test_numbers_as_people_write_them(text, value):
+def test_numbers_in_usual_notations(text, value):
     assert as_number(text) == value
 
 
@@ -138,7 +138,7 @@ def test_a_fraction_is_read_in_every_notation(over, under):
 
 
 @given(st.text(max_size=500) | st.text("0123456789.,$\\{}frac/-%^ x=", max_size=40))
-def test_no_text_is_too_strange_to_be_compared_with_a_number(text):
+def test_any_text_can_be_compared_with_a_number(text):
     assert equal_answers(text, "72") is (as_number(text.strip()) == 72)
 
 
@@ -234,7 +234,7 @@ def test_words_and_letters_are_compared_as_text(answer, reference, equal, monkey
     ],
 )
 def test_latex_is_compared_by_value(answer, reference, equal):
-    """And the other way round, unless the reference is a number: nothing is worked out then."""
+    """Also with the two swapped, unless the reference is a number, which allows no arithmetic."""
     assert equal_answers(answer, reference) is equal
     if as_number(answer) is None:
         assert equal_answers(reference, answer) is equal
@@ -248,7 +248,7 @@ def test_towers_and_long_answers_are_not_even_tried(answer, monkeypatch):
     assert equal_answers(answer, "2k") is False
 
 
-def test_plain_powers_are_no_towers():
+def test_plain_powers_are_not_towers():
     assert equal_answers("x^5+x^{10}-(x-1)^2", "x^{10}+x^5-(x-1)^2")
 
 
@@ -262,7 +262,7 @@ runpy.run_path({file!r}, run_name="__main__")
 
 @pytest.fixture(params=[True, False], ids=["fork", "no fork"])
 def forks(request, tmp_path, monkeypatch):
-    """math-verify's process as on POSIX, and as on Windows."""
+    """Run math-verify's process as on POSIX, and as on Windows."""
     if request.param and not hasattr(os, "fork"):
         pytest.skip("no fork here")
     verify._stop()
@@ -274,7 +274,7 @@ def forks(request, tmp_path, monkeypatch):
     verify._stop()
 
 
-def test_what_takes_too_long_is_wrong_and_the_next_answer_is_judged_as_ever(forks):
+def test_a_comparison_that_takes_too_long_is_wrong_and_the_next_one_works(forks):
     assert equal_answers("k*2", "2k")
     before, began = verify._process.pid, time.perf_counter()
     assert equal_answers(SLOW, "2k") is False
@@ -298,7 +298,7 @@ def test_threads_get_their_own_answers_under_the_same_limit():
     assert told == {n: n % 2 == 1 and n != 3 for n in range(8)}
 
 
-def test_an_interrupt_leaves_no_answer_behind_for_the_next_question(monkeypatch):
+def test_an_interrupt_leaves_no_answer_for_the_next_question(monkeypatch):
     def interrupted():
         raise KeyboardInterrupt
 
@@ -352,7 +352,7 @@ def test_the_process_ends_with_its_parent():
 
 
 def test_every_math500_reference_equals_itself(math500):
-    """By the whole way, and, where that stops at equal text, by math-verify itself."""
+    """Tested by the whole function, and by math-verify itself if equal texts end it early."""
     assert len(math500) == 500
     for answer in math500:
         assert equal_answers(f" ${answer}$ ", answer), answer
@@ -363,7 +363,7 @@ def test_every_math500_reference_equals_itself(math500):
 
 
 def test_near_misses_of_math500_references_are_wrong(math500):
-    """Number + 1, another numerator, an interval or point turned round, an expression + 1."""
+    """Number + 1, another numerator, a reversed interval or point, an expression + 1."""
     seen = dict.fromkeys(("number", "fraction", "pair", "word", "other"), 0)
     for answer in math500:
         value = as_number(answer)
@@ -391,7 +391,7 @@ def test_near_misses_of_math500_references_are_wrong(math500):
 
 @pytest.mark.skipif(not hasattr(os, "getsid"), reason="sessions are POSIX's")
 def test_a_terminals_ctrl_c_does_not_reach_the_judge():
-    """It is sent to a whole group of processes; an interrupted judgement would be a verdict."""
+    """Ctrl-C is sent to a group of processes; an interrupted comparison would count as wrong."""
     assert equal_answers("k*2", "2k")
     assert os.getsid(verify._process.pid) != os.getsid(0)
     assert os.getpgid(verify._process.pid) != os.getpgid(0)

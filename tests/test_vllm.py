@@ -1,4 +1,4 @@
-"""The way to vLLM, with a stand-in engine that has the parts of ``vllm.LLM`` we touch."""
+"""Sampling with vLLM, tested with a stand-in that has the parts of ``vllm.LLM`` that we use."""
 
 import sys
 import types
@@ -18,7 +18,7 @@ from iapo_mini.trainer import train
 
 
 class Engine:
-    """Samples from a plain model of its own, which only ``load_weights`` can change."""
+    """Samples from its own plain model, which only ``load_weights`` can change."""
 
     def __init__(self, folder, **settings):
         self.policy = load_policy(folder, lora_rank=0)
@@ -76,7 +76,7 @@ def test_the_engine_gets_the_merged_weights(policy, tiny_folder):
     assert engine.forgot == 1  # keys and values of older weights
 
 
-def test_what_it_writes_becomes_rollouts(policy, tiny_folder):
+def test_its_completions_become_rollouts(policy, tiny_folder):
     rollouts = sample_with(
         Engine(tiny_folder), SimpleNamespace, policy, TRIVIAL, num_generations=6,
         max_completion_length=10, temperature=0.9, seed=3,
@@ -101,7 +101,7 @@ def test_no_problems_are_refused(policy, tiny_folder):
         sample_with(Engine(tiny_folder), SimpleNamespace, policy, [])
 
 
-def test_without_vllm_a_sentence_and_the_built_in_sampler(monkeypatch, schooled_folder):
+def test_without_vllm_it_warns_and_uses_the_built_in_sampler(monkeypatch, schooled_folder):
     monkeypatch.setitem(sys.modules, "vllm", None)  # import fails
     with pytest.warns(UserWarning, match="engine is 'vllm'.*built-in sampler") as caught:
         assert sampler_of("vllm", schooled_folder) is native.sample
@@ -130,7 +130,7 @@ def test_training_samples_with_the_engine_from_each_steps_weights(
     (engine,) = engines
     assert engine.forgot == 3 and 0 < engine.settings["gpu_memory_utilization"] < 1
     assert len(lines) == 3 and any(line["grad_norm"] > 1e-2 for line in lines)
-    # It still has the weights of the last step's start, one update behind.
+    # It still has the weights from the start of the last step, one update behind.
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     with torch.no_grad():
         behind = engine.policy.model(ids).logits

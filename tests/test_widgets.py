@@ -1,4 +1,4 @@
-"""The explorer shows what the library computes, and moves when a control is moved."""
+"""The explorer shows the library's numbers and follows its controls."""
 
 import itertools
 
@@ -23,7 +23,7 @@ def problems():
 
 @pytest.fixture
 def short(monkeypatch):
-    """Completions of the random policy never end by themselves: cut them early."""
+    """Cut completions early, because the random policy never ends them by itself."""
     from iapo_mini.tools import widgets
 
     def cut(*args, **options):
@@ -112,6 +112,6 @@ def test_explorer_takes_problems_without_roles(base_policy, short):
         ({"num_generations": 1}, "num_generations must be at least 2, got 1"),
     ],
 )
-def test_explorer_refuses(base_policy, problems, change, message):
+def test_explorer_refuses_bad_arguments(base_policy, problems, change, message):
     with pytest.raises(ValueError, match=message):
         explorer(base_policy, **({"problems": problems} | change))

@@ -1,7 +1,7 @@
 """One step of IAPOTrainer, as one of several processes. Arguments: model folder, batch, output,
 method.
 
-Completions are given, by prompt and row, so that the number of processes can't change them.
+Completions are determined by prompt and row, so they do not depend on the number of processes.
 """
 
 import sys
@@ -19,7 +19,7 @@ encode = policy.tokenizer.encode
 
 
 def rollout(prompts, trainer):
-    """Completion of each row, told by the row's number over all processes."""
+    """Completion of each row, determined by the row's number over all processes."""
     first = trainer.accelerator.process_index * len(prompts)
     chats = trainer.processing_class.apply_chat_template(
         prompts, add_generation_prompt=True, tokenize=True, return_dict=True

@@ -235,7 +235,7 @@ def _attend_trunk(
 def _attend(
     trunk: _Tokens, branch: _Tokens, scores: _Scores, number: int, scale: float, skip: int | None
 ) -> torch.Tensor:
-    """Attention of all trunk tokens, and the trunk part of that of all branch tokens.
+    """Attention of all trunk tokens, and of all branch tokens over the trunk.
 
     Args:
         number: number of the layer.

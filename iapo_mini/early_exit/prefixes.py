@@ -290,7 +290,7 @@ def _way_for(case: Case, way: str) -> Way:
         problem = None if _VERDICTS[model] else "its masks or positions work differently"
     if problem:
         warnings.warn(
-            f"Early answers of {type(model).__name__} can't share a cache: {problem}. "
+            f"early answers of {type(model).__name__} can't share a cache: {problem}. "
             "Every prefix is run from its start instead (way='naive'), which is slow.",
             stacklevel=4,
         )

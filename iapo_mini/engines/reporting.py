@@ -1,6 +1,6 @@
-"""Metrics sent to trackio, Weights & Biases or TensorBoard, each an optional extra.
+"""Send metrics to trackio, Weights & Biases or TensorBoard, which are optional extras.
 
-``metrics.jsonl`` stays the record of a run. A reporter only repeats it elsewhere, and one that
+``metrics.jsonl`` remains the record of a run. A reporter only repeats it elsewhere. A reporter that
 fails is dropped with a warning.
 """
 
@@ -20,7 +20,7 @@ PROJECT = "iapo-mini"
 
 
 def numbers_of(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a line of a log, without its step."""
+    """The numbers in a line of a log, without the step."""
     return {
         f"{prefix}{name}": float(value)
         for name, value in row.items()
@@ -29,7 +29,7 @@ def numbers_of(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def _identity(folder: Path) -> str:
-    """The same for a run that is resumed, another one for a run in another folder."""
+    """An identity of the run that depends only on its folder, so a resumed run keeps it."""
     return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
 
 
@@ -77,14 +77,14 @@ REPORTERS: dict[str, Callable[[Path, Mapping[str, Any]], Callback]] = {
     "wandb": _wandb,
     "tensorboard": _tensorboard,
 }
-"""Name of ``--report-to`` -> (folder of the run, its settings) -> what is told of every step."""
+"""Name in ``--report-to`` -> function (folder of the run, its settings) -> callback."""
 
 
 def check_reporters(names: Sequence[str]) -> None:
     """Refuse names that are unknown or whose package is missing, before any long work.
 
     Raises:
-        ValueError: naming it and how it is installed.
+        ValueError: naming the package and how to install it.
     """
     for name in names:
         check_choice("report_to", name, REPORTERS)
@@ -100,10 +100,12 @@ def reporters(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -
     """A callback for each name.
 
     Args:
-        names: keys of ``REPORTERS``; folder: of the run; settings: of the run, to be shown.
+        names: keys of ``REPORTERS``.
+        folder: folder of the run.
+        settings: settings of the run, to be shown.
 
     Raises:
-        ValueError: as :func:`check_reporters`.
+        ValueError: the same errors as :func:`check_reporters`.
     """
     check_reporters(names)
     return [harmless(REPORTERS[name](folder, settings), name) for name in names]

@@ -1,10 +1,10 @@
 """Every method on TRL's engine, an optional extra: ``pip install 'iapo-mini[trl]'``.
 
-:class:`IAPOTrainer` is TRL's ``GRPOTrainer`` and differs from it in one place: once TRL has scored
-its completions, their advantages are made one for each token, by IAPO or by any other method of
-this library or of yours. TRL's loss takes them as they are, so sampling (vLLM included), loss
-types, PEFT, accelerate, DeepSpeed, logging and checkpoints are TRL's own. How to run it, and what
-was run where: docs/scaleout.md. Nothing else in the library imports this module.
+:class:`IAPOTrainer` is TRL's ``GRPOTrainer`` with one difference: after TRL has scored its
+completions, each token gets its own advantage, by IAPO, another method of this library, or your own
+method. TRL's loss accepts one advantage for each token, so sampling (also with vLLM), loss types,
+PEFT, accelerate, DeepSpeed, logging and checkpoints are those of TRL. docs/scaleout.md says how to
+run it and where it was tested. Nothing else in the library imports this module.
 """
 
 from __future__ import annotations
@@ -36,21 +36,20 @@ LOSS_TYPES = {"sequence": "grpo", "token": "dapo"}
 
 @dataclass
 class IAPOConfig(GRPOConfig):
-    """``GRPOConfig`` with a method of this library. TRL's own ``beta`` is the KL weight.
+    """``GRPOConfig`` with a method of this library. TRL's ``beta`` is the KL weight.
 
     Attributes:
-        iapo_method: a key of :data:`iapo_mini.recipes.RECIPES`, or of a module of yours that was
-            added by ``use_methods``. Dynamic sampling (``dapo``) is left out: TRL samples once.
-        loss_type, epsilon, epsilon_high, beta: TRL's own; where they are not given, those of the
-            method's recipe.
-        iapo_alpha: the method's alpha (IAPO: weight of informativeness); default the recipe's. With
-            IAPO, 0 leaves the estimator out.
-        iapo_beta: the method's beta (IAPO: weight of exploration); default the recipe's.
-        iapo_correct_above: a completion counts as correct when its weighted sum of rewards is above
+        iapo_method: a key of :data:`iapo_mini.recipes.RECIPES`, or a method of your own module that
+            ``use_methods`` has added. There is no dynamic sampling (``dapo``): TRL samples once.
+        loss_type, epsilon, epsilon_high, beta: settings of TRL; default is the method's recipe.
+        iapo_alpha: the method's alpha (IAPO: weight of informativeness); default is the recipe's.
+            With IAPO, 0 switches the estimator off.
+        iapo_beta: the method's beta (IAPO: weight of exploration); default is the recipe's.
+        iapo_correct_above: a completion counts as correct if its weighted sum of rewards is above
             this.
         iapo_postfix: text that forces an answer.
-        iapo_memory_mb: memory the estimator may take beside the model, MiB.
-        iapo_stride: ask for an early answer after every so many tokens, or ``"sentence"``.
+        iapo_memory_mb: memory in MiB, beside the model, for the estimator.
+        iapo_stride: number of tokens between early answers, or ``"sentence"``.
 
     Raises:
         ValueError: for a value out of range, naming it and what is allowed.
@@ -94,10 +93,10 @@ class IAPOConfig(GRPOConfig):
 class IAPOTrainer(GRPOTrainer):
     """``GRPOTrainer`` with an advantage for every token, by any method of this library.
 
-    With IAPO, the default, the token terms of the paper (Section 4) are added to TRL's own group
-    advantage, so that TRL's options for it stay. Any other method gets the rewards and weighs the
-    whole batch of all processes by its rule; tokens that it leaves out of the loss are left out of
-    TRL's, too.
+    With IAPO, the default, the paper's token terms (Section 4) are added to TRL's group advantage,
+    so TRL's options for it still work. Other methods get the rewards and compute the advantages of
+    the whole batch over all processes. Tokens that they leave out of the loss are also left out of
+    TRL's loss.
 
     Raises:
         ValueError: for a postfix without tokens, or with FSDP. (The estimator needs all weights at
@@ -126,7 +125,7 @@ class IAPOTrainer(GRPOTrainer):
 
     @property
     def _asks(self) -> bool:
-        """Whether early answers are asked for."""
+        """Whether the method needs early answers."""
         weighs = self._recipe.rule != "iapo" or bool(self.args.iapo_alpha)
         return self._recipe.information is not None and weighs
 
@@ -140,21 +139,21 @@ class IAPOTrainer(GRPOTrainer):
         return self._rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        """TRL's batch with advantages (B,) made (B, T)."""
+        """TRL's batch, with advantages (B, T) instead of (B,)."""
         batch = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return batch
         if "pixel_values" in batch:
-            raise ValueError("the prompts hold images, but they must be text alone")
+            raise ValueError("the prompts hold images, but they must be only text")
         rows = len(batch["advantages"])
         start = self.accelerator.process_index * rows
         local = self._rewards[start : start + rows]
         mask = batch["completion_mask"].bool()
-        # What the policy wrote, not what a tool did.
+        # Tokens that the policy wrote, not a tool.
         own = mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
         rollouts = self._rollouts(batch, inputs, local)
         if self.args.iapo_method == "iapo":
-            # The population of both norms: completions that have a reward.
+            # Both norms are over completions that have a reward.
             scored = own & ~local.isnan().all(1)[:, None]
             advantages = self._iapo(batch, rollouts, own, scored)
         else:
@@ -167,7 +166,7 @@ class IAPOTrainer(GRPOTrainer):
         mask, ids = batch["completion_mask"].bool(), batch["completion_ids"]
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
         last = ids.gather(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0))[:, 0]
-        whole_groups = len(ids) % self.num_generations == 0  # else a group spans processes
+        whole_groups = len(ids) % self.num_generations == 0  # otherwise a group spans processes
         return Rollouts(
             prompt_ids=batch["prompt_ids"],
             prompt_mask=batch["prompt_mask"].bool(),
@@ -196,7 +195,7 @@ class IAPOTrainer(GRPOTrainer):
         return advantages
 
     def _by_rule(self, batch: dict[str, Any], rollouts: Rollouts, start: int) -> torch.Tensor:
-        """The method's advantages of this process's rows, (B, T), weighed among all processes'."""
+        """Advantages of this process's rows, (B, T), computed among the rows of all processes."""
         recipe, alpha = self._recipe, float(self.args.iapo_alpha or 0)
         logprobs, entropies = self._old(batch, entropies=True)
         rollouts = replace(rollouts, old_logprobs=logprobs).filled(token_entropies=entropies)
@@ -210,7 +209,7 @@ class IAPOTrainer(GRPOTrainer):
         if recipe.counted is not None:
             count = COUNTED[recipe.counted] if isinstance(recipe.counted, str) else recipe.counted
             kept = count(everyone, alpha)[here] & rollouts.completion_mask
-            # TRL multiplies its mask by this one, in the denominators as well.
+            # TRL multiplies its mask by this one, also in denominators.
             kept = kept & batch["tool_mask"].bool() if "tool_mask" in batch else kept
             batch["tool_mask"] = kept.to(batch["completion_mask"].dtype)
             batch["num_items_in_batch"] = self.accelerator.gather(kept.sum()).sum()
@@ -238,7 +237,7 @@ class IAPOTrainer(GRPOTrainer):
         )
 
     def _informed(self, rollouts: Rollouts, own: torch.Tensor) -> Rollouts:
-        """With s_{i,t}, (B, T) nats, by the policy of this step with all its weights here."""
+        """Rollouts with s_{i,t}, (B, T) nats, of the current policy, whose weights are gathered."""
         assert self._recipe.information is not None
         how = EarlyExit(
             self.args.iapo_postfix, self.args.stride, memory_mb=self.args.iapo_memory_mb
@@ -247,16 +246,16 @@ class IAPOTrainer(GRPOTrainer):
             try:
                 rollouts = inform(self._policy, rollouts, self._recipe.information, how)
             finally:
-                self.model.train()  # the estimator's eval() is not for the update
+                self.model.train()  # the estimator has set eval mode
         told = torch.stack([(rollouts.informativeness * own).sum(), own.sum()])
         told = self.accelerator.gather(told).view(-1, 2).sum(0)
         self._metrics["train"]["informativeness"].append((told[0] / told[1]).item())
         return rollouts
 
     def _old(self, batch: dict[str, Any], entropies: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """log pi_old(o_t) and, if asked for, the entropies it was drawn from; (B, T) nats each.
+        """log pi_old(o_t), and on request the entropies of the distributions; (B, T) nats each.
 
-        TRL leaves them out of the batch where its loss does not need them.
+        TRL omits them from the batch if its loss does not need them.
         """
         if "old_per_token_logps" in batch and not entropies:
             return batch["old_per_token_logps"], torch.empty(0)

@@ -229,7 +229,7 @@ def _run(waiting: list[dict], parallel: int, kept: Path | None) -> None:
 
 
 def _last_line(run: Path) -> str:
-    """What a run said last."""
+    """The last line of a run's output."""
     log = run / "log.txt"
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     return (text.strip().splitlines() or ["no message"])[-1]

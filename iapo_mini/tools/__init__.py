@@ -1,1 +1,1 @@
-"""What a user looks at a policy, a run or a card with."""
+"""Tools for looking at a policy, a run or a GPU."""

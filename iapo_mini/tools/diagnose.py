@@ -108,11 +108,11 @@ CHECKS = (
 OF_TRL = Check(
     "reward of the format (a reward function with 'format' in its name)",
     lambda m: _number(m, "format_reward"), low=0.0, always=False,
-    if_low="answers are mostly not found where they should stand: does the prompt show the "
-    "format, and can the model write it? Read some completions, or begin with a short "
-    "supervised fine-tune.",
+    if_low="answers are mostly not found in the expected place. Check that the prompt shows the "
+    "format and that the model can write it: read some completions, or begin with a short "
+    "supervised fine-tuning.",
 )  # fmt: skip
-"""What a run of TRL's has in place of the share of completions that are well-formed."""
+"""The check that a run of TRL has in place of the share of well-formed completions."""
 
 
 @dataclass(frozen=True)
@@ -193,8 +193,8 @@ def diagnose(run: str | Path, last: int = 10) -> list[Finding]:
     """Check a finished, killed or running training run.
 
     Args:
-        run: its folder, or that of a run of TRL's GRPOTrainer, whose advice has TRL's names.
-        last: steps at the end that are averaged.
+        run: folder of the run. It may be a run of TRL's GRPOTrainer; advice then has TRL's names.
+        last: number of steps at the end that are averaged.
 
     Returns:
         One finding for each of ``CHECKS`` that the run should have numbers for. Further findings
@@ -213,26 +213,26 @@ def diagnose(run: str | Path, last: int = 10) -> list[Finding]:
 
 
 def _diagnose_trl(run: Path, state: Path, last: int) -> list[Finding]:
-    """The same of a run of TRL's trainer, and what only its files tell."""
+    """The findings for a run of TRL's trainer, including some that only its files allow."""
     rows, log = trl.rows_of_trl(state), _Log(last)
     if not rows:
         raise ValueError(f"run is '{run}', whose {trl.STATE} holds no logged step.")
     for number, line in enumerate(trl.lines_of_trl(rows), start=1):
         log.add(number, line)
-    # TRL has a format only where a reward function judges it, and without beta no KL.
+    # TRL logs the format only if a reward function judges it, and KL only if beta is above 0.
     checks = [OF_TRL, *(replace(check, always=False) for check in CHECKS)]
     found = [*_found(log, checks), *_damage(log), _reward(log), _length(log)]
     flat = trl.flat_rewards(rows, last)
     found.append(Finding(
-        "reward functions that tell nothing apart", ", ".join(flat) or "none", "none", bool(flat),
-        "they gave every completion the same reward: is what they look for what the model writes? "
-        "Read some completions (log_completions=True)." if flat else "",
+        "reward functions without variation", ", ".join(flat) or "none", "none", bool(flat),
+        "they gave every completion the same reward: check that they match the model's answers, "
+        "and read some completions (log_completions=True)." if flat else "",
     ))  # fmt: skip
     share = trl.repeated(run)
     if share is not None:
         found.append(Finding(
             "completions that repeat another one of their prompt", f"{share:.2g}", "<= 0.5",
-            share > 0.5, "nothing can be compared: raise temperature, or lower learning_rate."
+            share > 0.5, "there is nothing to compare: raise temperature, or lower learning_rate."
             if share > 0.5 else "",
         ))  # fmt: skip
     found += _adapter(run, (run, state.parent))
@@ -318,7 +318,7 @@ def _length(log: _Log) -> Finding:
 
 
 def _adapter(run: Path, folders: Sequence[Path] | None = None) -> list[Finding]:
-    """Norm of the newest adapter's B matrices, which start at zero; nothing without an adapter."""
+    """Norm of the newest adapter's B matrices, which start at zero; empty without an adapter."""
     folders = folders or (run / "final", *reversed(checkpoints(run)))
     files = [folder / name for folder in folders for name in WEIGHTS]
     for file in filter(Path.is_file, files):

@@ -1,7 +1,7 @@
-"""Reads a run of TRL's GRPOTrainer, so that ``diagnose`` can look at it in TRL's names.
+"""Read a run of TRL's GRPOTrainer for ``diagnose``, with advice in TRL's names.
 
-TRL writes its log into ``trainer_state.json`` of the run's folder and of every checkpoint, and with
-``log_completions=True`` what was sampled into ``completions/*.parquet``.
+TRL writes its log to ``trainer_state.json`` in the run's folder and in every checkpoint. With
+``log_completions=True`` it writes completions to ``completions/*.parquet``.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ NAMES = {
     "entropy": "entropy",
     "informativeness": "informativeness",
 }
-"""TRL's name of a metric -> ours."""
+"""TRL's name of a metric -> our name."""
 
 ARGUMENTS = {
     "kl_coef": "beta", "alpha and beta": "iapo_alpha and iapo_beta", "alpha": "iapo_alpha",
     "prompts_per_step": "prompts per generation batch",
 }  # fmt: skip
-"""Our name of a setting -> TRL's, longest first; the others are the same."""
+"""Our name of a setting -> TRL's name, longest first; other names are the same."""
 
 FORMAT = "format"
-"""What the name of a reward function that judges the format has in it."""
+"""Word in the names of reward functions that judge the format."""
 
 
 def state_of(run: Path) -> Path | None:
-    """The newest ``trainer_state.json`` of a run; None where there is none."""
+    """The newest ``trainer_state.json`` of a run, or None if there is none."""
     found = [path for path in (run / STATE, *run.glob(f"checkpoint-*/{STATE}")) if path.is_file()]
     return max(found, key=lambda path: (path.parent == run, _number_of(path.parent)), default=None)
 
@@ -56,7 +56,7 @@ def rows_of_trl(state: Path) -> list[dict[str, Any]]:
     """One mapping for each logged step, with our names and a ``step`` that counts from 1.
 
     Raises:
-        ValueError: for a file that is damaged.
+        ValueError: for a damaged file.
     """
     rows: list[dict[str, Any]] = []
     for entry in read_json(state, needs=("log_history",))["log_history"]:
@@ -75,25 +75,25 @@ def rows_of_trl(state: Path) -> list[dict[str, Any]]:
 
 
 def lines_of_trl(rows: list[dict[str, Any]]) -> list[bytes]:
-    """The rows as lines of a log of ours."""
+    """The rows as lines of a log in our format."""
     numbers = [{k: v for k, v in row.items() if k != "flat_rewards"} for row in rows]
     return [json.dumps(row).encode() + b"\n" for row in numbers]
 
 
 def flat_rewards(rows: list[dict[str, Any]], last: int) -> list[str]:
-    """Reward functions that gave every completion the same in each of the last steps."""
+    """Reward functions that gave all completions equal rewards in each of the last steps."""
     ending = [set(row["flat_rewards"]) for row in rows[-last:]]
     return sorted(set.intersection(*ending)) if ending else []
 
 
 def repeated(run: Path) -> float | None:
-    """Share of the newest kept completions that another completion of their prompt equals.
+    """Share of the newest kept completions that equal another completion of the same prompt.
 
     Returns:
-        None where none were kept.
+        The share, or None if no completions were kept.
 
     Raises:
-        ValueError: for a file that is damaged.
+        ValueError: for a damaged file.
     """
     files = sorted((run / "completions").glob("*.parquet"))
     if not files:

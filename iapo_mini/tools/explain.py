@@ -98,7 +98,7 @@ def check_figure(out: str | Path) -> None:
 
 
 def terminal_text(explained: Explained, color: bool = True) -> str:
-    """The completion for a terminal: tokens on a coloured ground, or nats in brackets."""
+    """The completion as text for a terminal, with coloured tokens or with nats in brackets."""
     text, limit = colored_tokens(explained.tokens, explained.informativeness, color)
     if not color:
         return text
@@ -109,12 +109,12 @@ def terminal_text(explained: Explained, color: bool = True) -> str:
 def colored_tokens(
     tokens: Sequence[str], values: Sequence[float], color: bool = True, limit: float = 0.0
 ) -> tuple[str, float]:
-    """Tokens on a ground that is bluer the higher their value and redder the lower.
+    """Tokens with a background from red (lowest value) to blue (highest value).
 
     Args:
         tokens, values: one value for each token.
-        color: False writes values of at least 0.1 in brackets behind their token.
-        limit: value of the full colour; default the largest one, at least 0.1.
+        color: False writes values of at least 0.1 in brackets after their token.
+        limit: value of the full colour; default is the largest value, at least 0.1.
 
     Returns:
         The text and the limit.

@@ -1,7 +1,7 @@
-"""Read what a step of a run sampled: prompts, completions, and what each token was given.
+"""Show the prompts and completions of a step, with the informativeness or advantage of each token.
 
-Reward hacking is found by reading: a policy that earns more and more may have found a way to earn
-that nobody meant.
+Reading completions is the way to find reward hacking: rewards can also rise because the policy has
+found an unintended way to earn them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ SHOWN = {
     "informativeness": ("informativeness", "nats; blue lowers the answer entropy"),
     "advantage": ("token_advantages", "blue: made more likely, red: made less likely"),
 }
-"""What can colour the tokens -> (column, legend)."""
+"""Name of the values that colour tokens -> (column, legend)."""
 
 
 def kept_steps(run: str | Path) -> list[int]:
-    """Steps of a run whose completions were kept, in order."""
+    """The steps of a run whose completions were kept, in order."""
     names = (path.name for path in (Path(run) / FOLDER).glob("completions_*.parquet"))
     found = (re.fullmatch(r"completions_(\d+)\.parquet", name) for name in names)
     return sorted(int(match[1]) for match in found if match)
@@ -32,11 +32,11 @@ def kept_rows(run: str | Path, step: int | None = None) -> list[dict[str, Any]]:
     """The kept completions of a step, one mapping for each (:mod:`iapo_mini.kept_completions`).
 
     Args:
-        run: folder of the run; step: default the last one that was kept.
+        run: folder of the run.
+        step: number of the step; default is the last one that was kept.
 
     Raises:
-        ValueError: for a run without kept completions, a step that was not kept, or a file that is
-            damaged.
+        ValueError: for a run without kept completions, a step that was not kept, or a damaged file.
     """
     import pyarrow.parquet
 
@@ -65,7 +65,7 @@ def group_text(
     show: str = "informativeness",
     color: bool = True,
 ) -> str:
-    """A prompt of a step and its completions, best reward first, their tokens coloured.
+    """Text of a prompt and its completions with coloured tokens, with the best reward first.
 
     Args:
         run, step: as for :func:`kept_rows`.
@@ -74,7 +74,7 @@ def group_text(
         color: as for :func:`iapo_mini.tools.explain.colored_tokens`.
 
     Raises:
-        ValueError: as :func:`kept_rows`, and for a group that the step does not have.
+        ValueError: the errors of :func:`kept_rows`, and a group that the step does not have.
     """
     check_number("group", group, 0, MOST_ROWS)
     rows = kept_rows(run, step)

@@ -1,4 +1,4 @@
-"""A trained policy for others: a model card made from its run, and its way to the hub."""
+"""Share a trained policy: export it, write a model card from its run, and upload it to the hub."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from iapo_mini.policy import load_policy
 from iapo_mini.recipes import RECIPES
 
 KINDS = ("merged", "adapter")
-"""What is shared: one plain model, or the adapter alone."""
+"""Kinds of exports: one plain model, or the adapter alone."""
 
 ENDS = 5
-"""Steps at either end of a run whose mean the card shows."""
+"""Number of steps at either end of a run whose means the card shows."""
 
 _SHOWN = ("reward", "accuracy", "length", "kl")
 _SETTINGS = (
@@ -46,13 +46,14 @@ def export(
     four_bit: bool | None = None,
     card: str = "",
 ) -> None:
-    """Write a trained policy into a new folder: safetensors, tokenizer, settings, card.
+    """Write a trained policy to a new folder: safetensors, tokenizer, settings, card.
 
     Args:
-        adapter: folder ``RUN/final``; out: new or empty folder.
+        adapter: folder ``RUN/final``.
+        out: new or empty folder.
         kind: one of ``KINDS``.
-        model: as for ``load_policy``; default that of the adapter's run.
-        four_bit: merge into the 4-bit weights that the adapter was trained on, dequantised;
+        model: as for ``load_policy``; default is the model of the adapter's run.
+        four_bit: dequantise the 4-bit weights that the adapter was trained on, and merge into them;
             default as in the adapter's run.
         card: text of README.md, if any.
 
@@ -87,19 +88,18 @@ def model_card(
     Args:
         adapter: folder ``RUN/final``; settings and numbers are those of ``RUN``.
         kind: one of ``KINDS``.
-        name: of the repository, as it will be loaded; default the folder's.
-        evaluation: results file of ``iapo-mini evaluate``, whose numbers are shown with their
-            intervals.
+        name: name of the repository in the loading example; default is the folder's name.
+        evaluation: results file of ``iapo-mini evaluate``, whose numbers are shown with intervals.
 
     Raises:
-        ValueError: for an adapter without a run beside it, or a file that is no evaluation.
+        ValueError: for an adapter without a run beside it, or a file that is not an evaluation.
     """
     run = Path(adapter).parent
     settings = read_json(run / "config.json", {})
     if not settings:
         raise ValueError(
             f"adapter is '{adapter}', which has no run beside it (no '{run / 'config.json'}'), so "
-            "there is nothing to write a card from."
+            "a card can't be written."
         )
     base = base_of(adapter).get("model", settings["model"])
     recipe = RECIPES.get(settings["method"])
@@ -116,7 +116,7 @@ def model_card(
         f"`{base}`, trained by `{settings['method']}` ({what}) on {settings['data']} with "
         "[iapo-mini](https://github.com/iapo-mini/iapo-mini). "
         + ("The adapter is merged into the weights." if kind == "merged" else
-           "This repository holds the LoRA adapter alone."),
+           "This repository holds only the LoRA adapter."),
         "", "```python", _LOADED[kind].format(name=name), "```", "",
         "The model thinks in `<think>...</think>` and answers in `<answer>...</answer>`.", "",
         "## Training", "", *_of_training(run), "", "| setting | value |", "|---|---|",
@@ -131,7 +131,7 @@ def model_card(
 def _of_training(run: Path) -> list[str]:
     rows = [row for _, row in logged(run / LOG)]
     if not rows:
-        return ["The run's log is not at hand."]
+        return ["The run's log is missing."]
     ends = rows[:ENDS], rows[-ENDS:]
     lines = [f"{len(rows)} steps; means of the first and of the last {len(ends[0])} of them, of "
              "training completions:", "", "| metric | first | last |", "|---|---|---|"]  # fmt: skip
@@ -160,10 +160,10 @@ def _of_evaluation(path: Path) -> list[str]:
 
 
 def check_repository(name: str) -> None:
-    """Refuse what is no name of a repository on the hub, before any work.
+    """Refuse, before any work, a text that can't be the name of a repository on the hub.
 
     Raises:
-        ValueError: naming it, and the form that it has to have.
+        ValueError: naming the text and the required form.
     """
     told = f"push must be owner/name of a repository on the hub, got {shown(name)}"
     try:
@@ -175,12 +175,13 @@ def check_repository(name: str) -> None:
 
 
 def push(folder: str | Path, name: str, private: bool = False) -> str:
-    """Upload a folder to a repository on the hub, which is made if it is not there.
+    """Upload a folder to a repository on the hub, which is created if it does not exist.
 
     The token is that of ``hf auth login`` or the environment variable ``HF_TOKEN``.
 
     Args:
-        folder: what :func:`export` wrote; name: ``owner/name``.
+        folder: folder that :func:`export` wrote.
+        name: ``owner/name``.
         private: whether a new repository is private.
 
     Returns:
@@ -195,9 +196,9 @@ def push(folder: str | Path, name: str, private: bool = False) -> str:
         done = api.upload_folder(
             folder_path=folder, repo_id=name, commit_message="Trained with iapo-mini"
         )
-    except Exception as error:  # whatever the client raises: it is told, the folder is there
+    except Exception as error:  # the client may raise anything; the folder is kept
         raise ValueError(
-            f"push is '{name}', which the hub did not take ({first_line(error)}); the model is in "
-            f"'{folder}'. Log in by `hf auth login` with a token that may write, and push again."
+            f"push is '{name}', which the hub refused ({first_line(error)}); the model is in "
+            f"'{folder}'. Log in with `hf auth login` and a token that may write, and push again."
         ) from error
     return str(done.commit_url)

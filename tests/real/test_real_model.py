@@ -1,8 +1,8 @@
 """A real, pretrained model, end to end: ``make real MODEL=...``, a folder or a hub id.
 
-The other tests make their models on the spot. What only a trained model shows is here: a tokenizer
-and a chat template as they are published, weights of the usual size, a vocabulary of many thousand
-tokens, answers of several tokens. What was measured is printed.
+The other tests make their own tiny models. These tests need a published model: its tokenizer and
+chat template, weights of the usual size, a vocabulary of many thousand tokens, and answers of
+several tokens. They print what they measure.
 """
 
 import copy
@@ -48,8 +48,8 @@ THREADS = torch.get_num_threads()
 NATS = 1e-3
 """Largest difference of an answer entropy from a plain forward, in fp32."""
 LENGTH = 32
-"""Completion tokens of what is trained and evaluated here: a CPU takes the models one can wait for
-at about a hundred tokens a second."""
+"""Length limit of completions in training and evaluation here, since a CPU samples only about a
+hundred tokens per second from such models."""
 
 
 class Worked(NamedTuple):
@@ -59,7 +59,7 @@ class Worked(NamedTuple):
     chain: str
 
     def completion(self, answer=None):
-        """The solution in the format that earns the full reward, with another answer if given."""
+        """The solution in the format that earns the full reward, optionally with another answer."""
         answer = self.problem.answer if answer is None else answer
         return f"<think>\n{self.chain}\n</think>\n<answer>{answer}</answer>"
 
@@ -74,7 +74,7 @@ OUR_OWN = [
 
 
 def processor_seconds():
-    """Of this process and of those that it has waited for: a busy machine does not change them."""
+    """Processor seconds of this process and of ended children, which a busy machine keeps equal."""
     return sum(os.times()[:4])
 
 
@@ -93,14 +93,14 @@ def model():
 
 @pytest.fixture(scope="module")
 def policy(model):
-    """The model without an adapter, fp32. Shared: tests read it and never train it."""
+    """The model without an adapter in fp32. It is shared, so tests never train it."""
     torch.set_num_threads(THREADS)
     return load_policy(model, lora_rank=0)
 
 
 @pytest.fixture(scope="module")
 def worked(model):
-    """Three short worked solutions: GSM8K's where its file is there, else our own."""
+    """Three short worked solutions, from GSM8K if its file exists, else our own."""
     file = Path(os.environ.get(REAL_DATA, "")) / "gsm8k_test.jsonl"
     if not file.is_file():
         return [Worked(Problem(question, answer), chain) for question, chain, answer in OUR_OWN]
@@ -114,7 +114,7 @@ def worked(model):
 
 @pytest.fixture(scope="module")
 def data_file(worked, tmp_path_factory):
-    """The same problems as a file in GSM8K's form."""
+    """The same problems as a file in GSM8K's format."""
     path = tmp_path_factory.mktemp("data") / "problems.jsonl"
     rows = [
         {"question": w.problem.question, "answer": f"{w.chain}\n#### {w.problem.answer}"}
@@ -151,7 +151,7 @@ def test_a_perfect_completion_earns_the_full_reward_and_ends_its_row(policy, wor
 
 
 def test_sampled_rows_end_where_their_turn_does(policy, worked):
-    """A model that has learnt to end its turns ends them here too."""
+    """A model that has learnt to end its turns also does so here."""
     question = Problem("Answer with the single word yes.", "1", system="You answer in one word.")
     rollouts = sample(policy, [question], num_generations=2, max_completion_length=LENGTH,
                       temperature=0.0)  # fmt: skip
@@ -175,7 +175,7 @@ def test_the_postfix_goes_on_where_a_chain_stops(policy, worked):
 
 @torch.no_grad()
 def plain_entropy(policy, prefix):
-    """Answer entropy after a prefix by one forward of transformers: nothing shared or padded."""
+    """Answer entropy after a prefix from one forward pass, without sharing or padding."""
     ids = torch.cat([prefix, encode_postfix(policy)])[None]
     logits = policy.model(ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
     log_p = torch.log_softmax(logits, -1)
@@ -201,7 +201,7 @@ def test_the_padding_of_other_rows_changes_nothing(policy, chains, entropies):
 
 
 def test_bf16_is_stated(policy, chains):
-    """At a few prefixes: a processor without bf16 takes ten times as long for it."""
+    """Tests only a few prefixes, because bf16 is ten times slower on processors without it."""
     how = EarlyExit(stride=8)
     half = replace(policy, model=copy.deepcopy(policy.model).to(torch.bfloat16))
     row = chains.rows(0, 1)
@@ -218,14 +218,14 @@ def test_log_probabilities_are_those_of_a_plain_forward(policy, chains):
     error = float((found - plain_logprobs(policy.model, chains)).abs().max())
     print(f"largest difference {error:.2g} nats")
     assert error < NATS
-    # Where they are read in chunks, as those of long batches are.
+    # The same when they are read in chunks, as for long batches.
     chunked, _ = token_logprobs(policy.model, chains, memory_mb=8)
     assert float((chunked - found).abs().max()) < NATS
 
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["fp32", "4-bit"])
 def test_one_step_of_an_adapter_lowers_the_loss_of_its_batch(model, worked, four_bit):
-    """By about as much as the gradient says: the first step of Adam is the rate times its sign."""
+    """By about the predicted amount: Adam's first step is the rate times the gradient's sign."""
     if four_bit:
         pytest.importorskip("bitsandbytes", reason="the extra [four-bit] is not installed")
     trained = load_policy(model, lora_rank=8, four_bit=four_bit)
@@ -263,7 +263,7 @@ def test_one_step_of_an_adapter_lowers_the_loss_of_its_batch(model, worked, four
 
 
 def command(*arguments):
-    """The command line as a process: what it prints, once it has ended well."""
+    """Run the command line as a process, check that it succeeds, and return its output."""
     began = processor_seconds()
     done = subprocess.run(
         [sys.executable, "-m", "iapo_mini", *map(str, arguments)],
@@ -276,7 +276,7 @@ def command(*arguments):
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    """A folder that is emptied afterwards: a merged model takes gigabytes."""
+    """A folder that is emptied afterwards, because a merged model takes gigabytes."""
     folder = tmp_path_factory.mktemp("real")
     yield folder
     shutil.rmtree(folder)

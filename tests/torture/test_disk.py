@@ -1,4 +1,4 @@
-"""A full and a read-only disk, real ones: a small tmpfs. Needs the right to mount."""
+"""A full and a read-only disk, made with a small tmpfs. Needs the right to mount."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ def config(config):
 
 
 def fill(disk, leave):
-    """Take all room but ``leave`` bytes."""
+    """Fill the disk except for ``leave`` bytes."""
     free = shutil.disk_usage(disk).free
     (disk / "filler").write_bytes(b"x" * max(0, free - leave))
 
@@ -46,7 +46,7 @@ def fill(disk, leave):
 @pytest.mark.parametrize("leave", [0, 4096, 8192, 20000, 40000])
 @pytest.mark.parametrize("step", [3, 6])
 def test_a_full_disk(config, small_disk, tmp_path, leave, step):
-    """It fills up between two checkpoints, to the last byte or almost, or before the last step."""
+    """The disk fills up between two checkpoints, fully or almost, or before the last step."""
     run(config, tmp_path / "whole")
     folder = small_disk / "run"
 

@@ -1,7 +1,7 @@
-"""SIGKILL at random moments and at every file operation: the run ends as if nothing had been.
+"""SIGKILL at random moments and at every file operation does not change the result of a run.
 
-Training runs in forked children of a server that has the libraries loaded, so that twenty kills
-take a minute and not ten.
+Training runs in forked children of a server that has the libraries loaded, so twenty kills take one
+minute and not ten.
 """
 
 import itertools
@@ -30,7 +30,7 @@ CONTEXT.set_forkserver_preload(["iapo_mini.trainer", "test_kills"])
 
 
 def work(settings, folder, die_at=None, count_to=None):
-    """Train, or resume what is there. ``die_at``: kill this process at its n-th file operation."""
+    """Train or resume; ``die_at`` kills this process at its n-th file operation."""
     torch.set_num_threads(1)
     folder = Path(folder)
     if die_at is not None or count_to is not None:
@@ -98,7 +98,7 @@ def test_twenty_kills_at_random_moments_and_while_a_checkpoint_is_written(settin
 
 
 def test_a_kill_at_each_file_operation(settings, tmp_path):
-    """Every moment at which what is on the disk can differ, from the first to the last."""
+    """These are all moments at which the content of the disk can differ."""
     settings = settings | {"max_steps": 3}
     whole = finished(settings, tmp_path / "whole")
     count = CONTEXT.Value("i", 0)
@@ -113,7 +113,7 @@ def test_a_kill_at_each_file_operation(settings, tmp_path):
         process = child(settings, str(folder), die_at=point)
         process.join()
         assert process.exitcode == -signal.SIGKILL, point
-        # What has the name of a checkpoint is whole.
+        # Everything with the name of a checkpoint is complete.
         for checkpoint in checkpoints(folder):
             assert (checkpoint / "sha256.json").is_file(), point
         assert finished(settings, folder) == whole, point

@@ -5,7 +5,7 @@ from hostile import BOMBS, completions, judge_all
 
 
 def test_ten_thousand_completions():
-    """No crash, none over one second, none rewarded that is not right."""
+    """None crashes, none takes more than one second, and no wrong one is rewarded."""
     texts = completions(10_000)
     worst = judge_all(texts, "72")
     right = sum("72" in text for text in texts)
@@ -18,7 +18,7 @@ def test_ten_thousand_completions():
     [("\\frac{\\sqrt{2}}{2}", "{}"), ("(3, \\frac{\\pi}{2})", "\\frac{{{}}}{{2}}")],
 )
 def test_latex_that_explodes(reference, form):
-    """References that need math-verify: every bomb, bare and within a fraction."""
+    """Tests every bomb, alone and in a fraction, as reference for math-verify."""
     texts = [f"<think>a</think><answer>{form.format(x)}</answer>" for x in BOMBS]
     worst = judge_all(texts, reference)
     print(f"the slowest of {len(texts)} took {worst:.3f} s")
