@@ -314,5 +314,5 @@ def test_a_tokenizer_that_loses_the_tags_is_refused(tokenizer):
     told["added_tokens"] = [t for t in told["added_tokens"] if t["content"] != "<answer>"]
     stripped = copy.deepcopy(tokenizer)
     stripped._tokenizer = Tokenizer.from_str(json.dumps(told))
-    with pytest.raises(ValueError, match=r"it scores -1.5, and is read as"):
+    with pytest.raises(ValueError, match=r"it scores -1.5, and it is read as"):
         check_completion(tiny_policy("qwen2", stripped), PROBLEM)

@@ -116,7 +116,7 @@ def test_texts_go_there_and_back_where_the_locale_knows_ascii_alone(tmp_path):
 
 def test_a_command_prints_what_the_locale_can_show(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from iapo_mini.advantages import grpo\nfrom iapo_mini.config import Recipe\n"
+        "from iapo_mini.advantages import grpo\nfrom iapo_mini.recipes import Recipe\n"
         "RECIPES = {'mine': Recipe(grpo, label='Zoë', what='A → ∞')}\n",
         encoding="utf-8",
     )
@@ -254,7 +254,7 @@ def test_a_subfolder_is_written_with_either_slash(tmp_path, subfolder, told):
 @pytest.mark.parametrize("subfolder", [r"..\x", r"a\..\..\x", r"C:\x", "C:x", r"\x", "/x", "../x"])
 def test_no_subfolder_leads_out_of_its_repository(tmp_path, subfolder):
     for model in (str(tmp_path), "someone/iapo"):
-        with pytest.raises(ValueError, match=r"subfolder is .*; allowed is the path of a folder"):
+        with pytest.raises(ValueError, match=r"subfolder is .*; it must be the path of a folder"):
             of_repository(model, subfolder, None)
 
 
@@ -374,9 +374,9 @@ def test_a_group_of_its_own_is_asked_for_in_windows_word_too(tmp_path, monkeypat
 
 @pytest.mark.skipif(os.name != "posix", reason="simulates Windows' make")
 def test_make_finds_python_where_windows_keeps_it():
+    command = ["make", "--no-print-directory", "-n", "full", "OS=Windows_NT"]
     try:
-        told = subprocess.run(["make", "-n", "full", "OS=Windows_NT"], cwd=ROOT,
-                              capture_output=True, text=True, check=True).stdout  # fmt: skip
+        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     except FileNotFoundError:
         pytest.skip("no make here")
     assert told.splitlines()[-1].startswith(".venv/Scripts/python -m iapo_mini compare")

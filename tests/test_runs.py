@@ -63,8 +63,8 @@ def test_methods_of_a_module_are_added_once(own_methods):
         ("X = 1", "no dictionary RECIPES"),
         ("RECIPES = {'mine': len}", "no dictionary RECIPES"),
         (
-            "from iapo_mini.config import Recipe\nRECIPES = {'grpo': Recipe('grpo')}"
-            "'grpo' is taken already",
+            "from iapo_mini.recipes import Recipe\nRECIPES = {'grpo': Recipe('grpo')}",
+            "'grpo' exists already",
         ),
     ],
 )
