@@ -2,10 +2,13 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import BATCH, TRIVIAL, close, make_rollouts, unpadded
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.early_exit.strides import prefixes_asked, sentence_ends, spread
@@ -93,6 +96,38 @@ def test_sentence_ends_are_found(base_policy):
         " Hmm, this part\n",
         "is it</think>",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("It costs $2.50 each. So 3*2.5=7.5.", ["It costs $2.50 each.", " So 3*2.5=7.5."]),
+        ("Pi is 3.14159. Done", ["Pi is 3.14159.", " Done"]),
+        ("e.g. one! Is it? Yes", ["e.g.", " one!", " Is it?", " Yes"]),
+        ("a 12.\n13. b", ["a 12.", "\n", "13.", " b"]),
+        ("Wait...no. x", ["Wait...no.", " x"]),
+        ("1.2.3", ["1.2.3"]),
+        ("U.S. law", ["U.S.", " law"]),
+    ],
+)  # fmt: skip
+def test_a_point_within_a_number_or_a_word_ends_no_sentence(base_policy, text, sentences):
+    """The tokenizer here writes byte by byte, as those of real models write numbers."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<pad>"]
+    )
+    tokenizer.train_from_iterator(["a"], trainer)
+    letters = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+    policy = replace(base_policy, tokenizer=letters)
+    ids = torch.tensor([letters.encode(text)])
+    rollouts = replace(
+        make_rollouts(prompts=[1], completions=[ids.shape[1]], group=1),
+        completion_ids=ids,
+    )
+    ends = sentence_ends(policy, rollouts)[0].nonzero()[:, 0].tolist()
+    assert [text[a:b] for a, b in itertools.pairwise(ends)] == sentences
 
 
 def test_strided_by_sentences(base_policy):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from iapo_mini.chat import token_texts
 from iapo_mini.policy import Policy
 from iapo_mini.rollouts import Rollouts
 
@@ -11,13 +12,18 @@ from iapo_mini.rollouts import Rollouts
 def sentence_ends(policy: Policy, rollouts: Rollouts) -> torch.Tensor:
     """(B, L + 1) bool: the first and last prefix, and those that end a sentence, a line or a tag.
 
-    A token ends a sentence when its text ends with one of ``. ! ? >`` or a line break.
+    A token ends a sentence when its text ends with one of ``. ! ? >`` or a line break. A point
+    that a letter, a digit or a point follows at once does not, as in ``2.50`` or ``e.g.``.
     """
-    vocabulary = torch.unique(rollouts.completion_ids)
-    texts = policy.tokenizer.batch_decode(vocabulary[:, None], skip_special_tokens=False)
-    last = [text.rstrip(" ")[-1:] for text in texts]
-    ends = vocabulary[[c in set(".!?>\n") and c != "" for c in last]]
-    out = torch.isin(rollouts.completion_ids, ends) & rollouts.completion_mask
+    vocabulary = torch.unique(rollouts.completion_ids).tolist()
+    text_of = dict(zip(vocabulary, token_texts(policy.tokenizer, vocabulary)))
+    out = torch.zeros_like(rollouts.completion_mask)
+    for row, n in enumerate(rollouts.lengths.tolist()):
+        texts = [text_of[i] for i in rollouts.completion_ids[row, :n].tolist()]
+        for t, (text, following) in enumerate(zip(texts, [*texts[1:], ""])):
+            last = text.rstrip(" ")[-1:]
+            inside = text[-1:] == "." and (following[:1].isalnum() or following[:1] == ".")
+            out[row, t] = last != "" and last in ".!?>\n" and not inside
     out = torch.nn.functional.pad(out, (1, 0), value=True)
     return out.scatter_(1, rollouts.lengths[:, None], True)
 

@@ -1,0 +1,185 @@
+"""The entropy of whole answers, where an answer has several tokens.
+
+The paper's H(y | q, o_<=t) is the entropy of the token after the postfix. Most tokenizers write
+numbers digit by digit, so this is the entropy of the first digit: "18" is still open after "1". By
+the chain rule the entropy of the whole answer is
+
+    H(y) = sum over beginnings b of p(b) h(b),
+
+where p(b) is the probability that the answer begins with the tokens b, and h(b) is the entropy of
+what follows b: another token, or the end of the answer. :func:`whole_answers` expands the tree of
+beginnings, the most probable ones first, until they hold a given share of the probability. The sum
+over these is exact. What is left out can only add to it, and a bound says how much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from iapo_mini.early_exit.branches import Branch, ask_branches, with_cache
+from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit
+from iapo_mini.errors import MOST_TOKENS, check_number
+from iapo_mini.information import encode_postfix
+from iapo_mini.logprobs import NEVER
+from iapo_mini.policy import Policy
+from iapo_mini.rollouts import Rollouts
+
+
+class Prefix(NamedTuple):
+    """A prefix of a completion: number of the row, and its number of tokens."""
+
+    row: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class WholeAnswers:
+    """What a policy would answer after each prefix, as far as the tree was expanded.
+
+    Attributes:
+        entropy: prefix -> nats, of the expanded part: a lower bound of the entropy.
+        most: prefix -> nats, an upper bound of the entropy.
+        left: prefix -> probability of the beginnings that were not expanded.
+        answers: prefix -> answer text without outer spaces -> probability, of the most probable
+            answers. Those that are written with different tokens are added up.
+        asked: number of tokens of all questions.
+    """
+
+    entropy: dict[Prefix, float]
+    most: dict[Prefix, float]
+    left: dict[Prefix, float]
+    answers: dict[Prefix, dict[str, float]]
+    asked: int
+
+
+def ends_of_answer(policy: Policy) -> torch.Tensor:
+    """(V,) bool: the tokens that end an answer, which contain ``<`` or end the completion."""
+    tokenizer, size = policy.tokenizer, policy.model.config.get_text_config().vocab_size
+    texts = tokenizer.batch_decode([[i] for i in range(min(len(tokenizer), size))])
+    out = torch.zeros(size, dtype=torch.bool)
+    out[[i for i, text in enumerate(texts) if "<" in text]] = True
+    out[policy.eos_ids.cpu()] = True
+    return out.to(policy.device)
+
+
+class _Node(NamedTuple):
+    """A beginning of an answer after a prefix: its tokens, and its probability."""
+
+    prefix: Prefix
+    tokens: tuple[int, ...]
+    p: float
+
+
+def whole_answers(
+    policy: Policy,
+    rollouts: Rollouts,
+    asked: torch.Tensor,
+    how: EarlyExit = EVERY_PREFIX,
+    *,
+    mass: float = 0.95,
+    longest: int = 6,
+    width: int = 32,
+) -> WholeAnswers:
+    """Expand the tree of answers after every chosen prefix.
+
+    At each level the least probable beginnings are dropped while everything dropped so far stays
+    within a share of ``1 - mass``: half of it at the first level, and half of the rest at each
+    further one.
+
+    Args:
+        policy: the policy that is forced to answer.
+        rollouts: B completions in whole groups.
+        asked: (B, L + 1) bool, the prefixes to ask after.
+        how: postfix, way and memory.
+        mass: share of the probability to expand, in (0, 1].
+        longest: number of tokens at which an answer is cut. Answers that share these tokens count
+            as one.
+        width: largest number of beginnings of one prefix that are expanded at a level. If more are
+            needed for ``mass``, ``left`` is above ``1 - mass``. 1 follows the most probable token.
+
+    Raises:
+        ValueError: for an option out of range, or when no prefix is asked.
+    """
+    check_number("mass", mass, above=0, most=1)
+    check_number("longest", longest, 1, MOST_TOKENS)
+    check_number("width", width, 1, MOST_TOKENS)
+    if not asked.any():
+        raise ValueError("asked must hold at least one prefix, got none")
+    model, ends = policy.for_inference(), ends_of_answer(policy)
+    rollouts = with_cache(model, rollouts)
+    start = tuple(encode_postfix(policy, how.postfix).tolist())
+    prefixes = [Prefix(int(i), int(t)) for i, t in asked.nonzero()]
+    entropy, most, left = (dict.fromkeys(prefixes, 0.0) for _ in range(3))
+    answers: dict[Prefix, dict[str, float]] = {prefix: {} for prefix in prefixes}
+    tokens, wide = 0, min(width, int((~ends).sum()))
+    alive = [_Node(prefix, (), 1.0) for prefix in prefixes]
+
+    def read(logits: torch.Tensor) -> torch.Tensor:
+        log_p = torch.log_softmax(logits.float(), dim=-1).clamp_(min=NEVER)
+        end = log_p[:, ends].logsumexp(1, keepdim=True)  # the ways to end are one event
+        log_p = log_p[:, ~ends]
+        entropy = -(log_p.exp() * log_p).sum(1, keepdim=True) - end.exp() * end
+        top, at = log_p.topk(wide, dim=1)
+        return torch.cat([entropy, end.exp(), top.exp(), at.float()], dim=1)
+
+    kept = (~ends).nonzero()[:, 0].tolist()
+    for level in range(longest):
+        if not alive:
+            break
+        branches = [Branch(*node.prefix, start + node.tokens) for node in alive]
+        tokens += sum(len(branch.suffix) for branch in branches)
+        found = ask_branches(model, rollouts, branches, read, how).tolist()
+        below: dict[Prefix, list[_Node]] = {}
+        further = (longest - level - 1) * math.log(len(kept) + 1)  # most entropy of what follows
+        for node, (h, end, *values) in zip(alive, found):
+            entropy[node.prefix] += node.p * h
+            _add(answers[node.prefix], policy, node.tokens, node.p * end)
+            children = below.setdefault(node.prefix, [])
+            for p, token in zip(values[:wide], values[wide:]):
+                child = _Node(node.prefix, (*node.tokens, kept[int(token)]), node.p * p)
+                if level + 1 < longest:
+                    children.append(child)
+                else:
+                    _add(answers[node.prefix], policy, child.tokens, child.p)
+            rest = node.p * max(0.0, 1 - end - sum(values[:wide]))
+            if level + 1 < longest:
+                left[node.prefix] += rest
+                most[node.prefix] += rest * further
+        alive = []
+        for prefix, children in below.items():
+            allowed = (1 - mass) * (1 - 0.5 ** (level + 1))
+            chosen, dropped = _split(children, allowed - left[prefix], width)
+            left[prefix] += dropped
+            most[prefix] += dropped * further
+            alive += chosen
+    return WholeAnswers(
+        entropy, {prefix: entropy[prefix] + most[prefix] for prefix in prefixes}, left, answers,
+        tokens,
+    )  # fmt: skip
+
+
+def _add(to: dict[str, float], policy: Policy, tokens: tuple[int, ...], p: float) -> None:
+    text = str(policy.tokenizer.decode(list(tokens), skip_special_tokens=False)).strip()
+    to[text] = to.get(text, 0.0) + p
+
+
+def _split(children: list[_Node], allowed: float, width: int) -> tuple[list[_Node], float]:
+    """The nodes to expand, most probable first, and the probability of all others."""
+    ordered = sorted(children, key=lambda node: -node.p)
+    chosen = ordered[:width]
+    dropped = sum(node.p for node in ordered[width:])
+    while chosen and dropped + chosen[-1].p <= allowed:
+        dropped += chosen.pop().p
+    return chosen, dropped
+
+
+def top_answers(found: WholeAnswers) -> Iterator[tuple[Prefix, str, float]]:
+    """The most probable answer after each prefix, and its probability."""
+    for prefix, answers in found.answers.items():
+        text = max(answers, key=lambda answer: answers[answer])
+        yield prefix, text, answers[text]
