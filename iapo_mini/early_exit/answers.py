@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -117,16 +118,8 @@ def whole_answers(
     entropy, most, left = (dict.fromkeys(prefixes, 0.0) for _ in range(3))
     answers: dict[Prefix, dict[str, float]] = {prefix: {} for prefix in prefixes}
     tokens, wide = 0, min(width, int((~ends).sum()))
+    read = partial(_what_follows, ends, wide)
     alive = [_Node(prefix, (), 1.0) for prefix in prefixes]
-
-    def read(logits: torch.Tensor) -> torch.Tensor:
-        log_p = torch.log_softmax(logits.float(), dim=-1).clamp_(min=NEVER)
-        end = log_p[:, ends].logsumexp(1, keepdim=True)  # the ways to end are one event
-        log_p = log_p[:, ~ends]
-        entropy = -(log_p.exp() * log_p).sum(1, keepdim=True) - end.exp() * end
-        top, at = log_p.topk(wide, dim=1)
-        return torch.cat([entropy, end.exp(), top.exp(), at.float()], dim=1)
-
     kept = (~ends).nonzero()[:, 0].tolist()
     for level in range(longest):
         if not alive:
@@ -161,6 +154,19 @@ def whole_answers(
         entropy, {prefix: entropy[prefix] + most[prefix] for prefix in prefixes}, left, answers,
         tokens,
     )  # fmt: skip
+
+
+def _what_follows(ends: torch.Tensor, wide: int, logits: torch.Tensor) -> torch.Tensor:
+    """Entropy, probability of the end, and the ``wide`` most probable tokens that do not end.
+
+    Returns (n, 2 + 2 * wide) fp32: after the first two, probabilities and then places in ``~ends``.
+    """
+    log_p = torch.log_softmax(logits.float(), dim=-1).clamp_(min=NEVER)
+    end = log_p[:, ends].logsumexp(1, keepdim=True)  # the ways to end are one event
+    log_p = log_p[:, ~ends]
+    entropy = -(log_p.exp() * log_p).sum(1, keepdim=True) - end.exp() * end
+    top, at = log_p.topk(wide, dim=1)
+    return torch.cat([entropy, end.exp(), top.exp(), at.float()], dim=1)
 
 
 def _add(to: dict[str, float], policy: Policy, tokens: tuple[int, ...], p: float) -> None:
