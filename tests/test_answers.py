@@ -14,12 +14,15 @@ from helpers import (
     unpadded,
     windowed_policy,
 )
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from iapo_mini.early_exit import answers
 from iapo_mini.early_exit.answers import Prefix, ends_of_answer, top_answers, whole_answers
-from iapo_mini.early_exit.branches import Branch, ask_branches, with_cache
+from iapo_mini.early_exit.branches import Branch, ask_branches, postfix_branch, with_cache
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.information import answer_entropies, encode_postfix
+from iapo_mini.sampling import from_ids
 
 ALL = dict(mass=1.0, width=1000)
 """Nothing is left out."""
@@ -214,3 +217,36 @@ def test_the_cache_of_a_group_is_that_of_its_rows(base_policy):
         whole_answers(base_policy, x, asked, longest=1, mass=0.9, width=8) for x in (group, alone)
     )
     assert list(one.entropy.values()) == pytest.approx(list(other.entropy.values()), abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def merging(base_policy):
+    """The policy with a tokenizer that has a token ``.</``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(alphabet) + 3, initial_alphabet=alphabet, special_tokens=["<pad>"]
+    )
+    tokenizer.train_from_iterator([".</", ".</"], trainer)
+    return replace(
+        base_policy,
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>"),
+    )
+
+
+def test_a_joined_postfix_is_written_as_the_tokenizer_would(merging):
+    encode, decode = merging.tokenizer.encode, merging.tokenizer.decode
+    for text in ("a.", "a", ".", "a b", "2."):
+        ids = encode(text)
+        rollouts = from_ids(merging, torch.tensor([[5]]), torch.tensor([[True]]), [ids], 1)
+        plain, joined = (
+            postfix_branch(merging, rollouts, 0, len(ids), "</x>", joined)
+            for joined in (False, True)
+        )
+        assert plain == Branch(0, len(ids), tuple(encode("</x>")))
+        written = [*ids[: joined.prefix], *joined.suffix]
+        assert written == encode(text + "</x>") and decode(written) == text + "</x>"
+        assert (joined == plain) == (not text.endswith("."))
+        assert postfix_branch(merging, rollouts, 0, 0, "</x>", True).suffix == plain.suffix

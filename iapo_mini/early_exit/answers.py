@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from iapo_mini.early_exit.branches import Branch, ask_branches, with_cache
+from iapo_mini.early_exit.branches import ask_branches, postfix_branch, with_cache
 from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit
 from iapo_mini.errors import MOST_TOKENS, check_number
 from iapo_mini.information import encode_postfix
@@ -85,6 +85,7 @@ def whole_answers(
     mass: float = 0.95,
     longest: int = 6,
     width: int = 32,
+    joined: bool = False,
 ) -> WholeAnswers:
     """Expand the tree of answers after every chosen prefix.
 
@@ -102,6 +103,8 @@ def whole_answers(
             as one.
         width: largest number of beginnings of one prefix that are expanded at a level. If more are
             needed for ``mass``, ``left`` is above ``1 - mass``. 1 follows the most probable token.
+        joined: encode the postfix together with the last token of the prefix
+            (:func:`~iapo_mini.early_exit.branches.postfix_branch`).
 
     Raises:
         ValueError: for an option out of range, or when no prefix is asked.
@@ -112,48 +115,67 @@ def whole_answers(
     if not asked.any():
         raise ValueError("asked must hold at least one prefix, got none")
     model, ends = policy.for_inference(), ends_of_answer(policy)
-    rollouts = with_cache(model, rollouts)
-    start = tuple(encode_postfix(policy, how.postfix).tolist())
-    prefixes = [Prefix(int(i), int(t)) for i, t in asked.nonzero()]
-    entropy, most, left = (dict.fromkeys(prefixes, 0.0) for _ in range(3))
-    answers: dict[Prefix, dict[str, float]] = {prefix: {} for prefix in prefixes}
-    tokens, wide = 0, min(width, int((~ends).sum()))
-    read = partial(_what_follows, ends, wide)
-    alive = [_Node(prefix, (), 1.0) for prefix in prefixes]
     kept = (~ends).nonzero()[:, 0].tolist()
+    read = partial(_what_follows, ends, min(width, len(kept)))
+    encode_postfix(policy, how.postfix)  # refuses a text without tokens
+    rollouts = with_cache(model, rollouts)
+    prefixes = [Prefix(int(i), int(t)) for i, t in asked.nonzero()]
+    start = {p: postfix_branch(policy, rollouts, *p, how.postfix, joined) for p in prefixes}
+    zeros = dict.fromkeys(prefixes, 0.0)
+    sums = WholeAnswers(zeros, dict(zeros), dict(zeros), {prefix: {} for prefix in prefixes}, 0)
+    alive, tokens = [_Node(prefix, (), 1.0) for prefix in prefixes], 0
     for level in range(longest):
         if not alive:
             break
-        branches = [Branch(*node.prefix, start + node.tokens) for node in alive]
+        branches = [
+            at._replace(suffix=at.suffix + node.tokens)
+            for node in alive
+            if (at := start[node.prefix])
+        ]
         tokens += sum(len(branch.suffix) for branch in branches)
         found = ask_branches(model, rollouts, branches, read, how).tolist()
-        below: dict[Prefix, list[_Node]] = {}
-        further = (longest - level - 1) * math.log(len(kept) + 1)  # most entropy of what follows
-        for node, (h, end, *values) in zip(alive, found):
-            entropy[node.prefix] += node.p * h
-            _add(answers[node.prefix], policy, node.tokens, node.p * end)
-            children = below.setdefault(node.prefix, [])
-            for p, token in zip(values[:wide], values[wide:]):
-                child = _Node(node.prefix, (*node.tokens, kept[int(token)]), node.p * p)
-                if level + 1 < longest:
-                    children.append(child)
-                else:
-                    _add(answers[node.prefix], policy, child.tokens, child.p)
-            rest = node.p * max(0.0, 1 - end - sum(values[:wide]))
-            if level + 1 < longest:
-                left[node.prefix] += rest
-                most[node.prefix] += rest * further
+        below = _count(policy, sums, alive, found, kept)
         alive = []
-        for prefix, children in below.items():
-            allowed = (1 - mass) * (1 - 0.5 ** (level + 1))
-            chosen, dropped = _split(children, allowed - left[prefix], width)
-            left[prefix] += dropped
-            most[prefix] += dropped * further
+        last = level + 1 == longest
+        further = (longest - level - 1) * math.log(len(kept) + 1)  # most entropy of what follows
+        for prefix, (children, rest) in below.items():
+            if last:
+                for child in children:
+                    _add(sums.answers[prefix], policy, child.tokens, child.p)
+                continue
+            allowed = (1 - mass) * (1 - 0.5 ** (level + 1)) - sums.left[prefix] - rest
+            chosen, dropped = _split(children, allowed, width)
+            sums.left[prefix] += rest + dropped
+            sums.most[prefix] += (rest + dropped) * further
             alive += chosen
-    return WholeAnswers(
-        entropy, {prefix: entropy[prefix] + most[prefix] for prefix in prefixes}, left, answers,
-        tokens,
-    )  # fmt: skip
+    most = {prefix: sums.entropy[prefix] + sums.most[prefix] for prefix in prefixes}
+    return replace(sums, most=most, asked=tokens)
+
+
+def _count(
+    policy: Policy,
+    sums: WholeAnswers,
+    nodes: list[_Node],
+    found: list[list[float]],
+    kept: list[int],
+) -> dict[Prefix, tuple[list[_Node], float]]:
+    """Add the entropy and the ends of expanded nodes to the sums.
+
+    Returns the nodes below those of each prefix, and the probability of tokens that are not among
+    the most probable ones.
+    """
+    below: dict[Prefix, tuple[list[_Node], float]] = {}
+    for node, (entropy, end, *values) in zip(nodes, found):
+        sums.entropy[node.prefix] += node.p * entropy
+        _add(sums.answers[node.prefix], policy, node.tokens, node.p * end)
+        children, rest = below.get(node.prefix, ([], 0.0))
+        wide = len(values) // 2
+        for p, place in zip(values[:wide], values[wide:]):
+            tokens = (*node.tokens, kept[int(place)])
+            children.append(_Node(node.prefix, tokens, node.p * p))
+        rest += node.p * max(0.0, 1 - end - sum(values[:wide]))
+        below[node.prefix] = children, rest
+    return below
 
 
 def _what_follows(ends: torch.Tensor, wide: int, logits: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from iapo_mini.chat import continuation_ids, token_texts
 from iapo_mini.early_exit import flat
 from iapo_mini.early_exit.prefixes import ask
 from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit, Question
 from iapo_mini.logprobs import plain_model, trunk_blocks
+from iapo_mini.policy import Policy
 from iapo_mini.rollouts import Rollouts
 
 _COPIES = 256
@@ -29,6 +31,31 @@ class Branch(NamedTuple):
     row: int
     prefix: int
     suffix: tuple[int, ...]
+
+
+def postfix_branch(
+    policy: Policy, rollouts: Rollouts, row: int, prefix: int, postfix: str, joined: bool = False
+) -> Branch:
+    """The branch that forces an answer after a prefix.
+
+    Args:
+        policy: its tokenizer is used.
+        rollouts: B rows.
+        row, prefix: number of the row, and number of tokens of its prefix.
+        postfix: text that forces an answer.
+        joined: encode the postfix together with the last token of the prefix. The tokenizer may
+            merge the two (``.`` and ``</`` to ``.</``), and then the branch begins one token
+            earlier. Otherwise the postfix always has the same tokens, as in the paper.
+    """
+    plain = tuple(continuation_ids(policy.tokenizer, postfix))
+    if not joined or prefix == 0:
+        return Branch(row, prefix, plain)
+    last = int(rollouts.completion_ids[row, prefix - 1])
+    text = token_texts(policy.tokenizer, [last])[0]
+    together = tuple(continuation_ids(policy.tokenizer, text + postfix))
+    if together == (last, *plain):
+        return Branch(row, prefix, plain)
+    return Branch(row, prefix - 1, together)
 
 
 @torch.no_grad()
