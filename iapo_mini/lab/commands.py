@@ -45,6 +45,22 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
     theory.add_argument(
         "--preset", default="full", help="size: quick (seconds) or full (five seeds; %(default)s)"
     )
+    real = parts.add_parser(
+        "real", help="measure the estimators on a pretrained model",
+        description="measure all estimators on worked solutions and the model's own completions; "
+        "every measured chain is kept, so a stopped study goes on where it was",
+    )  # fmt: skip
+    real.set_defaults(run_command=_real)
+    real.add_argument("--model", required=True, help="folder or hub id of a pretrained model")
+    real.add_argument("--data-file", required=True, help="problems in GSM8K's form, with solutions")
+    real.add_argument(
+        "--problems", type=whole, default=100, help="chains of each set (%(default)s)"
+    )
+    real.add_argument(
+        "--weights", default="as published", help="what the weights are (%(default)s)"
+    )
+    real.add_argument("--name", default="", help="ending of the results file's name (none)")
+    real.add_argument("--out", default="runs/real", help="folder of measured chains (%(default)s)")
     figures = parts.add_parser("figures", help="remake the figures and results of a study")
     figures.set_defaults(run_command=_figures)
     figures.add_argument(
@@ -53,7 +69,7 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
         "speed figures show the measurements of benchmarks/estimator.py",
     )  # fmt: skip
     figures.add_argument("--stories", type=whole, default=300, help="test stories (%(default)s)")
-    for part in (theory, figures):
+    for part in (theory, figures, real):
         part.add_argument("--figures", default="figures", help="folder of figures (%(default)s)")
         part.add_argument("--threads", type=whole, default=2, help="CPU threads (%(default)s)")
 
@@ -90,6 +106,19 @@ def _theory(args: argparse.Namespace) -> None:
     where = Path(args.figures)
     print(f"\nEvery number: {results_path(where, 'theory', args.preset)}")
     print(f"Figures: {where / 'theory_*.png'}")
+
+
+def _real(args: argparse.Namespace) -> None:
+    import torch
+
+    from iapo_mini.lab.real import real, real_table
+
+    check_number("threads", args.threads, 1, MOST_THREADS)
+    torch.set_num_threads(args.threads)
+    options = {part: getattr(args, part) for part in ("problems", "weights", "name", "out")}
+    results = real(args.model, args.data_file, figures=args.figures, **options)
+    print(real_table(results))
+    print(f"Every number: {Path(args.figures) / 'results'}")
 
 
 def _figures(args: argparse.Namespace) -> None:

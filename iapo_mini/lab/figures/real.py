@@ -1,0 +1,99 @@
+"""Figures of the study of a pretrained model.
+
+As in :mod:`iapo_mini.plots`, every function returns a figure and does not show or save it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.figure import Figure
+
+LABELS = {
+    "entropy": "answer entropy\n(paper)", "pointwise": "pointwise\ninformation",
+    "belief_shift": "belief\nshift", "next_token": "next-token\n(IAPO-NE)", "random": "random",
+}  # fmt: skip
+VARIANT_LABELS = {
+    "paper": "as in the paper", "line_break": "after a line break",
+    "natural": "after a sentence of words", "joined": "merged with the last token",
+    "sentence": "at sentence ends only",
+}  # fmt: skip
+
+
+def estimator(results: Mapping) -> Figure:
+    """Plot how well each estimator finds results, and its values by kind of token.
+
+    Args:
+        results: content of ``results/real_estimator.json``.
+    """
+    fig = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = fig.subplots(1, 2)
+    x = np.arange(len(LABELS))
+    for part, side, look in (
+        ("token", -0.2, dict(color="#56B4E9", label="tokens: digits of results against others")),
+        ("sentence", 0.2, dict(color="#0072B2", hatch="//",
+                               label="sentences: those that compute against others")),
+    ):  # fmt: skip
+        value, low, high = np.array([results[part][name]["auc"] for name in LABELS]).T
+        left.bar(x + side, value - 0.5, 0.38, bottom=0.5, edgecolor="white", **look)
+        left.errorbar(x + side, value, [value - low, high - value], fmt="none", color="black",
+                      capsize=3, lw=1)  # fmt: skip
+    left.axhline(0.5, color="black", lw=0.8)
+    left.set_xticks(x, LABELS.values(), fontsize=8)
+    left.set_ylabel("ROC AUC (0.5: chance)")
+    left.legend(frameon=False, fontsize=8)
+    kinds = results["token"]["entropy"]["kinds"]
+    places = np.arange(len(kinds))
+    means, deviations = (
+        np.array([kind[part] for kind in kinds.values()]) for part in ("mean", "sd")
+    )
+    right.errorbar(places, means, deviations, fmt="o", color="#0072B2", capsize=5)
+    right.axhline(0, color="black", lw=0.8)
+    right.set_xticks(
+        places, [f"{name}\n{kind['count']}" for name, kind in kinds.items()], fontsize=8
+    )
+    right.set_ylabel("drop of the answer entropy (nats)")
+    right.set_title("mean and standard deviation over tokens", fontsize=9)
+    for ax in (left, right):
+        ax.grid(axis="y", alpha=0.3)
+        ax.set_axisbelow(True)
+    return fig
+
+
+def exits(results: Mapping) -> Figure:
+    """Plot confidence and accuracy of forced answers along the chain, and the ways to ask.
+
+    Args:
+        results: content of ``results/real_estimator.json``.
+    """
+    fig = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = fig.subplots(1, 2)
+    share = np.linspace(0, 1, len(results["accuracy_by_tenth"]))
+    left.plot(share, results["confidence_by_tenth"], "o-", color="#D55E00", label="confidence")
+    left.plot(share, results["accuracy_by_tenth"], "s--", color="#0072B2", label="accuracy")
+    left.set_xlabel("share of the worked solution that was read")
+    left.set_ylabel("forced answer")
+    left.set_ylim(0, 1)
+    left.set_title(f"calibration error {results['ece']:.2f}", fontsize=9)
+    left.legend(frameon=False, fontsize=8)
+    names = [name for name in VARIANT_LABELS if name in results["postfix"]]
+    y = np.arange(len(names))[::-1]
+    for part, side, look in (
+        ("auc", 0.12, dict(color="#56B4E9", fmt="o", label="tokens")),
+        ("auc_sentence", -0.12, dict(color="#0072B2", fmt="s", label="sentences")),
+    ):
+        value, low, high = np.array([results["postfix"][name][part] for name in names]).T
+        right.errorbar(value, y + side, xerr=[value - low, high - value], capsize=3, **look)
+    labels = [
+        f"{VARIANT_LABELS[name]}\n{results['postfix'][name]['cost']:.1f} x the tokens, "
+        f"calibration error {results['postfix'][name]['ece']:.2f}"
+        for name in names
+    ]
+    right.set_yticks(y, labels, fontsize=8)
+    right.axvline(0.5, color="black", lw=0.8)
+    right.set_xlabel("ROC AUC of the drop of the answer entropy")
+    right.legend(frameon=False, fontsize=8)
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+    return fig

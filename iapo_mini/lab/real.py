@@ -1,0 +1,200 @@
+"""What the estimators say on a pretrained language model, token by token and sentence by sentence.
+
+Two sets of chains are measured: the worked solutions of GSM8K, in which the digits of results are
+known, and completions of the model itself, right and wrong ones. One line per chain is kept in
+``<out>/<set>.jsonl``, so that a stopped study goes on where it was.
+
+    figures/results/real_estimator.json (or real_estimator_<name>.json)
+      model, weights   its name, and what its weights are
+      problems         number of chains of each set;  sampled  completions that were sampled
+      token            estimator -> {"auc": [value, low, high] of result digits against all other
+                       tokens, "words_sd", "result_mean": nats, "within": share of the variance
+                       within sentences, "kinds": kind -> {"mean", "sd", "count"}}
+      sentence         estimator -> {"auc" of sentences that compute against others, "computing",
+                       "other": {"mean", "sd", "count"}} of the sum over a sentence
+      ece              calibration error of the forced answer;  ece_by_tenth, accuracy_by_tenth
+      whole            entropy of whole answers beside that of their first token: "auc", "first_auc"
+                       of sentences, "start" and "end" (nats before and after the chain), "left"
+                       (mean probability not expanded), "drop_sign" (share of sentences in which the
+                       two drops have different signs)
+      postfix          variant -> {"auc", "auc_sentence", "ece", "tokens" per chain, "cost": of the
+                       paper's tokens}
+      own              token, sentence, ece, whole and postfix of the model's own completions, with
+                       "right": the share of right ones
+      versions
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from iapo_mini.errors import MOST_PROBLEMS, MOST_TOKENS, check_number
+from iapo_mini.files import replace_text, versions, write_json
+from iapo_mini.lab.figures import real as drawn
+from iapo_mini.lab.real_chains import Chain, measure
+from iapo_mini.lab.real_statistics import summary
+from iapo_mini.lab.results import check_options
+from iapo_mini.policy import Policy, load_policy
+from iapo_mini.problems.verify import equal_answers
+from iapo_mini.problems.worked import Solution, character_kinds, worked_solutions
+from iapo_mini.rewards import lenient_answer
+from iapo_mini.sampling import sample
+
+SETS = ("worked", "own")
+TRIES = 20
+"""Largest number of completions that are sampled for each chain of the model's own."""
+_BATCH = 16
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a file of records; a line that a stop has cut is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def thought_of(completion: str) -> str | None:
+    """The thought of a completion that has one between its tags, or None."""
+    _, opened, rest = completion.partition("<think>")
+    thought, closed, _ = rest.partition("</think>")
+    return thought.strip() if opened and closed and thought.strip() else None
+
+
+def own_chains(
+    policy: Policy, solutions: list[Solution], wanted: int, path: Path, longest: int
+) -> int:
+    """Sample completions until ``wanted`` have a thought and an answer; keep them in a file.
+
+    A problem is asked again only when every problem was asked as often. Returns the number of
+    completions that were sampled.
+    """
+    found = _lines(path)
+    with tqdm(total=wanted, desc="completions", unit="chain") as bar:
+        while True:
+            kept = [row for row in found if row["text"] is not None]
+            bar.update(min(len(kept), wanted) - bar.n)
+            if len(kept) >= wanted or len(found) >= TRIES * wanted:
+                return len(found)
+            at = [n % len(solutions) for n in range(len(found), len(found) + _BATCH)]
+            problems = [solutions[n].problem for n in at]
+            rollouts = sample(
+                policy, problems, num_generations=1, max_completion_length=longest, seed=len(found)
+            )
+            for n, text in zip(at, rollouts.texts(policy.tokenizer)):
+                thought, answer = thought_of(text), lenient_answer(text)
+                whole = thought is not None and answer is not None and "<answer>" in text
+                found.append({"problem": n, "text": thought if whole else None, "answer": answer})
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(path, "".join(json.dumps(row) + "\n" for row in found))
+
+
+def _own(solutions: list[Solution], path: Path, wanted: int) -> list[Chain]:
+    rows = [row for row in _lines(path) if row["text"] is not None][:wanted]
+    return [
+        Chain(
+            (problem := solutions[row["problem"]].problem), row["text"],
+            character_kinds(row["text"]), row["answer"],
+            equal_answers(row["answer"], problem.answer),
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def _measured(policy: Policy, chains: list[Chain], path: Path) -> list[dict[str, Any]]:
+    """Records of all chains; those that the file holds are not measured again."""
+    found = _lines(path)[: len(chains)]
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in found))
+    for chain in tqdm(
+        chains[len(found) :], initial=len(found), total=len(chains), desc=path.stem, unit="chain"
+    ):
+        found.append(measure(policy, chain))
+        with path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(found[-1]) + "\n")
+    return found
+
+
+def real(
+    model: str,
+    data_file: str,
+    *,
+    problems: int = 100,
+    weights: str = "as published",
+    name: str = "",
+    longest: int = 256,
+    out: str | Path = "runs/real",
+    figures: str | Path = "figures",
+) -> dict:
+    """Measure all estimators on worked solutions and on the model's own completions.
+
+    Args:
+        model: a folder or hub id.
+        data_file: problems with worked solutions, in GSM8K's form.
+        problems: number of chains of each set, drawn from the file with a fixed seed.
+        weights: what the weights are, for the results file.
+        name: ending of the results file and of its figures; none by default.
+        longest: length limit of the model's own completions, tokens.
+        out: folder in which measured chains are kept.
+        figures: folder of figures and results.
+
+    Raises:
+        ValueError: for an option out of range, files that can't be read or written, or a model that
+            can't be loaded.
+    """
+    check_number("problems", problems, 2, MOST_PROBLEMS)
+    check_number("longest", longest, 1, MOST_TOKENS)
+    figures, out = Path(figures), Path(out)
+    check_options(out, figures, None)
+    solutions = worked_solutions(data_file)
+    if len(solutions) < problems:
+        raise ValueError(
+            f"problems is {problems}, but '{data_file}' holds {len(solutions)}; ask for fewer."
+        )
+    random.Random("real").shuffle(solutions)
+    solutions = [s for s in solutions if "result" in s.kinds][:problems]
+    policy = load_policy(model, lora_rank=0)
+    folder = out / (name or Path(model).name)
+    folder.mkdir(parents=True, exist_ok=True)
+    worked = [Chain(s.problem, s.text, s.kinds, s.problem.answer, True) for s in solutions]
+    records = {"worked": _measured(policy, worked, folder / "worked.jsonl")}
+    kept = folder / "completions.jsonl"
+    sampled = own_chains(policy, solutions, problems, kept, longest)
+    own = _own(solutions, kept, problems)
+    records["own"] = _measured(policy, own, folder / "own.jsonl")
+    results = {
+        "model": Path(model).name if Path(model).is_dir() else model, "weights": weights,
+        "problems": {part: len(records[part]) for part in SETS}, "sampled": sampled,
+        **summary(records["worked"]),
+        "own": summary(records["own"]) if len(records["own"]) > 1 else None,
+        "versions": versions(),
+    }  # fmt: skip
+    stem = f"real_estimator_{name}" if name else "real_estimator"
+    write_json(figures / "results" / f"{stem}.json", results)
+    drawn.estimator(results).savefig(figures / f"{stem}.png", dpi=150)
+    drawn.exits(results).savefig(figures / f"{stem}_exits.png", dpi=150)
+    return results
+
+
+def real_table(results: dict) -> str:
+    """The estimators as a Markdown table, by token and by sentence."""
+    lines = [
+        "| estimator | AUC, tokens | AUC, sentences | result digits (nats) | words, sd (nats) | "
+        "variance within sentences |",
+        "|---" * 6 + "|",
+    ]
+    for name, token in results["token"].items():
+        sentence = results["sentence"][name]
+        cells = [
+            *("{:.2f} [{:.2f}, {:.2f}]".format(*part["auc"]) for part in (token, sentence)),
+            f"{token['result_mean']:.2f}", f"{token['words_sd']:.2f}", f"{token['within']:.2f}",
+        ]  # fmt: skip
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
