@@ -170,7 +170,7 @@ def test_table1_has_every_method_and_five_seeds(table1_results):
 
 
 def test_table_of_the_verifier_is_the_committed_result():
-    spec = importlib.util.specrows_of_location("rewards", ROOT / "benchmarks/rewards.py")
+    spec = importlib.util.spec_from_file_location("rewards", ROOT / "benchmarks/rewards.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     results = json.loads((ROOT / "figures/results/rewards.json").read_text(encoding="utf-8"))

@@ -180,7 +180,7 @@ def test_every_committed_result_has_the_command_that_remakes_it():
 
 @pytest.fixture(scope="module")
 def repository():
-    spec = importlib.util.specrows_of_location("repository", ROOT / ".ci/repository.py")
+    spec = importlib.util.spec_from_file_location("repository", ROOT / ".ci/repository.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

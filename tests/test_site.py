@@ -35,7 +35,7 @@ BROWSER = next(
 
 
 def load(name):
-    spec = importlib.util.specrows_of_location(f"site_{name}", ROOT / "site" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"site_{name}", ROOT / "site" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

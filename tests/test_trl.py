@@ -461,9 +461,9 @@ def test_configs_for_eight_gpus_can_be_read(tmp_path):
     """accelerate and TRL parse them; nothing is started."""
     yaml = pytest.importorskip("yaml")
     folder = Path(__file__).parent.parent / "examples"
-    from accelerate.commands.config.config_args import load_configrows_of
+    from accelerate.commands.config.config_args import load_config_from_file
 
-    launch = load_configrows_of(str(folder / "deepspeed_8gpu.yaml"))
+    launch = load_config_from_file(str(folder / "deepspeed_8gpu.yaml"))
     assert str(launch.distributed_type.value) == "DEEPSPEED" and launch.num_processes == 8
     settings = yaml.safe_load((folder / "gsm8k_8gpu.yaml").read_text(encoding="utf-8"))
     known = set(IAPOConfig.__dataclass_fields__)
