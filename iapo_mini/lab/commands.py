@@ -61,6 +61,37 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
     )
     real.add_argument("--name", default="", help="ending of the results file's name (none)")
     real.add_argument("--out", default="runs/real", help="folder of measured chains (%(default)s)")
+    released = parts.add_parser(
+        "released", help="evaluate the authors' checkpoints on whole test sets",
+        description="evaluate base models and the authors' checkpoints on whole test sets, beside "
+        "the 15 problems of the authors' evaluation",
+    )  # fmt: skip
+    released.set_defaults(run_command=_released)
+    released.add_argument(
+        "--sizes", nargs="+", default=["0.5B"], help="0.5B, 1.5B or 7B, several (0.5B)"
+    )
+    released.add_argument(
+        "--repository", default="jonathanhe123/iapo",
+        help="hub id or folder with a subfolder for each checkpoint (%(default)s)",
+    )  # fmt: skip
+    released.add_argument(
+        "--base", default="Qwen/Qwen2.5-{size}-Instruct", help="base models (%(default)s)"
+    )
+    released.add_argument(
+        "--data-files", nargs=2, default=["", ""], metavar=("GSM8K", "MATH500"),
+        help="local files of the test problems (default: from the hub)",
+    )  # fmt: skip
+    released.add_argument(
+        "--num-generations", type=whole, default=8, help="completions per problem (%(default)s)"
+    )
+    released.add_argument(
+        "--max-completion-length", type=whole, default=512, help="tokens (%(default)s)"
+    )
+    released.add_argument("--batch-size", type=whole, default=64, help="(%(default)s)")
+    released.add_argument(
+        "--out", default="runs/released", help="folder of completions (%(default)s)"
+    )
+    released.add_argument("--device", default="auto", help="cpu, cuda or cuda:1 (%(default)s)")
     figures = parts.add_parser("figures", help="remake the figures and results of a study")
     figures.set_defaults(run_command=_figures)
     figures.add_argument(
@@ -69,6 +100,7 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
         "speed figures show the measurements of benchmarks/estimator.py",
     )  # fmt: skip
     figures.add_argument("--stories", type=whole, default=300, help="test stories (%(default)s)")
+    released.add_argument("--figures", default="figures", help="folder of results (%(default)s)")
     for part in (theory, figures, real):
         part.add_argument("--figures", default="figures", help="folder of figures (%(default)s)")
         part.add_argument("--threads", type=whole, default=2, help="CPU threads (%(default)s)")
@@ -119,6 +151,16 @@ def _real(args: argparse.Namespace) -> None:
     results = real(args.model, args.data_file, figures=args.figures, **options)
     print(real_table(results))
     print(f"Every number: {Path(args.figures) / 'results'}")
+
+
+def _released(args: argparse.Namespace) -> None:
+    from iapo_mini.lab.released import released, released_table
+
+    names = ("repository", "base", "data_files", "num_generations", "max_completion_length",
+             "batch_size", "out", "figures", "device")  # fmt: skip
+    results = released(args.sizes, **{name: getattr(args, name) for name in names})
+    print(released_table(results))
+    print(f"Every number: {Path(args.figures) / 'results' / 'released.json'}")
 
 
 def _figures(args: argparse.Namespace) -> None:
