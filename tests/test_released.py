@@ -84,9 +84,8 @@ def test_every_model_is_judged_on_whole_sets_and_on_the_first_fifteen(hub, tmp_p
 
 
 def test_a_stopped_command_goes_on_with_the_next_model(hub, tmp_path, monkeypatch):
-    whole = released(
-        ["0.5B"], **arguments(hub), **SETTINGS, out=tmp_path / "o", figures=tmp_path / "a"
-    )
+    given = arguments(hub) | SETTINGS
+    whole = released(["0.5B"], **given, out=tmp_path / "o", figures=tmp_path / "a")
     loaded = []
 
     def stopping(*args, **kwargs):
