@@ -9,7 +9,7 @@ import sys
 import pytest
 from helpers import PATIENCE
 
-from iapo_mini.cli import COMMANDS
+from iapo_mini.cli import COMMANDS, main
 from iapo_mini.recipes import RECIPES
 from iapo_mini.tools.methods import recipe_line
 
@@ -232,17 +232,35 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("arguments, named", BAD, ids=[" ".join(a) for a, _ in BAD])
-def test_bad_input_is_one_sentence_and_status_two(arguments, named, tmp_path):
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    (tmp_path / "bad.jsonl").write_text("{", encoding="utf-8")
-    done = run(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
+def one_sentence(status, stderr, named, folder):
+    lines = stderr.strip().splitlines()
+    assert status == 2 and len(lines) == 1, stderr
     assert lines[0].startswith("iapo-mini: ") and named in lines[0]
-    assert not (tmp_path / "x" / "metrics.jsonl").exists()
-    assert not list((tmp_path / "runs").rglob("*.json*"))
+    assert not (folder / "x" / "metrics.jsonl").exists()
+    assert not list((folder / "runs").rglob("*.json*"))
+
+
+def bad_files(folder):
+    (folder / "file").write_text("", encoding="utf-8")
+    (folder / "bad.jsonl").write_text("{", encoding="utf-8")
+
+
+@pytest.mark.parametrize("arguments, named", BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_sentence_and_status_two(arguments, named, tmp_path, monkeypatch, capfd):
+    """Called in this process, since importing torch for each would take most of the time."""
+    bad_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    one_sentence(ended.value.code, capfd.readouterr().err, named, tmp_path)
+
+
+@pytest.mark.parametrize("number", [0, BAD.index((["explain", "  "], "story")), len(BAD) - 1])
+def test_bad_input_ends_a_process_likewise(number, tmp_path):
+    bad_files(tmp_path)
+    arguments, named = BAD[number]
+    done = run(*arguments, cwd=tmp_path)
+    one_sentence(done.returncode, done.stderr, named, tmp_path)
 
 
 def test_help_comes_at_once():
