@@ -5,7 +5,7 @@ VENV := .venv
 VENV_PYTHON := $(VENV)/$(if $(ON_WINDOWS),Scripts,bin)/python
 RUN := $(VENV_PYTHON) -m
 
-.PHONY: demo full long test alone check style types fast torture real policy notebooks site \
+.PHONY: demo full long test alone check style types fast torture real policy notebooks site slides \
   repository help clean
 
 demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy and compare them, with three seeds (about six minutes)
@@ -64,6 +64,9 @@ notebooks: $(VENV)/ready  ## run the notebooks and keep their outputs
 site: $(VENV)/ready  ## build the site in build/site: documents, committed course, API, explorer
 	$(RUN) pip install --quiet --editable '.[site]'
 	$(VENV_PYTHON) site/build.py
+
+slides: $(VENV)/ready  ## make slides of two sessions from the notebooks, in build/slides
+	$(VENV_PYTHON) site/slides.py
 
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
