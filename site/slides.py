@@ -33,7 +33,7 @@ LAST = re.compile(r"Exercises|Where to go from here")
 LONGEST = 420
 """Largest number of characters of text on a slide; longer paragraphs end after a sentence."""
 _EQUATION = re.compile(r"\$\$.*?\$\$", re.DOTALL)
-_SENTENCE = re.compile(r"(?<=[.!?:])\s+(?=[A-Z*`$])")
+_SENTENCE = re.compile(r"(?:(?<=[.!?:])|(?<=[.!?]\)))\s+(?=[A-Z(*`$])")
 
 
 def shortened(text: str, longest: int = LONGEST) -> str:
