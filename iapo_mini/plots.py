@@ -71,16 +71,20 @@ def band(
 
 
 def _by_step(ax: Axes, runs: Sequence[np.ndarray], method: str, beside: float) -> None:
-    """Draw the mean over seeds by step, with its 95% interval; a single seed has no interval.
+    """Draw the mean over seeds by step, and every seed as a thin line.
 
-    The interval is a band. For figures with many lines, ``beside`` above 0 draws it as a bar for
-    the last step only, ``beside`` steps to the right of it.
+    An interval would hide that the seeds of a method may fall into two groups. For figures with
+    many methods, ``beside`` above 0 draws the 95% interval of the last step instead, as a bar
+    ``beside`` steps to the right of it.
     """
     intervals = [mean_interval(values) for values in zip(*runs)]
     color, style = COLORS.get(method, "black"), STYLES.get(method, "-.")
     x, label = np.arange(1, len(intervals) + 1), LABELS.get(method, method)
     if not beside:
-        band(ax, x, intervals, style, color=color, label=label, lw=1.8)
+        for values in runs if len(runs) > 1 else ():
+            ax.plot(x, values, style, color=color, lw=0.7, alpha=0.6)
+        means = [mean for mean, _, _ in intervals]
+        ax.plot(x, means, style, color=color, label=label, lw=2.4)
         return
     ax.plot(
         x, [mean for mean, _, _ in intervals], style, color=color, label=label, lw=1.8,
