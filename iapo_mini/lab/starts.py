@@ -28,7 +28,8 @@ from iapo_mini.evaluation import evaluate
 from iapo_mini.files import versions, write_json
 from iapo_mini.intervals import format_interval, mean_interval
 from iapo_mini.lab.figures import methods
-from iapo_mini.lab.results import check_options, results_path
+from iapo_mini.lab.ledger import ledger_path
+from iapo_mini.lab.results import check_options, file_stem, results_path
 from iapo_mini.lab.runs import START, collect, make_jobs, run_all
 from iapo_mini.lab.sizes import Size, preset_of
 from iapo_mini.lab.tuning import tuned
@@ -79,8 +80,9 @@ def starts(
         )
     }
     jobs = make_jobs(size, folder, recipes)
-    run_all(jobs, parallel)
-    found = collect(jobs, size)
+    kept = ledger_path(figures, file_stem("starts", preset))
+    run_all(jobs, parallel, kept)
+    found = collect(jobs, size, kept)
     problems = list(itertools.islice(stories("test", seed=0), size.problems))
     rows = {}
     for name, model in STARTS.items():

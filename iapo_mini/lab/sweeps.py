@@ -6,10 +6,12 @@ from pathlib import Path
 
 from iapo_mini.files import versions, write_json
 from iapo_mini.lab.figures import methods as drawn
+from iapo_mini.lab.ledger import ledger_path
 from iapo_mini.lab.results import check_options, file_stem, results_path
 from iapo_mini.lab.runs import collect, make_jobs, run_all
 from iapo_mini.lab.sizes import preset_of
 from iapo_mini.lab.tuning import tuned
+from iapo_mini.recipes import RECIPES
 
 SWEPT = {
     "alpha": (1e-6, 1e-4, 1e-2, 0.1, 0.2, 0.4, 1.0),
@@ -37,7 +39,7 @@ def sweeps(
 
     def planned(name: str, recipe: dict) -> str:
         """The name of the run with these settings; equal settings share one run."""
-        recipe = {"aggregation": "sequence"} | recipe
+        recipe = {"aggregation": RECIPES[recipe["method"]].aggregation} | recipe
         same = next((n for n, settings in recipes.items() if settings == recipe), name)
         recipes.setdefault(same, recipe)
         return same
@@ -53,8 +55,9 @@ def sweeps(
         for how in ("sequence", "token")
     }
     jobs = make_jobs(size, out / preset / "sweeps", recipes)
-    run_all(jobs, parallel)
-    found = collect(jobs, size)
+    kept = ledger_path(figures, file_stem("sweeps", preset))
+    run_all(jobs, parallel, kept)
+    found = collect(jobs, size, kept)
     k = max(size.ks)
 
     def outcome(name: str) -> dict:
