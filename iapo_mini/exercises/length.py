@@ -1,0 +1,81 @@
+"""Cases for notebook 06."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from iapo_mini.lab import exact, worlds
+from iapo_mini.tools.course import Case
+
+
+def _probabilities(size: int, generator: torch.Generator) -> torch.Tensor:
+    """(size,) fp64, far from uniform."""
+    return (2 * torch.randn(size, generator=generator, dtype=torch.float64)).softmax(0)
+
+
+def covariance_of(seed: int = 0) -> list[Case]:
+    """Quantities whose means are not zero, under unequal probabilities."""
+    generator = torch.Generator().manual_seed(seed)
+    cases: list[Case] = []
+    for size in (2, 5, 12):
+        p = _probabilities(size, generator)
+        a, b = 2 + torch.randn(2, size, generator=generator, dtype=torch.float64)
+        cases.append(((p, a, b), exact.covariance(p, a, b)))
+    return cases
+
+
+def spread_thinner(seed: int = 0) -> list[Case]:
+    """Unequal probabilities, and other totals than 1."""
+    generator = torch.Generator().manual_seed(seed)
+    cases: list[Case] = []
+    for size, total in ((3, 0.7), (6, 2.5), (10, 1.1)):
+        p = _probabilities(size, generator)
+        lengths = torch.randint(1, 30, (size,), generator=generator).double()
+        cases.append(((total, p, lengths), exact.covariance(p, lengths, total / lengths)))
+    return cases
+
+
+def premise_holds(seed: int = 0) -> list[Case]:
+    """Policies for which completions that hardly ever occur would decide if all counted alike.
+
+    Half of the chosen policies have a covariance of another sign under equal probabilities.
+    """
+    cases: list[Case] = []
+    strings, thetas, answers = worlds.clue_worlds(40, seed)
+    wanted = [(holds, apart) for apart in (True, False) for holds in (True, False)]
+    generator = torch.Generator().manual_seed(seed)
+    # The answers given by chance: what a completion tells has nothing to do with its length.
+    told = torch.rand(answers.shape, generator=generator).double() ** 4
+    told = told / told.sum(-1, keepdim=True)
+    for theta, answer in zip(2 * thetas, told):
+        p = exact.string_logprobs(strings, theta).exp()
+        each = exact.string_drops(strings, theta, answer).sum(-1) / strings.lengths
+        holds = bool(exact.covariance(p, strings.lengths, each) < 0)
+        even = bool(exact.covariance(torch.ones_like(p) / len(p), strings.lengths, each) < 0)
+        if (holds, holds != even) in wanted:
+            wanted.remove((holds, holds != even))
+            cases.append(((strings, theta, answer), holds))
+    return cases
+
+
+def order_of(seed: int = 0) -> list[Case]:
+    """Errors that scatter around a power of the step, at unevenly spaced steps."""
+    rng = random.Random(seed)
+    cases: list[Case] = []
+    for steps, order in (([0.5, 0.1, 0.02, 0.001], 1.0), ([0.01, 0.03, 0.2, 0.3, 0.9], 2.5)):
+        errors = [0.3 * step**order * rng.uniform(0.3, 3) for step in steps]
+        cases.append(((steps, errors), float(np.polyfit(np.log(steps), np.log(errors), 1)[0])))
+    return cases
+
+
+def steepest(seed: int = 2) -> list[Case]:
+    """Worlds of another kind, by the policy gradient whose advantage is the length."""
+    cases: list[Case] = []
+    for draw in (worlds.random_worlds, worlds.clue_worlds):
+        strings, thetas, _ = draw(2, seed)
+        weights = strings.lengths[:, None].expand(strings.mask.shape)
+        cases.append(((strings, thetas[1]), exact.policy_gradient(strings, thetas[1], weights)))
+    return cases
