@@ -63,7 +63,7 @@ NAN, INF = float("nan"), float("inf")
         (twice, 5, "gave 4, wanted 5"),
         (giving(0.5), 0.25, "gave 0.5, wanted 0.25"),
         (giving(0.1234561), 0.12344, "gave 0.1235, wanted 0.1234"),
-        (giving(1.00002), 1.0, "gave 1.00002, wanted 1"),
+        (giving(1.00005), 1.0, "gave 1.00005, wanted 1"),
         (giving(NAN), 0.5, "gave nan, wanted 0.5"),
         (giving(0.5), NAN, "gave 0.5, wanted nan"),
         (giving(-INF), 0.5, "gave -inf, wanted 0.5"),
@@ -78,23 +78,21 @@ NAN, INF = float("nan"), float("inf")
         (giving(1.0), True, "gave 1.0, wanted True or False"),
         (giving(0), False, "gave 0, wanted True or False"),
         (giving([1, 0]), [True, False],
-         "gave whole numbers (torch.int64), wanted a bool for each entry"),
+         "gave torch.int64 values, wanted a bool for each entry"),
         (giving(48.0), 48, "gave 48.0, wanted a whole number (int)"),
         (giving(torch.ones(2)), [1, 1],
-         "gave numbers of torch.float32, wanted whole numbers (torch.int64)"),
+         "gave torch.float32 values, wanted whole numbers (an integer dtype)"),
         (giving(1j), 1.0, "gave complex, wanted a number"),
         (giving("four"), 4, "gave 'four', wanted a whole number (int)"),
         (giving({"a": 1}), 4.0, "gave {'a': 1}, wanted a number"),
-        (giving([1.0, "b"]), [1.0, 2.0], "gave [1.0, 'b'], wanted numbers of torch.float32"),
-        (giving([[1.0], [1.0, 2.0]]), [1.0], "gave [[1.0], [1.0, 2.0]], wanted numbers of "
-         "torch.float32"),
+        (giving([1.0, "b"]), [1.0, 2.0], "gave [1.0, 'b'], wanted numbers"),
+        (giving([[1.0], [1.0, 2.0]]), [1.0], "gave [[1.0], [1.0, 2.0]], wanted numbers"),
         (giving(10**30), 4, "gave 1000000000000000000000000000000, wanted a whole number (int)"),
-        (counts, [2.0], "gave generator, wanted numbers of torch.float32"),
+        (counts, [2.0], "gave generator, wanted numbers"),
         (giving(None), 4, "gave None; is a return missing?"),
         (breaks, 4, "raised ZeroDivisionError: division by zero, in the line: return 1 / 0"),
         (leaves, 4, "raised SystemExit: 3, in the line: raise SystemExit(3)"),
-        (fails_deep, 4, "raised RuntimeError: size mismatch, got input (2), mat (2x3), vec (2), in "
-         "the line: return torch.zeros(2, 3) @ torch.zeros(2)"),
+        (fails_deep, 4, "raised RuntimeError: "),
         (lambda: 4, 4, "raised TypeError: "),
     ],
 )  # fmt: skip
@@ -122,9 +120,20 @@ def test_an_exercise_that_is_not_begun_is_still_to_be_written(capsys):
     assert not passes(unwritten, ((2,), 4))
 
 
-def test_a_call_without_a_function_is_told(capsys):
+def test_a_call_without_a_function_or_without_cases_is_told(capsys):
     check(4, ((2,), 4))
     assert "its first argument must be a function, got 4" in capsys.readouterr().out
+    check(twice)
+    assert "not yet, there is no case to try it on" in capsys.readouterr().out
+
+
+def absent(x):
+    raise NotImplementedError("Could not run 'aten::x'")
+
+
+def test_an_operation_that_pytorch_lacks_is_no_unwritten_exercise(capsys):
+    check(absent, ((2,), 4))
+    assert "raised NotImplementedError: Could not run 'aten::x'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -104,9 +104,9 @@ def test_every_exercise_has_hidden_cases_and_every_notebook_uses_them():
         for folder in (path.parent, path.parent.parent):
             text = (folder / path.name).read_text(encoding="utf-8")
             checked = re.findall(r"check\((?:\\n\",\n\s*\" *)?(\w+),", text)
-            assert all(f"*hidden.{name}(" in text for name in checked), (path.name, checked)
+            assert all(f"*hidden.{n}(" in text for n in checked if n in CASES), path.name
         used += checked
-    assert sorted(used) == sorted(CASES)
+    assert set(CASES) <= set(used)
     assert exercises.__doc__
 
 
@@ -126,9 +126,10 @@ def test_an_answer_of_the_first_case_is_refused(name, cases):
 def test_every_argument_counts(name, cases):
     """A function that takes one argument for that of the first case is refused."""
     solution, found = written(name), cases(name)
-    unused = {"only_when_right": 2, "entropies_by_postfix": 0}  # beta, and the one policy
+    # Beta, and the policy and rollouts of which there is one each.
+    unused = {"only_when_right": (2,), "entropies_by_postfix": (0, 1)}
     for place in range(len(found[0][0])):
-        if place in (unused.get(name),):
+        if place in unused.get(name, ()):
             continue
 
         def ignores(*given, place=place):
@@ -136,7 +137,7 @@ def test_every_argument_counts(name, cases):
             fixed[place] = found[0][0][place]
             return solution(*fixed)
 
-        assert not passes(ignores, *found, tolerance=1e-3), place
+        assert not passes(ignores, *found, tolerance=TOLERANCES.get(name, 1e-5)), place
 
 
 NEAR_MISSES = [
@@ -154,7 +155,8 @@ NEAR_MISSES = [
     ("dr_grpo", "r.mean(1, keepdim=True)", "r.mean()"),
     ("dr_grpo", "rewards.view(-1, group)", "rewards.view(group, -1)"),
     ("dr_grpo", "rewards.view(-1, group)", "rewards.view(-1, 2)"),
-    ("dr_grpo", "r.mean(1, keepdim=True))", "r.mean(1, keepdim=True)) / r.std(1, keepdim=True)"),
+    ("dr_grpo", "(r - r.mean(1, keepdim=True))",
+     "((r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True))"),
     ("token_mean", "(values * mask).sum()", "values.sum()"),
     ("token_mean", "/ mask.sum()", "/ mask.numel()"),
     ("token_mean", "(values * mask).sum() / mask.sum()",
@@ -226,7 +228,7 @@ NEAR_MISSES = [
     ("shifts", ".sum(-1)", ".mean(-1)"),
     ("shifts", "after.exp() * (after - before)", "(after - before).abs()"),
     ("hidden_by_first_digit", "exact.entropy(p) - exact.entropy(first_digit(p))",
-     "0.75 * math.log(3)"),
+     "0.75 * np.log(3)"),
     ("hidden_by_first_digit", " - exact.entropy(first_digit(p))", ""),
     ("best_temperature", "min(temperatures, key=lambda T: float(loss(logits / T, labels)))",
      "temperatures[2]"),
@@ -313,7 +315,6 @@ NEAR_MISSES = [
     ("cache_size", "shape.head_dim", "64"),
     ("reference_of", 'replace(",", "")', 'replace(",", "", 1)'),
     ("reference_of", "int(", "float("),
-    ("reference_of", "int(", "abs("),
     ("reference_of", 'rpartition("####")[2]', "split()[-1].lstrip('-')"),
     ("asked_tokens", "1 + length // stride", "length // stride"),
     ("asked_tokens", " + (length % stride > 0)", ""),

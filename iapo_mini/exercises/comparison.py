@@ -17,7 +17,7 @@ def pairing_gain(seed: int = 0) -> list[Case]:
     cases: list[Case] = []
     for size, shared in ((3, 1.0), (5, 0.2), (8, -0.8)):
         a = [rng.gauss(0, 1) for _ in range(size)]
-        b = [shared * x + rng.gauss(0, 0.5) + 3 for x in a]
+        b = [shared * x + rng.gauss(0, 0.5) + 0.2 for x in a]
         gain = np.std(np.subtract(a, b)) / np.sqrt(np.var(a) + np.var(b))
         cases.append(((a, b), float(gain)))
     return cases

@@ -39,25 +39,27 @@ def spread_thinner(seed: int = 0) -> list[Case]:
 
 
 def premise_holds(seed: int = 0) -> list[Case]:
-    """Policies for which completions that hardly ever occur would decide if all counted alike.
+    """Two kinds of worlds, in each of them policies for which the premise holds and does not.
 
-    Half of the chosen policies have a covariance of another sign under equal probabilities.
+    The answers are drawn at random. Of the policies those are taken in which completions that
+    hardly ever occur would decide the other way if all counted alike.
     """
-    cases: list[Case] = []
-    strings, thetas, answers = worlds.clue_worlds(40, seed)
-    wanted = [(holds, apart) for apart in (True, False) for holds in (True, False)]
     generator = torch.Generator().manual_seed(seed)
-    # The answers given by chance: what a completion tells has nothing to do with its length.
-    told = torch.rand(answers.shape, generator=generator).double() ** 4
-    told = told / told.sum(-1, keepdim=True)
-    for theta, answer in zip(2 * thetas, told):
-        p = exact.string_logprobs(strings, theta).exp()
-        each = exact.string_drops(strings, theta, answer).sum(-1) / strings.lengths
-        holds = bool(exact.covariance(p, strings.lengths, each) < 0)
-        even = bool(exact.covariance(torch.ones_like(p) / len(p), strings.lengths, each) < 0)
-        if (holds, holds != even) in wanted:
-            wanted.remove((holds, holds != even))
-            cases.append(((strings, theta, answer), holds))
+    cases: list[Case] = []
+    for draw in (worlds.random_worlds, worlds.clue_worlds):
+        strings, thetas, answers = draw(40, seed)
+        told = torch.rand(answers.shape, generator=generator).double() ** 4
+        wanted = [True, False]
+        for theta, answer in zip(2 * thetas, told / told.sum(-1, keepdim=True)):
+            p = exact.string_logprobs(strings, theta).exp()
+            each = exact.string_drops(strings, theta, answer).sum(-1) / strings.lengths
+            holds, alike = (
+                bool(exact.covariance(weights, strings.lengths, each) < 0)
+                for weights in (p, torch.full_like(p, 1 / len(p)))
+            )
+            if holds != alike and holds in wanted:
+                wanted.remove(holds)
+                cases.append(((strings, theta, answer), holds))
     return cases
 
 

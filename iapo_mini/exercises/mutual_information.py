@@ -47,11 +47,11 @@ def mean_belief_shift(seed: int = 3) -> list[Case]:
 
 def information_after_noise(seed: int = 6) -> list[Case]:
     """Random answers instead of some, all and none, in worlds of unequal answers."""
-    clean = exact.random_world(2, 3, 4, seed=seed)
-    # The marginal of the answers is not uniform, as it hardly ever is.
     cases: list[Case] = []
-    for share in (0.5, 0.1, 0.0):
-        noisy = exact.random_world(2, 3, 4, noise=share, seed=seed)
+    for answers, share in ((4, 0.5), (3, 0.1), (2, 0.0)):
+        clean, noisy = (
+            exact.random_world(2, 3, answers, noise=noise, seed=seed) for noise in (0.0, share)
+        )
         cases.append(((clean, share), exact.mutual_information(noisy)))
     return [*cases, ((clean, 1.0), 0.0)]
 

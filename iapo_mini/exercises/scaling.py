@@ -11,18 +11,16 @@ from iapo_mini.tools.course import Case
 
 
 def token_weight(seed: int = 0) -> list[Case]:
-    """The derivative of each mean by one token, for more completions and another limit."""
-    rng = random.Random(seed)
-    lengths = [rng.randint(1, 9) for _ in range(5)]
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    one = torch.zeros(mask.shape)
+    """The derivative of each mean by one token, for more completions and other limits."""
+    del seed  # nothing is drawn
     cases: list[Case] = []
-    for i, limit in ((0, 20), (3, 11)):
-        row = one.clone()
-        row[i, 0] = 1.0
+    for lengths, i, limit in (([4, 9, 2], 2, 20), ([7, 1, 5, 3], 0, 11)):
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        one = torch.zeros(mask.shape)
+        one[i, 0] = 1.0
         weights = {
-            "grpo": float(aggregate(row, mask, "sequence")),
-            "dapo": float(aggregate(row, mask, "token")),
+            "grpo": float(aggregate(one, mask, "sequence")),
+            "dapo": float(aggregate(one, mask, "token")),
             "dr_grpo": 1 / limit / len(lengths),
         }
         cases += [((lengths, i, name, limit), weight) for name, weight in weights.items()]

@@ -28,8 +28,8 @@ def check(attempt: Callable, *cases: Case, tolerance: float = 1e-5) -> None:
     Never raises. Every case gets copies of its arguments, which the function must not change.
 
     Args:
-        attempt: the function; while it raises ``NotImplementedError``, the exercise counts as still
-            to be written.
+        attempt: the function; while it raises ``NotImplementedError`` without a message, the
+            exercise counts as still to be written.
         cases: pairs ``(arguments, expected)``; expected is a number, a bool, a list of numbers or a
             tensor. Where it is whole or bool, the function must return whole numbers or bools.
         tolerance: largest difference that counts as equal, absolute and relative.
@@ -50,6 +50,8 @@ def passes(attempt: Callable, *cases: Case, tolerance: float = 1e-5) -> bool:
 def _first_fault(attempt: Callable, cases: Sequence[Case], tolerance: float) -> str:
     if not callable(attempt):
         return f"its first argument must be a function, got {_shown(attempt)}"
+    if not cases:
+        return "there is no case to try it on"
     for number, (arguments, expected) in enumerate(cases, 1):
         fault = _fault(attempt, arguments, expected, tolerance)
         if fault and fault != _UNWRITTEN:
@@ -69,24 +71,26 @@ def _fault(attempt: Callable, arguments: tuple, expected: object, tolerance: flo
     given = tuple(map(_copied, arguments))
     try:
         found = attempt(*given)
-    except NotImplementedError:
-        return _UNWRITTEN
     except (Exception, SystemExit) as error:
+        # PyTorch raises the same kind, with a message, for an operation that it does not have.
+        if isinstance(error, NotImplementedError) and not str(error):
+            return _UNWRITTEN
         return f"raised {type(error).__name__}: {first_line(error)}{_place(attempt, error)}"
     for new, old in zip(given, arguments):
         if not _same(new, old):
             return f"changed its argument {_shown(old)}; return a new value instead"
     if found is None:
         return "gave None; is a return missing?"
-    wanted = torch.as_tensor(_plain(expected))
+    wanted = _numbers(expected)
     try:
-        got = torch.as_tensor(_plain(found))
+        got = _numbers(found)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return f"gave {_shown(found)}, wanted {_kind(wanted)}"
     if got.shape != wanted.shape:
         return f"gave {_form(got)}, wanted {_form(wanted)}"
     if not _fits(got, wanted):
-        return f"gave {_kind(got) if got.ndim else _shown(got)}, wanted {_kind(wanted)}"
+        given_kind = f"{got.dtype} values" if got.ndim else _shown(got)
+        return f"gave {given_kind}, wanted {_kind(wanted)}"
     one, other = got.double(), wanted.double()
     apart = ~torch.isclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
     if not apart.any():
@@ -121,6 +125,15 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or type(one).__module__ != "builtins" or bool(one == other)
 
 
+def _numbers(value: Any) -> torch.Tensor:
+    """A tensor of the value; Python's numbers keep their digits."""
+    plain = _plain(value)
+    found = torch.as_tensor(plain)
+    if found.is_floating_point() and not torch.is_tensor(plain):
+        return torch.as_tensor(plain, dtype=torch.float64)
+    return found
+
+
 def _plain(value: Any) -> Any:
     """A tensor without gradient and place, lists of tensors as lists of numbers."""
     if torch.is_tensor(value):
@@ -142,15 +155,13 @@ def _fits(got: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 
 def _kind(values: torch.Tensor) -> str:
-    """The kind of numbers in words."""
+    """The wanted kind of numbers in words."""
     one = values.ndim == 0
     if values.dtype == torch.bool:
         return "True or False" if one else "a bool for each entry"
-    if values.is_complex():
-        return "a complex number" if one else "complex numbers"
     if values.is_floating_point():
-        return "a number" if one else f"numbers of {values.dtype}"
-    return "a whole number (int)" if one else f"whole numbers ({values.dtype})"
+        return "a number" if one else "numbers"
+    return "a whole number (int)" if one else "whole numbers (an integer dtype)"
 
 
 def _form(values: torch.Tensor) -> str:
