@@ -42,7 +42,7 @@ def counts(x):
 def giving(value):
     """A function that gives a value whatever it is asked."""
 
-    def gives(x):
+    def gives(*given):
         return value
 
     return gives
@@ -235,6 +235,14 @@ def test_every_exercise_has_a_solution_that_passes(path):
     asked = re.findall(r"^(\w+): not yet", printed(path), re.MULTILINE)
     assert sorted(re.findall(r"^(\w+): right", printed(solution), re.MULTILINE)) == sorted(asked)
     assert "not yet" not in printed(solution)
+
+
+@pytest.mark.parametrize("number", ["01", "03", "05", "06", "08"])
+def test_a_lesson_trains_or_measures_with_the_readers_function_and_draws(number):
+    (path,) = (p for p in NOTEBOOKS if p.name.startswith(number))
+    for notebook in (path, SOLUTIONS / path.name):
+        waiting = [text(c) for c in cells(notebook) if "\nif passes(" in text(c)]
+        assert waiting and all("plt.show()" in t and len(t.splitlines()) <= 24 for t in waiting)
 
 
 def test_tables_name_every_notebook_with_its_badge():

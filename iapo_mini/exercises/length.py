@@ -42,22 +42,25 @@ def premise_holds(seed: int = 0) -> list[Case]:
     """Two kinds of worlds, in each of them policies for which the premise holds and does not.
 
     The answers are drawn at random. Of the policies those are taken in which completions that
-    hardly ever occur would decide the other way if all counted alike.
+    hardly ever occur would decide the other way if all counted alike. Where the premise holds,
+    longer completions tell more in all.
     """
     generator = torch.Generator().manual_seed(seed)
     cases: list[Case] = []
-    for draw in (worlds.random_worlds, worlds.clue_worlds):
-        strings, thetas, answers = draw(40, seed)
+    for draw in (worlds.random_worlds, worlds.filler_worlds):
+        strings, thetas, answers = draw(200, seed)
         told = torch.rand(answers.shape, generator=generator).double() ** 4
         wanted = [True, False]
         for theta, answer in zip(2 * thetas, told / told.sum(-1, keepdim=True)):
             p = exact.string_logprobs(strings, theta).exp()
-            each = exact.string_drops(strings, theta, answer).sum(-1) / strings.lengths
-            holds, alike = (
-                bool(exact.covariance(weights, strings.lengths, each) < 0)
-                for weights in (p, torch.full_like(p, 1 / len(p)))
-            )
-            if holds != alike and holds in wanted:
+            total, alike = exact.string_drops(strings, theta, answer).sum(-1), torch.ones_like(p)
+            in_all, holds, decided = (
+                bool(exact.covariance(weights / weights.sum(), strings.lengths, values) < 0)
+                for weights, values in (
+                    (p, total), (p, total / strings.lengths), (alike, total / strings.lengths)
+                )
+            )  # fmt: skip
+            if holds in wanted and decided != holds and not (holds and in_all):
                 wanted.remove(holds)
                 cases.append(((strings, theta, answer), holds))
     return cases
@@ -76,7 +79,7 @@ def order_of(seed: int = 0) -> list[Case]:
 def steepest(seed: int = 2) -> list[Case]:
     """Worlds of another kind, by the policy gradient whose advantage is the length."""
     cases: list[Case] = []
-    for draw in (worlds.random_worlds, worlds.clue_worlds):
+    for draw in (worlds.random_worlds, worlds.filler_worlds):
         strings, thetas, _ = draw(2, seed)
         weights = strings.lengths[:, None].expand(strings.mask.shape)
         cases.append(((strings, thetas[1]), exact.policy_gradient(strings, thetas[1], weights)))
