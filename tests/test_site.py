@@ -193,7 +193,7 @@ def test_text_on_every_colour_can_be_read(in_javascript):
 def test_unread_tokens_and_marks_can_be_read_in_both_themes(theme, ground):
     """The grounds are those of the theme; the test in a browser compares with what is drawn."""
     css = (STATIC / "site.css").read_text(encoding="utf-8")
-    light, dark = re.findall(r"\{([^{}]*--ex-unread[^{}]*)\}", css)
+    light, dark = re.findall(r"\{([^{}]*--ex-unread: [^{}]*)\}", css)
     own = dark if theme == "dark" else light
     for name, least in (("unread", 4.5), ("right", 3.0), ("bar", 3.0)):
         value = re.search(rf"--ex-{name}: (#\w+);", own)[1]
