@@ -75,15 +75,22 @@ def test_explorer_moves_in_jupyterlab(lab, tmp_path):
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells') && null")
         shown = page.get_by_text("answer, if forced now")
         shown.wait_for()
-        at_the_end = shown.locator("..").inner_text()
+        at_the_start = shown.locator("..").inner_text()
+        unread = page.locator(".jp-OutputArea span[style*='#5c5c5c'], span[style*='92, 92, 92']")
+        assert unread.count() > 20 and page.get_by_text("No token is read yet").count() == 1
         read = page.locator(".widget-slider", has_text="tokens read").locator(".noUi-handle")
-        read.press("Home")
+        read.press("End")
         page.wait_for_function(
-            "before => !document.body.innerText.includes(before)", arg=at_the_end
+            "before => !document.body.innerText.includes(before)", arg=at_the_start
         )
         assert "H = " in shown.locator("..").inner_text()
-        greyed = page.locator(".jp-OutputArea span[style*='#999'], span[style*='153, 153']")
-        assert greyed.count() > 20
+        assert unread.count() == 0 and page.get_by_text("✓ right").count() == 1
+        page.get_by_label("token number").fill("2")
+        page.get_by_label("token number").press("Enter")
+        page.wait_for_function(
+            "[...document.querySelectorAll('.jp-OutputArea span')]"
+            ".filter(e => getComputedStyle(e).color === 'rgb(92, 92, 92)').length > 20"
+        )
 
         page.get_by_role("button", name="IAPO advantage").click()
         page.get_by_text("IAPO advantage of each token").wait_for()

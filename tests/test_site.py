@@ -189,6 +189,18 @@ def test_text_on_every_colour_can_be_read(in_javascript):
             assert contrast(ground, [255 * (pair["text"] == "#fff")] * 3) >= 4.5
 
 
+@pytest.mark.parametrize("theme, ground", [("light", "#ffffff"), ("dark", "#14181e")])
+def test_unread_tokens_and_marks_can_be_read_in_both_themes(theme, ground):
+    """The grounds are those of the theme; the test in a browser compares with what is drawn."""
+    css = (STATIC / "site.css").read_text(encoding="utf-8")
+    light, dark = re.findall(r"\{([^{}]*--ex-unread: [^{}]*)\}", css)
+    own = dark if theme == "dark" else light
+    for name, least in (("unread", 4.5), ("right", 3.0), ("bar", 3.0)):
+        value = re.search(rf"--ex-{name}: (#\w+);", own)[1]
+        pair = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (value, ground)]
+        assert contrast(*pair) >= least, (name, value)
+
+
 def contrast(one, other):
     """WCAG 2's contrast of two colours, each red, green and blue of 0 to 255."""
 

@@ -21,7 +21,7 @@ METHOD = (
     "rollouts attention sampling logprobs rewards early_exit information intervals advantages "
     "objective config metrics run_folder trainer evaluation calibration plots"
 ).split()
-"""The rooms of the method; the wings tools, engines and lab look into them."""
+"""The rooms of the method; the wings tools, engines, lab and exercises look into them."""
 
 
 def imports_of(path, late=True):
@@ -66,8 +66,14 @@ def wing(module):
 def test_the_method_imports_no_wing(module):
     allowed = {"iapo_mini.engines.vllm"} if module == "iapo_mini.trainer" else set()
     looks = {m for m in imports_of(FILES.get(module) or FILES[f"{module}.__init__"])
-             if wing(m) in ("tools", "lab", "engines")}  # fmt: skip
+             if wing(m) in ("tools", "lab", "engines", "exercises")}  # fmt: skip
     assert looks <= allowed
+
+
+def test_only_exercises_import_exercises():
+    for module, path in FILES.items():
+        if wing(module) != "exercises":
+            assert not [m for m in imports_of(path) if wing(m) == "exercises"], module
 
 
 def test_tools_and_engines_do_not_import_the_lab():

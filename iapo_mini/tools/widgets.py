@@ -1,10 +1,11 @@
 """An explorer for notebooks: step through a completion and watch the answer become certain.
 
-Choose a story and a completion and move through its tokens. The explorer shows what the policy
-would answer if it had to answer now, how much each token says about the answer, and the advantages
-of GRPO and IAPO, which follow the sliders for alpha and beta. All pictures are HTML and SVG, so a
-move takes milliseconds. The model runs only once, when the explorer is made. Needs ipywidgets
-(``pip install 'iapo-mini[notebooks]'``; Colab has it).
+Choose a story and a completion and move through its tokens, or press Play. The explorer opens
+before the first token, so that a class can guess which one settles the answer. It shows what the
+policy would answer if it had to answer now, how much each token says about the answer, and the
+advantages of GRPO and IAPO, which follow the sliders for alpha and beta. All pictures are HTML and
+SVG, so a move takes milliseconds. The model runs only once, when the explorer is made. Needs
+ipywidgets (``pip install 'iapo-mini[notebooks]'``; Colab has it).
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ if TYPE_CHECKING:
     import ipywidgets
 
 _PAGE = "font-family:monospace;background:white;color:black;padding:6px;line-height:1.9"
+UNREAD = "#5c5c5c"
+"""Colour of the text of tokens that are not yet read, 6.7 to 1 on the white page."""
+LIMITS = {"information": 2.0, "IAPO advantage": 3.0, "GRPO advantage": 3.0}
+"""Value of the full colour, the same for every completion, alpha and beta, so that colours can be
+compared. Values beyond have the full colour."""
+SHOWN = 6
+"""Forced answers that are shown after a prefix."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,24 @@ def forced_answers(policy: Policy, rollouts: Rollouts, k: int = 6) -> ForcedAnsw
     return ForcedAnswers(found[..., 0], found[..., 1 : k + 1], found[..., k + 1 :].long())
 
 
+def colors(value: float, limit: float) -> tuple[str, str]:
+    """Colour of a value and of the text on it: blue above zero, red below, white at zero.
+
+    The text is black or white, whichever differs more: at least 4.5 to 1 on any ground.
+    """
+    rgb = colormaps["RdBu"](0.5 + 0.5 * max(-1.0, min(1.0, value / limit)))[:3]
+    parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    light = 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+    return to_hex(rgb), "black" if light > 0.179 else "white"
+
+
 def tokens_html(
-    tokens: Sequence[str], values: Sequence[float], roles: Sequence[str] | None, at: int, unit: str
+    tokens: Sequence[str],
+    values: Sequence[float],
+    roles: Sequence[str] | None,
+    at: int,
+    unit: str,
+    limit: float,
 ) -> str:
     """HTML of a completion, with colours by value, lines by role, and tokens not yet read in grey.
 
@@ -84,22 +108,22 @@ def tokens_html(
         roles: n roles, or None.
         at: number of tokens read so far, 0 to n; the last of them is framed.
         unit: unit of the values, for the tooltip.
+        limit: value of the full colour.
     """
-    limit = max(0.1, *(abs(v) for v in values)) if values else 0.1
     out = []
     for i, (token, value) in enumerate(zip(tokens, values)):
-        r, g, b, _ = colormaps["RdBu"](0.5 + 0.5 * value / limit)
-        style = f"background:{to_hex((r, g, b))};color:{'white' if r + g + b < 1.6 else 'black'}"
-        if i >= at:
-            style = "color:#999"
+        ground, text = colors(value, limit)
+        style = f"background:{ground};color:{text}" if i < at else f"color:{UNREAD}"
         if roles is not None:
             style += f";border-bottom:3px solid {COLORS[roles[i]]}"
         if i == at - 1:
             style += ";outline:2px solid black"
         tip = f"{value:+.3f} {unit}" + (f", {roles[i]}" if roles is not None else "")
-        text = html.escape(token).replace(" ", "&nbsp;").replace("\n", "<br>")
-        out.append(f'<span title="{tip}" style="{style}">{text}</span><wbr>')
-    legend = f"blue is positive, red negative; full colour is {limit:.2f} {unit}"
+        shown = html.escape(token).replace(" ", "&nbsp;").replace("\n", "<br>")
+        out.append(f'<span title="{tip}" style="{style}">{shown}</span><wbr>')
+    legend = f"blue is positive, red negative; full colour is {limit:.2f} {unit} and more"
+    if at == 0:
+        legend = f"No token is read yet. Which one will settle the answer?<br>{legend}"
     if roles is not None:
         legend += ". Line below: " + ", ".join(
             f'<span style="border-bottom:3px solid {COLORS[r]}">{r}</span>'
@@ -108,27 +132,42 @@ def tokens_html(
     return f'<div style="{_PAGE}">{"".join(out)}<br><small>{legend}</small></div>'
 
 
-def answers_html(answers: Sequence[str], probabilities: Sequence[float], nats: float) -> str:
-    """HTML bars of the most likely forced answers, and the entropy over all answers."""
-    rows = [
-        f'<div><span style="display:inline-block;min-width:5em;text-align:right">'
-        f"{html.escape(a).replace(' ', '&nbsp;')}</span>"
-        f'<span style="display:inline-block;height:12px;background:#0072B2;margin:0 6px;'
-        f'width:{200 * p:.0f}px"></span>{p:.2f}</div>'
-        for a, p in zip(answers, probabilities)
-    ]
+def answers_html(
+    answers: Sequence[str], probabilities: Sequence[float], nats: float, right: Sequence[bool] = ()
+) -> str:
+    """HTML bars of the most likely forced answers, and the entropy over all answers.
+
+    Args:
+        answers, probabilities: n texts and their probabilities.
+        nats: the entropy.
+        right: n marks of the right answer, by a tick, bold text and another colour; none if empty.
+    """
+    rows = []
+    for answer, p, is_right in zip(answers, probabilities, right or [False] * len(answers)):
+        share = f"{p:.2f}" if p >= 0.005 else "&lt;0.01"
+        mark, weight = ("&nbsp;&#10003; right", "bold") if is_right else ("", "normal")
+        rows.append(
+            f'<div style="font-weight:{weight}">'
+            f'<span style="display:inline-block;min-width:5em;text-align:right">'
+            f"{html.escape(answer).replace(' ', '&nbsp;')}</span>"
+            f'<span style="display:inline-block;height:12px;margin:0 6px;'
+            f"background:{'#00735a' if is_right else '#0072B2'};"
+            f'width:{200 * p:.0f}px"></span>{share}{mark}</div>'
+        )
     head = f"<b>answer, if forced now</b>: H = {nats:.2f} nats"
-    return f'<div style="{_PAGE};width:330px">{head}{"".join(rows)}</div>'
+    return f'<div style="{_PAGE};width:390px">{head}{"".join(rows)}</div>'
 
 
-def bars_svg(values: Sequence[float], at: int, label: str) -> str:
-    """SVG with one bar per token: grey if not yet read, with a dark edge for the last one read."""
-    limit, n = max(0.1, *(abs(v) for v in values)) if values else 0.1, max(1, len(values))
-    width, half = 420, 60
+def bars_svg(values: Sequence[float], at: int, label: str, limit: float) -> str:
+    """SVG with one bar per token: grey if not yet read, with a dark edge for the last one read.
+
+    The axis goes from -limit to limit; bars of larger values end there.
+    """
+    n, width, half = max(1, len(values)), 420, 60
     step = width / n
     bars = []
     for i, value in enumerate(values):
-        h = half * abs(value) / limit
+        h = half * min(1.0, abs(value) / limit)
         color = "#dddddd" if i >= at else "#2166ac" if value > 0 else "#b2182b"
         edge = ' stroke="black" stroke-width="1.5"' if i == at - 1 else ""
         y = half - h if value > 0 else half
@@ -139,7 +178,9 @@ def bars_svg(values: Sequence[float], at: int, label: str) -> str:
     axis = f'<line x1="0" x2="{width}" y1="{half}" y2="{half}" stroke="black" stroke-width="0.5"/>'
     return (
         f'<div style="{_PAGE}"><b>{html.escape(label)}</b> (axis: {-limit:.2f} to {limit:.2f})'
-        f'<br><svg width="{width}" height="{2 * half}">{axis}{"".join(bars)}</svg></div>'
+        f'<br><svg width="{width}" height="{2 * half}" role="img" '
+        f'aria-label="{html.escape(label)}">'
+        f"{axis}{''.join(bars)}</svg></div>"
     )
 
 
@@ -178,18 +219,35 @@ class _Scene:
             values, unit = grpo(self.rollouts), "advantage"
         return values[i, : self.length(i)].tolist(), unit
 
-    def completion_html(self, i: int, at: int, values: list[float], unit: str) -> str:
+    def completion_html(self, i: int, at: int, values: list[float], unit: str, limit: float) -> str:
         """HTML of completion i with ``at`` tokens read; only tokens of stories have roles."""
         ids = self.rollouts.completion_ids[i, : self.length(i)].tolist()
         is_story = bool(self.problems[i // self.rollouts.num_generations].steps)
         roles = token_roles(self.policy.tokenizer, ids) if is_story else None
-        return tokens_html(self.texts(ids), values, roles, at, unit)
+        return tokens_html(self.texts(ids), values, roles, at, unit, limit)
 
     def forced_html(self, i: int, at: int) -> str:
-        """HTML of the forced answers after ``at`` tokens of completion i."""
+        """HTML of the forced answers after ``at`` tokens of completion i, the right one marked.
+
+        A right answer that is not among those shown gets a line of its own. In the story world an
+        answer is one token; elsewhere the token that begins the right answer is marked.
+        """
         likely = self.texts(self.forced.ids[i, at].tolist())
         p, nats = self.forced.probabilities[i, at].tolist(), float(self.forced.entropies[i, at])
-        return answers_html(likely, p, nats)
+        problem = self.problems[i // self.rollouts.num_generations]
+        texts = [text.strip() for text in likely]
+        right = [
+            text == problem.answer
+            if problem.steps
+            else text != "" and problem.answer.startswith(text)
+            for text in texts
+        ]
+        shown = [j for j in range(len(likely)) if j < SHOWN or right[j]]
+        rows = [(likely[j], p[j], right[j]) for j in shown]
+        if problem.steps and not any(right):
+            rows.append((f" {problem.answer}", 0.0, True))
+        answers, shares, marks = zip(*rows)
+        return answers_html(answers, shares, nats, marks)
 
 
 class _Controls:
@@ -209,15 +267,34 @@ class _Controls:
         )
         self.completion = w.Dropdown(description="completion")
         self.position = w.IntSlider(
-            min=0, description="tokens read", layout=w.Layout(width="480px")
+            min=0, description="tokens read", readout=False, layout=w.Layout(width="400px")
         )
+        self.play = w.Play(min=0, interval=450, description="Play")
         self.color = w.ToggleButtons(options=["information", "IAPO advantage", "GRPO advantage"])
         wide = w.Layout(width="380px")
         self.alpha, self.beta = (
-            w.FloatSlider(value=value, min=0, max=1, step=0.01, description=name, layout=wide)
+            w.FloatSlider(
+                value=value, min=0, max=1, step=0.01, description=name, readout=False, layout=wide
+            )
             for name, value in (("alpha", alpha), ("beta", beta))
         )
+        # ipywidgets gives the handle of a slider no accessible name. A number field has its label.
+        short = w.Layout(width="210px")
+        self.number = w.BoundedIntText(min=0, description="token number", layout=short)
+        self.weights = [
+            w.BoundedFloatText(
+                value=slider.value, min=0, max=1, step=0.01, description=name, layout=short
+            )
+            for name, slider in (("alpha value", self.alpha), ("beta value", self.beta))
+        ]
+        for control in (self.play, self.number, *self.weights):
+            control.style.description_width = "initial"
         self.question, self.tokens, self.answers, self.bars = (w.HTML() for _ in range(4))
+        for name in ("max", "value"):
+            w.link((self.position, name), (self.play, name))
+            w.link((self.position, name), (self.number, name))
+        for slider, field in zip((self.alpha, self.beta), self.weights):
+            w.link((slider, "value"), (field, "value"))
         self.busy = False  # True while controls set each other, when nothing is drawn
         self.story.observe(self.choose_story, "value")
         self.completion.observe(self.choose_completion, "value")
@@ -238,8 +315,9 @@ class _Controls:
         if self.busy:
             return
         self.busy = True
+        self.play.playing = False
+        self.position.value = 0
         self.position.max = self.scene.length(self.completion.value)
-        self.position.value = self.position.max
         self.busy = False
         self.draw()
 
@@ -248,10 +326,11 @@ class _Controls:
             return
         i, at, color = self.completion.value, self.position.value, self.color.value
         values, unit = self.scene.values(i, color, self.alpha.value, self.beta.value)
-        self.tokens.value = self.scene.completion_html(i, at, values, unit)
+        limit = LIMITS[color]
+        self.tokens.value = self.scene.completion_html(i, at, values, unit, limit)
         self.answers.value = self.scene.forced_html(i, at)
         label = f"{color} of each token" + (" (nats)" if unit == "nats" else "")
-        self.bars.value = bars_svg(values, at, label)
+        self.bars.value = bars_svg(values, at, label, limit)
 
 
 def explorer(
@@ -273,8 +352,8 @@ def explorer(
         seed: seed of sampling.
 
     Returns:
-        An ``ipywidgets.VBox``. ``story``, ``completion``, ``position``, ``color``, ``alpha`` and
-        ``beta`` are its controls, as attributes.
+        An ``ipywidgets.VBox``, with no token read yet. ``story``, ``completion``, ``position``,
+        ``play``, ``color``, ``alpha`` and ``beta`` are its controls, as attributes.
 
     Raises:
         ValueError: for no problems, or fewer than two completions of each.
@@ -287,20 +366,21 @@ def explorer(
     problems = list(problems)
     rollouts = sample(policy, problems, num_generations=num_generations, seed=seed)
     rollouts = score(rollouts, policy.tokenizer, problems)
-    forced = forced_answers(policy, rollouts)
+    size = policy.model.config.get_text_config().vocab_size
+    forced = forced_answers(policy, rollouts, k=min(20, size))
     known = informativeness(forced.entropies, rollouts.completion_mask)
     scene = _Scene(policy, problems, rollouts.filled(informativeness=known), forced)
     c = _Controls(scene, alpha, beta)
     box = w.VBox(
         [
             w.HBox([c.story, c.completion]),
-            w.HBox([c.position, c.color]),
-            w.HBox([c.alpha, c.beta]),
+            w.HBox([c.play, c.position, c.number, c.color]),
+            w.HBox([c.alpha, c.weights[0], c.beta, c.weights[1]]),
             c.question,
             c.tokens,
             w.HBox([c.answers, c.bars]),
         ]
     )
     box.story, box.completion, box.position, box.color = c.story, c.completion, c.position, c.color
-    box.alpha, box.beta = c.alpha, c.beta
+    box.alpha, box.beta, box.play = c.alpha, c.beta, c.play
     return box

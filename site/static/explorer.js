@@ -249,7 +249,7 @@ function explore(root, scenes) {
   function drawTold(values, unit, name, roles) {
     const t = state.at - 1;
     if (t < 0) {
-      told.textContent = "No token is read yet.";
+      told.textContent = "No token is read yet. Which one will settle the answer?";
       return;
     }
     const role = roles ? `, role: ${roles[t]}` : "";
