@@ -33,6 +33,7 @@ GROUPS = {
     "iapo_mini.early_exit": "Early exit",
     "iapo_mini.engines": "Engines",
     "iapo_mini.tools": "Tools",
+    "iapo_mini.diagrams": "Diagrams",
     "iapo_mini.policies": "Shipped policies",
     "iapo_mini.lab": "Laboratory",
     "iapo_mini.lab.figures": "Figures of the laboratory",

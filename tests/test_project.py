@@ -44,8 +44,8 @@ def test_the_readme_is_short_and_its_two_commands_come_first():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = readme.splitlines()
     assert len(lines) <= 130
-    assert readme.index("$$A_{i,t}") < readme.index("![A completion coloured")
-    assert readme.index("![A completion coloured") < readme.index("make demo")
+    assert readme.index("$$A_{i,t}") < readme.index("![A completion of the start policy")
+    assert readme.index("![A completion of the start policy") < readme.index("make demo")
     assert readme.index("make test") < readme.index("## Result")
     assert not re.search(r"\]\((?!https:|#)", readme)  # links work on a package index, too
 
