@@ -135,7 +135,8 @@ def _axes(ax: Axes) -> str:
             ends = f", {_number(low)} to {_number(high)}"
             parts.append(f"{name}: {label}{words or ends}")
     drawn = _lines(ax) + _bars(ax) + _intervals(ax) + _points(ax)
-    drawn += [f"map of {' by '.join(map(str, i.get_array().shape[:2]))} cells" for i in ax.images]
+    sizes = (np.shape(image.get_array())[:2] for image in ax.images)
+    drawn += [f"map of {' by '.join(map(str, size))} cells" for size in sizes]
     return "; ".join(parts + drawn[:12])
 
 
