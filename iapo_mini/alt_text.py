@@ -133,7 +133,7 @@ def _axes(ax: Axes) -> str:
         label, words = _plain(axis.get_label_text()), _names(axis)
         if ax.axison and (label or words):
             ends = f", {_number(low)} to {_number(high)}"
-            parts.append(f"{name}: {label}{words or ends}")
+            parts.append(f"{name}: {(label + (words or ends)).strip()}")
     drawn = _lines(ax) + _bars(ax) + _intervals(ax) + _points(ax)
     sizes = (np.shape(image.get_array())[:2] for image in ax.images)
     drawn += [f"map of {' by '.join(map(str, size))} cells" for size in sizes]

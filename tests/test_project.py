@@ -265,7 +265,8 @@ def test_notebooks_keep_their_outputs_and_stay_small():
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
     assert notebooks
     for path in notebooks:
-        assert path.stat().st_size < 1_000_000
+        # Every picture is there twice: as HTML with its alt text, and as a PNG alone.
+        assert path.stat().st_size < 2_000_000
         cells = [
             c
             for c in json.loads(path.read_text(encoding="utf-8"))["cells"]

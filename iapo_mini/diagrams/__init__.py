@@ -29,6 +29,5 @@ DIAGRAMS = (
     three_terms, normalization, two_means, constant_per_token, entropy_areas, chain_rule, lora,
     four_bits, gathering, pass_at_k, calibrated_answers, early_exit_rule,
 )  # fmt: skip
-"""All of them."""
 
 __all__ = ["DIAGRAMS", *(diagram.__name__ for diagram in DIAGRAMS)]
