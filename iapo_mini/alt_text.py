@@ -105,7 +105,7 @@ def _points(ax: Axes) -> list[str]:
     for cloud in ax.collections:
         if not isinstance(cloud, PathCollection):
             continue
-        at = np.asarray(np.ma.filled(np.ma.asarray(cloud.get_offsets(), float), np.nan))
+        at: np.ndarray = np.asarray(np.ma.filled(np.ma.asarray(cloud.get_offsets(), float), np.nan))
         at = at[np.isfinite(at).all(1)]
         if len(at):
             (x0, y0), (x1, y1) = at.min(0), at.max(0)
@@ -135,7 +135,7 @@ def _axes(ax: Axes) -> str:
             ends = f", {_number(low)} to {_number(high)}"
             parts.append(f"{name}: {(label + (words or ends)).strip()}")
     drawn = _lines(ax) + _bars(ax) + _intervals(ax) + _points(ax)
-    sizes = (np.shape(image.get_array())[:2] for image in ax.images)
+    sizes = (image.get_size() for image in ax.images)
     drawn += [f"map of {' by '.join(map(str, size))} cells" for size in sizes]
     return "; ".join(parts + drawn[:12])
 

@@ -210,7 +210,8 @@ def role_composition(methods: Mapping[str, Mapping[str, float | Sequence[float]]
 
 def _role_names(roles: Sequence[str], widths: Sequence[int]) -> list[tuple[int, int, str]]:
     """(first letter, letters, role) of every run of tokens of one role in a line of text."""
-    runs, x = [], 0
+    runs: list[tuple[int, int, str]] = []
+    x = 0
     for role, width in zip(roles, widths):
         if runs and runs[-1][2] == role:
             runs[-1] = (runs[-1][0], runs[-1][1] + width, role)

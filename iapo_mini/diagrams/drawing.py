@@ -46,7 +46,8 @@ def panels(width: float, height: float, count: int, alt: str, **options: Any) ->
 
 def write(ax: Axes, x: float, y: float, text: str, size: float = SIZE, **style: Any) -> None:
     """Text with its centre at a point, unless ``ha`` or ``va`` say otherwise."""
-    ax.text(x, y, text, **{"ha": "center", "va": "center", "color": INK, "fontsize": size} | style)
+    usual: dict[str, Any] = {"ha": "center", "va": "center", "color": INK, "fontsize": size}
+    ax.text(x, y, text, **(usual | style))
 
 
 def box(
@@ -55,8 +56,8 @@ def box(
 ) -> None:  # fmt: skip
     """A rounded box at ``place`` (left, bottom, width, height) with text in its middle."""
     x, y, width, height = place
-    style = {"ec": INK, "lw": 1.0, "fc": color} | style
-    shape = FancyBboxPatch((x, y), width, height, "round,pad=0,rounding_size=0.06", **style)
+    look: dict[str, Any] = {"ec": INK, "lw": 1.0, "fc": color} | style
+    shape = FancyBboxPatch((x, y), width, height, "round,pad=0,rounding_size=0.06", **look)
     ax.add_patch(shape)
     if text:
         write(ax, x + width / 2, y + height / 2, text, size)
@@ -69,8 +70,8 @@ def cell(
     """A sharp rectangle, the sign of a token or of a number in a matrix."""
     x, y, width, height = place
     ink = style.pop("ink", INK)
-    style = {"ec": INK, "lw": 0.8, "fc": color} | style
-    ax.add_patch(Rectangle((x, y), width, height, **style))
+    look: dict[str, Any] = {"ec": INK, "lw": 0.8, "fc": color} | style
+    ax.add_patch(Rectangle((x, y), width, height, **look))
     if text:
         write(ax, x + width / 2, y + height / 2, text, size, color=ink)
 
@@ -101,9 +102,9 @@ def arrow(
     ax: Axes, start: tuple[float, float], end: tuple[float, float], bend: float = 0.0, **style: Any
 ) -> None:
     """An arrow; ``bend`` above 0 curves it to the right of its way."""
-    style = {"color": INK, "lw": 1.2, "arrowstyle": "-|>", "mutation_scale": 11} | style
+    usual: dict[str, Any] = {"color": INK, "lw": 1.2, "arrowstyle": "-|>", "mutation_scale": 11}
     shape = FancyArrowPatch(
-        start, end, connectionstyle=f"arc3,rad={bend}", shrinkA=0, shrinkB=0, **style
+        start, end, connectionstyle=f"arc3,rad={bend}", shrinkA=0, shrinkB=0, **(usual | style)
     )
     ax.add_patch(shape)
 
