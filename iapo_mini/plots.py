@@ -18,22 +18,27 @@ from numpy.typing import ArrayLike
 
 from iapo_mini.intervals import expected_calibration_error, mean_interval
 
-# Okabe and Ito's palette. Line styles or hatches repeat every distinction made by colour.
+# Any two methods are at least 18 apart in CIELAB for every kind of colour blindness; the roles are
+# Okabe and Ito's palette. Line styles, markers or hatches repeat every distinction made by colour.
 COLORS = {
-    "start": "#7f7f7f", "grpo": "#0072B2", "iapo": "#D55E00",
-    "dapo": "#56B4E9", "gfpo": "#009E73", "gtpo_iapo": "#CC79A7", "sgrpo": "#8C6D1F",
-    "gtpo": "#882255", "gfpo_24": "#44AA99", "grpo_kimi": "#332288", "grpo_efficient": "#6699CC",
-    "iapo_sequence": "#EE8866",
-    "iapo_ni": "#F0A860", "iapo_ne": "#B07040", "iapo_pmi": "#8B0000",
-    "iapo_sentence": "#E69F00",
+    "start": "#7F7F7F", "grpo": "#0072B2", "iapo": "#D55E00",
+    "dapo": "#56B4E9", "gfpo": "#674CD5", "gtpo_iapo": "#A10489", "sgrpo": "#1F1388",
+    "gtpo": "#4A0D51", "gfpo_24": "#8C87FB", "grpo_kimi": "#4D444E", "grpo_efficient": "#B4AEC4",
+    "iapo_sequence": "#962607",
+    "iapo_ni": "#DEAC84", "iapo_ne": "#954B3D", "iapo_pmi": "#540507",
+    "iapo_sentence": "#F99652",
     "compute": "#009E73", "restate": "#56B4E9", "plan": "#E69F00", "check": "#CC79A7",
     "hedge": "#F0E442", "conclude": "#0072B2", "format": "#bbbbbb", "other": "#000000",
 }  # fmt: skip
-STYLES = {"start": ":", "grpo": "--", "iapo": "-"}
+STYLES = {
+    "start": ":", "grpo": "--", "iapo": "-", "dapo": "-.", "gfpo": ":", "gtpo_iapo": "--",
+    "sgrpo": ":", "gtpo": "-", "gfpo_24": "--", "grpo_kimi": "-.", "grpo_efficient": "-",
+    "iapo_sequence": "--", "iapo_ni": "--", "iapo_ne": "-.", "iapo_pmi": ":", "iapo_sentence": "-.",
+}  # fmt: skip
 MARKERS = {
     "start": "X", "grpo": "o", "dapo": "s", "gfpo": "^", "gtpo": "v", "sgrpo": "P", "iapo": "*",
     "iapo_ni": "<", "iapo_ne": ">", "iapo_pmi": "D", "gtpo_iapo": "d", "gfpo_24": "2",
-    "grpo_kimi": "p", "grpo_efficient": "h", "iapo_sequence": "x",
+    "grpo_kimi": "p", "grpo_efficient": "h", "iapo_sequence": "x", "iapo_sentence": "8",
 }  # fmt: skip
 LABELS = {
     "start": "start policy", "grpo": "GRPO", "dapo": "DAPO", "gfpo": "GFPO", "gtpo": "GTPO",
@@ -198,8 +203,39 @@ def role_composition(methods: Mapping[str, Mapping[str, float | Sequence[float]]
     ax.set_yticks(range(len(methods)), [LABELS.get(m, m) for m in methods])
     ax.invert_yaxis()
     ax.set_xlabel("tokens per completion")
+    told = "; ".join(
+        f"{LABELS.get(m, m)}: " + ", ".join(f"{r} {np.mean(v):.1f}" for r, v in counts.items())
+        for m, counts in methods.items()
+    )
+    fig.set_label(f"Stacked bars of tokens per completion by role. {told}.")
     ax.legend(ncols=4, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return fig
+
+
+def _role_names(roles: Sequence[str], widths: Sequence[int]) -> list[tuple[int, int, str]]:
+    """(first letter, letters, role) of every run of tokens of one role in a line of text."""
+    runs: list[tuple[int, int, str]] = []
+    x = 0
+    for role, width in zip(roles, widths):
+        if runs and runs[-1][2] == role:
+            runs[-1] = (runs[-1][0], runs[-1][1] + width, role)
+        else:
+            runs.append((x, width, role))
+        x += width
+    return runs
+
+
+def _broken(tokens: Sequence[str], columns: int) -> list[list[int]]:
+    """Numbers of the tokens on each line of at most ``columns`` letters."""
+    lines: list[list[int]] = [[]]
+    used = 0
+    for i, token in enumerate(tokens):
+        if used + len(token) > columns and lines[-1]:
+            lines.append([])
+            used = 0
+        lines[-1].append(i)
+        used += len(token)
+    return lines
 
 
 def token_heatmap(
@@ -212,41 +248,46 @@ def token_heatmap(
 ) -> Figure:
     """Plot a completion as text, with each token coloured by its value (paper, Fig. 14).
 
+    The figure's label is its alt text, with the tokens that have the largest and smallest values.
+
     Args:
         tokens: token texts, with their spaces.
         values: one value per token.
-        roles: one role per token, drawn as a coloured line below it; optional.
+        roles: one role per token, drawn as a coloured line below it, with its name where it fits;
+            optional.
         title: figure title.
         columns: characters per line.
         unit: description of the values, below the colour bar.
     """
     limit = max(0.1, float(np.quantile(np.abs(values), 0.99)) if len(values) else 0.1)
     norm, cmap = Normalize(-limit, limit), colormaps["RdBu"]
-    lines: list[list[int]] = [[]]
-    used = 0
-    for i, token in enumerate(tokens):
-        if used + len(token) > columns and lines[-1]:
-            lines.append([])
-            used = 0
-        lines[-1].append(i)
-        used += len(token)
-    fig = Figure(figsize=(10, 0.34 * len(lines) + 1.5), layout="constrained")
+    lines = _broken(tokens, columns)
+    pitch = 0.34 if roles is None else 0.44
+    fig = Figure(figsize=(10, pitch * len(lines) + 1.5), layout="constrained")
     ax = fig.subplots()
+    half = 0.36 * 0.34 / pitch
     for row, line in enumerate(lines):
         x = 0
         for i in line:
             width = len(tokens[i])
             color = cmap(norm(values[i]))
-            ax.fill_between([x, x + width], row - 0.36, row + 0.36, color=color, lw=0)
+            ax.fill_between([x, x + width], row - half, row + half, color=color, lw=0)
             dark = sum(color[:3]) < 1.6
             ax.text(x, row, tokens[i].replace("\n", " "), family="monospace", fontsize=8.2,
                     va="center", color="white" if dark else "black", parse_math=False)  # fmt: skip
-            if roles is not None:
-                ends = [x + 0.15, x + width - 0.15]
-                ax.plot(ends, [row + 0.42] * 2, color=COLORS[roles[i]], lw=2)
             x += width
+        if roles is None:
+            continue
+        widths = [len(tokens[i]) for i in line]
+        for x, width, role in _role_names([roles[i] for i in line], widths):
+            below = row + half + 0.04
+            ax.plot([x + 0.15, x + width - 0.15], [below] * 2, color=COLORS[role], lw=2)
+            # Colours alone don't name a role, and the light one of hedging can hardly be seen.
+            if width >= len(role):
+                ax.text(x + width / 2, below + 0.04, role, fontsize=8, ha="center", va="top",
+                        color="#444444")  # fmt: skip
     ax.set_xlim(0, columns)
-    ax.set_ylim(len(lines) - 0.4, -0.6)
+    ax.set_ylim(len(lines) - 0.3, -0.6)
     ax.axis("off")
     ax.set_title(title, fontsize=10, loc="left")
     bar = fig.colorbar(
@@ -258,7 +299,24 @@ def token_heatmap(
         handles = [ax.plot([], [], color=COLORS[r], lw=3, label=r)[0] for r in seen]
         fig.legend(handles=handles, loc="outside upper right", ncols=len(seen), frameon=False,
                    fontsize=8)  # fmt: skip
+    fig.set_label(_heard(tokens, values, title, unit))
     return fig
+
+
+def _heard(tokens: Sequence[str], values: Sequence[float], title: str, unit: str) -> str:
+    """The alt text of a heat map: the text itself, and the tokens that stand out."""
+    order = np.argsort(values)
+    told = {
+        name: ", ".join(f"'{tokens[i].strip()}' (token {i + 1}) {values[i]:+.2f}" for i in chosen)
+        for name, chosen in (("Largest", order[::-1][:4]), ("smallest", order[:2]))
+    }
+    title = title.replace("$", "").replace("\\", "")
+    start = f"{title}. " if title else ""
+    return (
+        f"{start}A completion of {len(tokens)} tokens as coloured text; {unit.partition(':')[0]}. "
+        + "; ".join(f"{name}: {words}" for name, words in told.items())
+        + f". The text: {''.join(tokens)}"
+    )
 
 
 def reliability(sets: Mapping[str, Mapping], bins: int = 10) -> Figure:

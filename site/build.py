@@ -34,6 +34,7 @@ GROUPS = {
     "iapo_mini.engines": "Engines",
     "iapo_mini.tools": "Tools",
     "iapo_mini.exercises": "Cases of the exercises",
+    "iapo_mini.diagrams": "Diagrams",
     "iapo_mini.policies": "Shipped policies",
     "iapo_mini.lab": "Laboratory",
     "iapo_mini.lab.figures": "Figures of the laboratory",

@@ -44,8 +44,8 @@ def test_the_readme_is_short_and_its_two_commands_come_first():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = readme.splitlines()
     assert len(lines) <= 130
-    assert readme.index("$$A_{i,t}") < readme.index("![A completion coloured")
-    assert readme.index("![A completion coloured") < readme.index("make demo")
+    assert readme.index("$$A_{i,t}") < readme.index("![A completion of the start policy")
+    assert readme.index("![A completion of the start policy") < readme.index("make demo")
     assert readme.index("make test") < readme.index("## Result")
     assert not re.search(r"\]\((?!https:|#)", readme)  # links work on a package index, too
 
@@ -265,7 +265,8 @@ def test_notebooks_keep_their_outputs_and_stay_small():
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
     assert notebooks
     for path in notebooks:
-        assert path.stat().st_size < 1_000_000
+        # Every picture is there twice: as HTML with its alt text, and as a PNG alone.
+        assert path.stat().st_size < 2_000_000
         cells = [
             c
             for c in json.loads(path.read_text(encoding="utf-8"))["cells"]

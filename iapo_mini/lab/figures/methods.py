@@ -143,7 +143,7 @@ def heat_maps(question: str, completions: Mapping[str, tuple], span: float = 2.0
     fig.colorbar(scale, cax=below, orientation="horizontal", extend="both").set_label(
         label, fontsize=8
     )
-    below.tick_params(labelsize=7)
+    below.tick_params(labelsize=8)
     return fig
 
 
