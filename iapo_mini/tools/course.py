@@ -106,7 +106,7 @@ def _copied(value: Any) -> Any:
     if torch.is_tensor(value):
         return value.clone()
     if isinstance(value, Rollouts):
-        tensors = {name: t.clone() for name, t in value.tensors().items()}
+        tensors: dict[str, Any] = {name: t.clone() for name, t in value.tensors().items()}
         known = {name: tensors.pop(name) for name in value.known}
         return replace(value, known=known, **tensors)
     # Models are large, and reading them does not change them.
