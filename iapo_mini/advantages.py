@@ -87,32 +87,55 @@ def _repaid(rollouts: Rollouts, change: torch.Tensor) -> Rollouts:
     return rollouts.filled(rewards=rollouts.rewards + change)
 
 
-def grpo_kimi(rollouts: Rollouts, alpha: float, beta: float = 0.0) -> torch.Tensor:
-    """GRPO with the length reward of Kimi k1.5 (arXiv 2501.12599, Section 2.3.3).
+def kimi_length(rollouts: Rollouts) -> torch.Tensor:
+    """Length reward of Kimi k1.5, -0.5 to 0.5; (B,) fp32 (arXiv 2501.12599, Section 2.3.3).
 
     lambda_i = 0.5 - (|o_i| - min) / (max - min) over the group's lengths. A right completion gets
-    alpha * lambda_i, and a wrong one alpha * min(0, lambda_i). If all lengths of a group are equal,
-    its completions get 0.
+    lambda_i, and a wrong one min(0, lambda_i). If all lengths of a group are equal, its completions
+    get 0.
     """
     lengths = rollouts.lengths.view(-1, rollouts.num_generations).float()
     shortest, longest = lengths.amin(1, keepdim=True), lengths.amax(1, keepdim=True)
     value = 0.5 - (lengths - shortest) / (longest - shortest).clamp(min=1)
     value = torch.where(longest > shortest, value, 0.0).flatten()
-    value = torch.where(rollouts.correct, value, value.clamp(max=0))
-    return grpo(_repaid(rollouts, alpha * value))
+    return torch.where(rollouts.correct, value, value.clamp(max=0))
 
 
-def grpo_efficient(rollouts: Rollouts, alpha: float, beta: float = 0.0) -> torch.Tensor:
-    """GRPO with the length penalty of Arora and Zanette (arXiv 2502.04463, Eq. 2 and 3).
+def efficient_length(rollouts: Rollouts) -> torch.Tensor:
+    """Length penalty of Arora and Zanette, -1 to 0; (B,) fp32 (arXiv 2502.04463, Eq. 2 and 3).
 
-    A right completion loses alpha * sigmoid((|o_i| - mean) / std). Mean and standard deviation are
-    those of the lengths of the right completions in its group. Wrong completions lose nothing.
+    A right completion gets -sigmoid((|o_i| - mean) / std). Mean and standard deviation are those of
+    the lengths of the right completions in its group. Wrong completions get 0.
     """
     group = rollouts.num_generations
     lengths = rollouts.lengths.view(-1, group)
     z = normalize(lengths, rollouts.correct.view(-1, group)).flatten()
-    penalty = torch.where(rollouts.correct, torch.sigmoid(z), 0.0)
-    return grpo(_repaid(rollouts, -alpha * penalty))
+    return torch.where(rollouts.correct, -torch.sigmoid(z), 0.0)
+
+
+LENGTH_PENALTIES = {"kimi": kimi_length, "efficient": efficient_length}
+"""Terms of the reward that make long completions earn less, by name."""
+
+
+def length_penalised(rollouts: Rollouts, form: str, weight: float) -> Rollouts:
+    """Rollouts whose rewards have a term for the length, for any rule that uses rewards.
+
+    Args:
+        rollouts: with ``rewards`` and ``correct``.
+        form: a key of ``LENGTH_PENALTIES``.
+        weight: factor of the term; a right completion's reward without it is 1.5.
+    """
+    return _repaid(rollouts, weight * LENGTH_PENALTIES[form](rollouts))
+
+
+def grpo_kimi(rollouts: Rollouts, alpha: float, beta: float = 0.0) -> torch.Tensor:
+    """GRPO with alpha times :func:`kimi_length` in the reward; beta is not used."""
+    return grpo(length_penalised(rollouts, "kimi", alpha))
+
+
+def grpo_efficient(rollouts: Rollouts, alpha: float, beta: float = 0.0) -> torch.Tensor:
+    """GRPO with alpha times :func:`efficient_length` in the reward; beta is not used."""
+    return grpo(length_penalised(rollouts, "efficient", alpha))
 
 
 def gfpo(rollouts: Rollouts, alpha: float = 0.75, beta: float = 0.0) -> torch.Tensor:

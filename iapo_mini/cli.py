@@ -217,13 +217,19 @@ def _look(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> None:
     from iapo_mini.tools.planner import GB, SHAPES, card_gb, lower, plan, plan_table, shape
 
+    if args.scale:
+        from iapo_mini.tools.scale import scale_table
+
+        print(scale_table())
+        print("\nThis is a plan, not a measurement; docs/scaleout.md says what it assumes.")
+        return
     if args.completion is not None:
         args.max_completion_length = args.completion
     settings, gb = _train_config(args), card_gb(args.gpu or args.card or "12gb")
     if args.shape is not None:
         check_choice("shape", args.shape, SHAPES)
     model = shape(args.shape or settings.model)
-    planned = plan(model, settings, args.prompt)
+    planned = plan(model, settings, args.prompt, gpu_gb=gb)
     print(plan_table({args.shape or settings.model: planned}))
     if planned.total <= gb * GB:
         print(f"\nFits into {gb:g} GB; {gb - planned.total / GB:.1f} GB are left.")

@@ -82,6 +82,10 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     add("--shape", help="qwen2.5-0.5b, -1.5b, -3b or -7b, instead of --model")
     add("--prompt", type=whole, default=200, help="prompt tokens (%(default)s)")
     add("--completion", type=whole, help="the same as --max-completion-length")
+    add("--scale", action="store_true",
+        help="print a plan of memory and time for three models on 1, 8 and 64 cards, and nothing "
+        "else (docs/scaleout.md says what it assumes)",
+    )  # fmt: skip
     add_train_options(parser)
 
 

@@ -31,7 +31,13 @@ from iapo_mini.errors import (
 )
 from iapo_mini.policies import EMBEDDED
 from iapo_mini.problems.datasets import check_data
-from iapo_mini.recipes import FROM_RECIPE, RECIPES, Recipe
+from iapo_mini.recipes import (
+    FROM_RECIPE,
+    LENGTH_PENALTIES,
+    NO_LENGTH_PENALTY,
+    RECIPES,
+    Recipe,
+)
 
 AGGREGATIONS = ("sequence", "token")
 """Ways to average the loss (:func:`iapo_mini.objective.aggregate`)."""
@@ -54,12 +60,14 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_completion_length": (1, MOST_TOKENS), "lora_rank": (0, MOST_RANK),
     "eval_every": (0, MOST_STEPS), "eval_problems": (1, MOST_PROBLEMS), "patience": (0, MOST_STEPS),
     "threads": (1, MOST_THREADS), "seed": (0, MOST_SEED),
+    "vllm_importance_sampling_clip_max": (1, MOST_REAL),
+    "vllm_gpu_memory_utilization": (0.05, 0.95),
 }  # fmt: skip
-"""Smallest and largest values of fields that may be 0 or are whole numbers."""
+"""Smallest and largest values of fields that may be one of these bounds."""
 
 _POSITIVE = (
     "learning_rate", "temperature", "max_grad_norm", "epsilon", "epsilon_high",
-    "estimator_memory_mb",
+    "length_penalty_weight", "estimator_memory_mb",
 )  # fmt: skip
 """Fields that must be above 0."""
 
@@ -109,6 +117,10 @@ class TrainConfig:
         gradient_checkpointing: compute activations twice instead of keeping them.
         engine: engine for sampling: ``"native"`` (``iapo_mini.sampling``) or, if installed,
             ``"vllm"``.
+        vllm_importance_sampling_correction: with vLLM, multiply the surrogate of a token by
+            min(pi_old / pi_vllm, cap), which corrects for the rounding of vLLM.
+        vllm_importance_sampling_clip_max: the cap of these weights, at least 1.
+        vllm_gpu_memory_utilization: share of the GPU's memory for vLLM, 0.05 to 0.95.
         eval_every: steps between evaluations during training, on problems that are neither
             trained on nor reported (:mod:`iapo_mini.held_out`); 0 for no evaluations.
         eval_problems: number of these problems, with four completions each.
@@ -117,6 +129,10 @@ class TrainConfig:
             never.
         reward: ``"strict"`` (an answer counts only in a well-formed completion) or ``"released"``
             (format and answer are judged separately, as in the paper's released code).
+        length_penalty: term of the reward that makes long completions earn less, for any method
+            that uses rewards: ``"kimi"`` (Kimi k1.5), ``"efficient"`` (Arora and Zanette) or
+            ``"none"``.
+        length_penalty_weight: factor of that term; defaults to 0.5 for kimi, 0.4 for efficient.
 
     Raises:
         ValueError: for a value out of range, naming it and what is allowed.
@@ -153,7 +169,12 @@ class TrainConfig:
     four_bit: bool = False
     gradient_checkpointing: bool = False
     engine: str = "native"
+    vllm_importance_sampling_correction: bool = True
+    vllm_importance_sampling_clip_max: float = 2.0
+    vllm_gpu_memory_utilization: float = 0.4
     reward: str = "strict"
+    length_penalty: str = "none"
+    length_penalty_weight: float | None = None
     eval_every: int = 0
     eval_problems: int = 64
     best_by: str = "ratio@1"
@@ -165,6 +186,7 @@ class TrainConfig:
         check_choice("engine", self.engine, ENGINES)
         check_choice("reward", self.reward, REWARDS)
         check_choice("best_by", self.best_by, MEASURES)
+        self._check_length_penalty()
         if self.aggregation is not None:
             check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_data(self.data, self.split, self.data_file)
@@ -190,6 +212,22 @@ class TrainConfig:
                 "without an adapter"
             )
 
+    def _check_length_penalty(self) -> None:
+        check_choice("length_penalty", self.length_penalty, ("none", *LENGTH_PENALTIES))
+        if self.length_penalty == "none":
+            if self.length_penalty_weight is not None:
+                raise ValueError(
+                    f"length_penalty must be one of {', '.join(LENGTH_PENALTIES)} with "
+                    f"length_penalty_weight {self.length_penalty_weight}, got 'none'"
+                )
+            return
+        rule = RECIPES[self.method].rule
+        if isinstance(rule, str) and rule in NO_LENGTH_PENALTY:
+            raise ValueError(
+                f"length_penalty must be 'none' with method '{self.method}', which "
+                f"{NO_LENGTH_PENALTY[rule]}, got '{self.length_penalty}'"
+            )
+
     def _check_types(self) -> None:
         for field, kind in typing.get_type_hints(TrainConfig).items():
             value, kinds = getattr(self, field), typing.get_args(kind) or (kind,)
@@ -208,6 +246,13 @@ class TrainConfig:
         if own.epsilon == own.epsilon_high and "epsilon" in given:
             given.setdefault("epsilon_high", given["epsilon"])
         return dataclasses.replace(own, **given)
+
+    def penalty_weight(self) -> float:
+        """Weight of the length penalty; 0 without one."""
+        if self.length_penalty == "none":
+            return 0.0
+        given = self.length_penalty_weight
+        return LENGTH_PENALTIES[self.length_penalty] if given is None else given
 
     def settings(self) -> dict[str, Any]:
         """Every field by name, with the recipe's values filled in, as in a run's config.json."""

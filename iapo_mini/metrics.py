@@ -52,6 +52,7 @@ def step_metrics(
     """
     mask, s = rollouts.completion_mask, rollouts.known.get("informativeness")
     groups = rollouts.rewards.view(-1, rollouts.num_generations)
+    drawn = rollouts.known.get("sampled_logprobs")
     return {
         "loss": stats["loss"],
         "reward": float(rollouts.rewards.mean()),
@@ -65,8 +66,21 @@ def step_metrics(
         "grad_norm": stats["grad_norm"],
         "zero_variance_groups": float((groups.std(1) < 1e-6).float().mean()),
         "informativeness": None if s is None else float(s[mask].mean()),
+        **({} if drawn is None else _mismatch((rollouts.old_logprobs - drawn)[mask].exp())),
         "tokens_per_second": int(mask.sum()) / sum(watch.seconds.values()),
         **{f"seconds_{name}": seconds for name, seconds in watch.seconds.items()},
+    }
+
+
+def _mismatch(ratio: torch.Tensor) -> dict[str, float]:
+    """How far the policy of another engine is from ours; pi_old / pi_sampled of all tokens, (N,).
+
+    The mean is near 1, since the expectation of the ratio under the engine's policy is 1.
+    """
+    return {
+        "sampler_ratio": float(ratio.mean()),
+        "sampler_ratio_max": float(ratio.max()),
+        "sampler_ratio_above_2": float((ratio > 2).float().mean()),
     }
 
 

@@ -53,6 +53,24 @@ def clipped_surrogate(
     return torch.minimum(plain, cut), cut < plain
 
 
+def truncated_weights(
+    old_logprobs: torch.Tensor, sampled_logprobs: torch.Tensor, cap: float
+) -> torch.Tensor:
+    """Weights min(pi_old / pi_sampled, cap) of tokens that another engine has drawn, (B, L).
+
+    An engine for sampling computes the same policy with other rounding, so its tokens come from a
+    slightly different distribution. Importance weights correct for that, and the cap bounds their
+    variance (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training", fengyao.notion.site/off-policy-rl; TRL's ``"token_truncate"``).
+
+    Args:
+        old_logprobs, sampled_logprobs: (B, L) nats, without gradient: by the trained model and by
+            the engine.
+        cap: largest weight.
+    """
+    return (old_logprobs - sampled_logprobs).exp().clamp(max=cap)
+
+
 def policy_loss(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
@@ -60,6 +78,7 @@ def policy_loss(
     mask: torch.Tensor,
     *,
     ref_logprobs: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
     kl_coef: float = 0.0,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
@@ -70,6 +89,7 @@ def policy_loss(
     Args:
         logprobs, old_logprobs, advantages: (B, L); mask: (B, L) bool.
         ref_logprobs: (B, L) of the reference policy, needed when ``kl_coef`` > 0.
+        weights: (B, L) of :func:`truncated_weights`; they multiply the surrogate, not the KL term.
 
     Returns:
         ``(loss, {"clip_ratio": share of tokens, "kl": nats per token})``.
@@ -77,6 +97,8 @@ def policy_loss(
     surrogate, clipped = clipped_surrogate(
         logprobs, old_logprobs, advantages, epsilon, epsilon_high
     )
+    if weights is not None:
+        surrogate = surrogate * weights
     loss = -aggregate(surrogate, mask, aggregation)
     stats = {"clip_ratio": float(aggregate(clipped.float(), mask, "token")), "kl": 0.0}
     if ref_logprobs is not None:

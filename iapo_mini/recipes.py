@@ -133,6 +133,19 @@ RECIPES: dict[str, Recipe] = {
 """Method -> recipe. :func:`use_methods` adds the methods of your own module."""
 
 
+LENGTH_PENALTIES = {
+    name.removeprefix("grpo_"): RECIPES[name].alpha for name in ("grpo_kimi", "grpo_efficient")
+}
+"""Forms of the length penalty (:data:`iapo_mini.advantages.LENGTH_PENALTIES`) -> default weight."""
+
+NO_LENGTH_PENALTY = {
+    "gtpo": "does not use the rewards but only which completions are right",
+    "grpo_kimi": "has a length penalty already, whose weight is alpha",
+    "grpo_efficient": "has a length penalty already, whose weight is alpha",
+}
+"""Rules that can't have a length penalty -> the reason."""
+
+
 def use_methods(module: str) -> None:
     """Add the methods of your own module to those of the library.
 

@@ -24,6 +24,7 @@ Cache = list[list[tuple[torch.Tensor, torch.Tensor]]]
 
 FILLED_BY = {
     "token_entropies": "sampling.sample",
+    "sampled_logprobs": "engines.vllm.sample_with",
     "rewards": "rewards.score",
     "correct": "rewards.score",
     "informativeness": "information.inform",
@@ -83,6 +84,14 @@ class Rollouts:
     def token_entropies(self) -> torch.Tensor:
         """(B, L) fp32 nats, entropy of the distribution each token was drawn from; padding 0."""
         return self._filled_in("token_entropies")
+
+    @property
+    def sampled_logprobs(self) -> torch.Tensor:
+        """(B, L) fp32 nats, log-probabilities with which another engine drew the tokens.
+
+        Padding is 0. They differ from ``old_logprobs`` by the rounding of that engine.
+        """
+        return self._filled_in("sampled_logprobs")
 
     @property
     def rewards(self) -> torch.Tensor:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from iapo_mini.advantages import ADVANTAGES, COUNTED
+from iapo_mini.advantages import ADVANTAGES, COUNTED, length_penalised
 from iapo_mini.callbacks import Watcher, ending
 from iapo_mini.config import TrainConfig
 from iapo_mini.engines.vllm import sampler_of
@@ -30,7 +30,7 @@ from iapo_mini.information import encode_postfix, inform
 from iapo_mini.kept_completions import keep
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.metrics import Stopwatch, role_metrics, step_metrics
-from iapo_mini.objective import policy_loss
+from iapo_mini.objective import policy_loss, truncated_weights
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.datasets import training_problems
 from iapo_mini.progress import tokens_shown
@@ -94,7 +94,7 @@ def train(
         judge = HeldOut(run.folder, config, held_out, done)
         size = config.prompts_per_step * recipe.sampling_rounds
         stream = itertools.islice(stream, done * size, None)
-        weigh, sample = _rule(recipe), sampler_of(config.engine, config.model)
+        weigh, sample = _rule(config), _sampler(config)
         for step in (bar := _bar(config, done, progress)):
             if judge.ended:
                 break
@@ -110,7 +110,7 @@ def train(
                 rollouts = inform(policy, rollouts, recipe.information, how)
             watch.lap("information")
             # Compute the advantage of every token, then make one or more clipped updates.
-            advantages = weigh(rollouts, recipe.alpha, recipe.beta)
+            advantages = weigh(rollouts)
             with run.keeping(step + 1, rollouts, advantages, policy):
                 stats = update(policy, optimizer, rollouts, advantages, config, step)
             watch.lap("update")
@@ -129,8 +129,21 @@ def train(
     return policy
 
 
-def _rule(recipe: Recipe) -> Callable[..., torch.Tensor]:
-    return ADVANTAGES[recipe.rule] if isinstance(recipe.rule, str) else recipe.rule
+def _rule(config: TrainConfig) -> Callable[[Rollouts], torch.Tensor]:
+    """The function from rollouts to advantages (B, L) that these settings describe."""
+    recipe = config.recipe()
+    rule = ADVANTAGES[recipe.rule] if isinstance(recipe.rule, str) else recipe.rule
+
+    def weigh(rollouts: Rollouts) -> torch.Tensor:
+        if config.length_penalty != "none":
+            rollouts = length_penalised(rollouts, config.length_penalty, config.penalty_weight())
+        return rule(rollouts, recipe.alpha, recipe.beta)
+
+    return weigh
+
+
+def _sampler(config: TrainConfig) -> Callable[..., Rollouts]:
+    return sampler_of(config.engine, config.model, config.vllm_gpu_memory_utilization)
 
 
 def _optimizer(policy: Policy, config: TrainConfig) -> torch.optim.Optimizer:
@@ -229,6 +242,7 @@ def check_finite(rollouts: Rollouts, advantages: torch.Tensor) -> None:
     """
     for name, values in (
         ("log-probabilities of the sampled tokens", rollouts.old_logprobs),
+        ("log-probabilities from the engine", rollouts.known.get("sampled_logprobs")),
         ("informativeness", rollouts.known.get("informativeness")),
         ("advantages", advantages),
     ):
@@ -280,6 +294,14 @@ def update(
     return stats
 
 
+def _weights(rollouts: Rollouts, config: TrainConfig) -> torch.Tensor | None:
+    """(B, L) weights that correct for the engine that sampled, or None if there are none."""
+    drawn = rollouts.known.get("sampled_logprobs")
+    if drawn is None or not config.vllm_importance_sampling_correction:
+        return None
+    return truncated_weights(rollouts.old_logprobs, drawn, config.vllm_importance_sampling_clip_max)
+
+
 def _counted(rollouts: Rollouts, recipe: Recipe) -> torch.Tensor:
     """(B, L) bool: the tokens that are in the loss."""
     if recipe.counted is None:
@@ -317,7 +339,7 @@ def _gradient(
         loss, stats = policy_loss(
             logprobs, part.old_logprobs,
             advantages[start : start + size, : logprobs.shape[1]], mask,
-            ref_logprobs=ref_logprobs, kl_coef=recipe.kl_coef,
+            ref_logprobs=ref_logprobs, kl_coef=recipe.kl_coef, weights=_weights(part, config),
             epsilon=recipe.epsilon, epsilon_high=recipe.epsilon_high,
             aggregation=recipe.aggregation,
         )  # fmt: skip

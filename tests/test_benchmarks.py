@@ -63,6 +63,24 @@ def test_the_trl_benchmark_runs_on_a_few_completions(tmp_path):
     assert 0 < results["mean_length"]["ours"] <= 16 and 0 < results["mean_length"]["trl"] <= 16
 
 
+def test_the_trl_benchmark_has_a_row_for_a_rule_and_keeps_the_other_results(tmp_path):
+    pytest.importorskip("trl", reason="the extra [trl] is not installed")
+    out = tmp_path / "trl.json"
+    out.write_text('{"max_loss_difference": 0.0, "our_step_over_trl_step": 0.4}')
+    sizes = ("--repeats", 1, "--prompts", 2, "--group", 4, "--limit", 16)
+    done = run("trl.py", "--rules", "--methods", "grpo", "iapo", "sgrpo", *sizes, "--out", out)
+    assert done.returncode == 0, done.stderr + done.stdout
+    results = json.loads(out.read_text(encoding="utf-8"))
+    assert results["our_step_over_trl_step"] == 0.4
+    rules = results["rules"]
+    assert list(rules) == ["trl", "grpo", "iapo", "sgrpo"]
+    for name in ("grpo", "iapo", "sgrpo"):
+        for what in ("advantage", "loss", "gradient"):
+            assert 0 <= rules[name][f"{what}_difference"] < 2e-3, (name, what)
+        assert len(rules[name]["seconds"]) == 1 and 0 < rules[name]["mean_length"] <= 16
+    assert done.stdout.count("| ") > 3 * 4 and "| S-GRPO |" in done.stdout
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says so only without a CUDA device")
 @pytest.mark.parametrize("script", ["memory.py", "sampling.py"])
 def test_without_a_gpu_they_say_so(script):

@@ -15,6 +15,7 @@ from iapo_mini.trainer import train
 HEALTHY = {
     "loss": 0.0, "format": 1.0, "truncated": 0.0, "zero_variance_groups": 0.2, "grad_norm": 0.3,
     "kl": 0.02, "clip_ratio": 0.0, "entropy": 0.3, "informativeness": 0.05, "length": 60.0,
+    "sampler_ratio_above_2": 0.001,
 }  # fmt: skip
 
 
@@ -51,6 +52,7 @@ def test_a_healthy_run_needs_no_look(tmp_path):
         ({"clip_ratio": 0.5}, "clip_ratio", "num_iterations"),
         ({"entropy": 0.001}, "entropy", "nearly equal"),
         ({"informativeness": 0.0001}, "informativeness", "calibrate"),
+        ({"sampler_ratio_above_2": 0.1}, "sampler_ratio_above_2", "dtype"),
         ({"reward": lambda step: -0.02 * step}, "reward", "worse"),
         ({"loss": lambda step: float("nan") if step == 7 else 0.0}, "finite", "step 7"),
     ],

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iapo_mini.objective import aggregate, clipped_surrogate, kl_estimate, policy_loss
+from iapo_mini.objective import (
+    aggregate,
+    clipped_surrogate,
+    kl_estimate,
+    policy_loss,
+    truncated_weights,
+)
 
 MASK = torch.arange(4) < torch.tensor([[4], [1], [2]])
 VALUES = torch.tensor([[1.0, 2.0, 3.0, 4.0], [10.0, 99.0, 99.0, 99.0], [5.0, 7.0, 99.0, 99.0]])
@@ -186,3 +192,24 @@ def test_micro_batches_add_up_to_the_whole(how):
         total = total + part * float(counted[rows].sum() / counted.sum())
     torch.testing.assert_close(torch.autograd.grad(total, logprobs)[0], expected)
     assert total.item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_weights_are_the_ratio_of_both_policies_up_to_the_cap():
+    old, sampled = torch.tensor([[-1.0, -1.0, -2.0]]), torch.tensor([[-1.0, -0.5, -5.0]])
+    expected = [[1.0, math.exp(-0.5), 2.0]]
+    torch.testing.assert_close(truncated_weights(old, sampled, 2.0), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("how", ["sequence", "token"])
+def test_weights_multiply_the_surrogate_and_leave_the_kl_term(how):
+    logprobs, old, ref, advantages, mask = batch()
+    weights = torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) * 2
+    loss, stats = policy_loss(
+        logprobs, old, advantages, mask, ref_logprobs=ref, kl_coef=0.1, weights=weights,
+        aggregation=how,
+    )  # fmt: skip
+    # A positive weight of a token acts as a factor of its advantage.
+    expected = plain_loss(logprobs, old, ref, advantages * weights, mask, 0.2, 0.2, 0.1, how)
+    assert float(loss.detach()) == pytest.approx(expected, abs=1e-5)
+    _, without = policy_loss(logprobs, old, advantages, mask, ref_logprobs=ref, kl_coef=0.1)
+    assert stats == without

@@ -12,6 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from helpers import make_rollouts, saved_bytes
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from iapo_mini.cli import main
 from iapo_mini.config import CARDS, TrainConfig
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policy import load_policy
@@ -315,3 +316,51 @@ def test_peak_of_sampling(card_like):
     planned = plan(shape_of(config), settings, prompt)
     measured = peak_bytes(draw)
     assert sum(planned.phases["sampling"].values()) == pytest.approx(measured, rel=0.12)
+
+
+def with_vllm(**changes):
+    return TrainConfig(**{**CARDS["t4"], "engine": "vllm", **changes})
+
+
+def test_vllm_takes_its_share_of_the_gpu_and_the_cache_of_sampling_is_in_it():
+    config, native = shape("qwen2.5-0.5b"), TrainConfig(**CARDS["t4"])
+    before, after = plan(config, native, 200), plan(config, with_vllm(), 200, gpu_gb=16)
+    (part,) = set(after.always) - set(before.always)
+    assert part.startswith("vLLM") and after.always[part] == int(0.4 * 16 * GB)
+    more = plan(config, with_vllm(vllm_gpu_memory_utilization=0.5), 200, gpu_gb=16)
+    assert more.total - after.total == pytest.approx(0.1 * 16 * GB, abs=2)
+    assert after.phases["sampling"]["KV cache"] < before.phases["sampling"]["KV cache"]
+    assert after.phases["information"]["KV cache"] == 0  # vLLM gives out no keys and values
+    assert part in plan_table({"this": after})
+
+
+def test_a_share_without_room_for_the_weights_is_refused():
+    large = shape("qwen2.5-7b")
+    told = r"vllm_gpu_memory_utilization must be at least 0\.60 on 24 GB, for the 16-bit .*got 0\.4"
+    with pytest.raises(ValueError, match=told):
+        plan(large, with_vllm(), 200, gpu_gb=24)
+    # What the sentence names is enough.
+    plan(large, with_vllm(vllm_gpu_memory_utilization=0.6), 200, gpu_gb=24)
+    with pytest.raises(
+        ValueError, match=r"gpu must have at least 15 GB for the 16-bit .*, got 12;"
+    ):
+        plan(large, with_vllm(), 200, gpu_gb=12)
+    with pytest.raises(ValueError, match="gpu_gb must be given with engine 'vllm'"):
+        plan(large, with_vllm(), 200)
+
+
+def test_suggestions_with_vllm_count_its_share():
+    config, settings = shape("qwen2.5-0.5b"), with_vllm(gradient_checkpointing=False)
+    steps = lower(config, settings, 200, 8 * GB)
+    assert steps[-1][2] == plan(config, steps[-1][1], 200, gpu_gb=8)
+    assert steps[-1][2].total <= 8 * GB
+    assert steps[-1][2].always["vLLM: 16-bit weights and cache"] == int(0.4 * 8 * GB)
+
+
+def test_command_line_with_vllm(capsys):
+    main(["plan", "--card", "t4", "--engine", "vllm", "--gpu", "16gb"])
+    assert "| always | vLLM: 16-bit weights and cache | 6.40 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--card", "24gb", "--engine", "vllm", "--gpu", "24gb"])
+    assert ended.value.code == 2
+    assert "vllm_gpu_memory_utilization must be at least 0.6" in capsys.readouterr().err

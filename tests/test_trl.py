@@ -465,6 +465,8 @@ def test_configs_for_eight_gpus_can_be_read(tmp_path):
 
     launch = load_config_from_file(str(folder / "deepspeed_8gpu.yaml"))
     assert str(launch.distributed_type.value) == "DEEPSPEED" and launch.num_processes == 8
+    sharded = load_config_from_file(str(folder / "fsdp_8gpu.yaml"))
+    assert str(sharded.distributed_type.value) == "FSDP" and sharded.num_processes == 8
     settings = yaml.safe_load((folder / "gsm8k_8gpu.yaml").read_text(encoding="utf-8"))
     known = set(IAPOConfig.__dataclass_fields__)
     assert set(settings) - known == {"model", "data"}

@@ -3,7 +3,8 @@
 vLLM keeps a 16-bit copy of the model on the GPU. Before every batch it gets the merged weights
 (:meth:`iapo_mini.policy.Policy.merged_weights`), so it samples from the policy of the current step.
 Its arithmetic still differs from ours by rounding, so log pi_old is computed again by our model on
-the sampled tokens.
+the sampled tokens. The log-probabilities with which vLLM drew them are kept beside it, and the loss
+is corrected for the difference (:func:`iapo_mini.objective.truncated_weights`).
 
 This module has not been tested on a GPU; see docs/real_models.md.
 """
@@ -25,17 +26,16 @@ from iapo_mini.rollouts import Rollouts
 from iapo_mini.sampling import check_sampling, encode_prompts, from_ids, sample
 from iapo_mini.tasks import Problem
 
-MEMORY_SHARE = 0.4
-"""Share of GPU memory for vLLM's weights and cache; the rest is for the update."""
 
-
-def sampler_of(engine: str, model: str) -> Callable[..., Rollouts]:
+def sampler_of(engine: str, model: str, memory_share: float = 0.4) -> Callable[..., Rollouts]:
     """The function that samples, with the arguments of :func:`iapo_mini.sampling.sample`.
 
     Args:
         engine: one of ``config.ENGINES``. If vLLM is not installed, ``"vllm"`` warns and uses the
             built-in sampler.
         model: the model that vLLM loads before it gets the weights.
+        memory_share: share of the GPU's memory for vLLM's weights and cache; the rest is for the
+            update.
     """
     if engine == "native":
         return sample
@@ -51,8 +51,10 @@ def sampler_of(engine: str, model: str) -> Callable[..., Rollouts]:
         )
         return sample
     llm = vllm.LLM(
-        model_source(model), dtype="auto", gpu_memory_utilization=MEMORY_SHARE,
+        model_source(model), dtype="auto", gpu_memory_utilization=memory_share,
         enable_prefix_caching=True,
+        # Log-probabilities of the tempered distribution that tokens are drawn from, as ours are.
+        logprobs_mode="processed_logprobs",
     )  # fmt: skip
 
     def with_vllm(policy: Policy, problems: list[Problem], **settings: Any) -> Rollouts:
@@ -92,6 +94,9 @@ def sample_with(
             runs prompt and completion again.
         on_token: has no effect, because the engine returns a batch only when it is finished.
 
+    Returns:
+        Rollouts as from ``sample``, with ``sampled_logprobs`` filled in.
+
     Raises:
         ValueError: the same errors as ``sample``.
     """
@@ -100,13 +105,30 @@ def sample_with(
     prompt_ids, prompt_mask = encode_prompts(policy, problems)
     params = sampling_params(
         n=num_generations, temperature=temperature, top_p=1.0, max_tokens=max_completion_length,
-        stop_token_ids=policy.eos_ids.tolist(), seed=seed,
+        stop_token_ids=policy.eos_ids.tolist(), seed=seed, logprobs=0,
     )  # fmt: skip
     prompts = [{"prompt_token_ids": i[m].tolist()} for i, m in zip(prompt_ids, prompt_mask)]
     answers = llm.generate(prompts, params, use_tqdm=False)
-    rows = [list(output.token_ids) for answer in answers for output in answer.outputs]
+    outputs = [output for answer in answers for output in answer.outputs]
+    rows = [list(output.token_ids) for output in outputs]
     rollouts = from_ids(policy, prompt_ids, prompt_mask, rows, num_generations)
     with torch.no_grad():
         logprobs, entropies = token_logprobs(policy.for_inference(), rollouts, temperature)
     rollouts = replace(rollouts, old_logprobs=logprobs, limit=max_completion_length)
-    return rollouts.filled(token_entropies=entropies)
+    return rollouts.filled(
+        token_entropies=entropies, sampled_logprobs=_sampled_logprobs(outputs, rollouts)
+    )
+
+
+def _sampled_logprobs(outputs: list[Any], rollouts: Rollouts) -> torch.Tensor:
+    """Log-probabilities with which the engine drew its tokens, (B, L) fp32 nats; padding 0."""
+    drawn = [
+        # Each entry holds the drawn token and, in some versions of vLLM, the most likely one.
+        entry[token].logprob
+        for output in outputs
+        for token, entry in zip(output.token_ids, output.logprobs, strict=True)
+    ]
+    values = torch.zeros_like(rollouts.completion_ids, dtype=torch.float32)
+    return values.masked_scatter(
+        rollouts.completion_mask, torch.tensor(drawn, dtype=torch.float32, device=values.device)
+    )

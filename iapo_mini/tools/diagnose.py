@@ -97,6 +97,12 @@ CHECKS = (
         "learning_rate or alpha, or stop earlier.",
     ),
     Check(
+        "tokens that vLLM drew less than half as often as the policy (sampler_ratio_above_2)",
+        lambda m: _number(m, "sampler_ratio_above_2"), high=0.01, always=False,
+        if_high="this is more than rounding: check that vLLM runs the same model and dtype. "
+        "vllm_importance_sampling_correction limits the harm, so leave it on.",
+    ),
+    Check(
         "information told by a completion (informativeness x length, nats)", _told, low=0.3,
         always=False,
         if_low="forced answers are as certain before the reasoning as after it. If the model is "

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from iapo_mini.config import TrainConfig
 from iapo_mini.errors import MOST_REAL, MOST_TOKENS, check_number, shown
 from iapo_mini.memory import CACHE_BLOCK, CARD_BLOCK, LOGIT_BYTES, LOGITS_MB
+from iapo_mini.tools import plan_vllm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -127,7 +128,8 @@ class Plan:
     @property
     def total(self) -> int:
         """Bytes of GPU memory at the peak: tensors, fragmentation and the CUDA context."""
-        return int(self.tensors * (1 + FRAGMENTATION) + CONTEXT_GB * GB)
+        loose = self.tensors - self.always.get(plan_vllm.PART, 0)  # vLLM reserves one block
+        return int(self.tensors + FRAGMENTATION * loose + CONTEXT_GB * GB)
 
 
 def shape(model: str) -> Shape:
@@ -253,7 +255,10 @@ def layer_bytes(model: Shape, rank: int, width: int) -> int:
     return norms + inputs + attention + 3 * model.inner * width
 
 
-def plan(model: Shape, settings: TrainConfig, prompt: int, width: int | None = None) -> Plan:
+def plan(
+    model: Shape, settings: TrainConfig, prompt: int, width: int | None = None,
+    gpu_gb: float | None = None,
+) -> Plan:  # fmt: skip
     """Predict the memory of a run.
 
     Args:
@@ -262,9 +267,10 @@ def plan(model: Shape, settings: TrainConfig, prompt: int, width: int | None = N
         prompt: number of tokens of the longest prompt.
         width: bytes of a weight that is not quantised and of an activation; default 2 with
             ``four_bit``, else 4, as in :func:`iapo_mini.policy.load_policy` on a GPU.
+        gpu_gb: memory of the GPU in GB, of which vLLM takes its share; needed with vLLM only.
 
     Raises:
-        ValueError: for a prompt without tokens, or full fine-tuning.
+        ValueError: for a prompt without tokens, full fine-tuning, or too small a share for vLLM.
     """
     check_number("prompt", prompt, 1, MOST_TOKENS)
     if settings.lora_rank < 1:
@@ -274,7 +280,18 @@ def plan(model: Shape, settings: TrainConfig, prompt: int, width: int | None = N
     width = width or (2 if settings.four_bit else 4)
     group, hidden, inner = settings.num_generations, model.hidden, model.inner
     rows, completion = settings.prompts_per_step * group, settings.max_completion_length
-    kept = cache_bytes(model, rows, prompt, completion, width)
+    always = weight_bytes(model, settings.lora_rank, settings.four_bit, width)
+    kept = left = cache_bytes(model, rows, prompt, completion, width)
+    drawn = rows * model.vocabulary * (width + 5 * 4)
+    if settings.engine == "vllm":
+        token = 2 * model.layers * model.kv_heads * model.head_dim
+        parameters = model.other + sum(inputs * outputs for inputs, outputs in model.linear)
+        always[plan_vllm.PART] = plan_vllm.vllm_bytes(
+            settings.vllm_gpu_memory_utilization, gpu_gb, parameters, 2 * token, prompt + completion
+        )
+        # No cache is left for the estimator. Log-probabilities are computed in blocks of 16 rows.
+        kept = width * token * (settings.prompts_per_step * prompt + 16 * (prompt + completion))
+        left, drawn = 0, int(LOGITS_MB * 2**20)
     dequantised = inner * hidden * width if settings.four_bit else 0
     size = settings.micro_batch_size
     if settings.gradient_checkpointing:
@@ -298,12 +315,10 @@ def plan(model: Shape, settings: TrainConfig, prompt: int, width: int | None = N
             "KV cache": kept,
             # These do not coincide: logits and tensors of their size, the weights of the largest
             # layer, and the buffer of one layer while it grows.
-            "working memory (estimate)": max(
-                rows * model.vocabulary * (width + 5 * 4), dequantised, kept // model.layers
-            ),
+            "working memory (estimate)": max(drawn, dequantised, kept // model.layers),
         },
         "information": {
-            "KV cache": kept,
+            "KV cache": left,
             "estimator": int(settings.estimator_memory_mb * 2**20),
             "working memory (estimate)": 10 * CARD_BLOCK + dequantised,
         }
@@ -315,7 +330,7 @@ def plan(model: Shape, settings: TrainConfig, prompt: int, width: int | None = N
             "working memory (estimate)": tokens * inner * (2 + width) + dequantised,
         },
     }
-    return Plan(weight_bytes(model, settings.lora_rank, settings.four_bit, width), phases)
+    return Plan(always, phases)
 
 
 def lower(
@@ -333,7 +348,7 @@ def lower(
         return {name: max(least, value // 2)} if value > least else {}
 
     steps: list[tuple[str, TrainConfig, Plan]] = []
-    now = plan(model, settings, prompt)
+    now = plan(model, settings, prompt, gpu_gb=limit / GB)
     while now.total > limit:
         options = (  # from the smallest loss of time to the largest
             {} if settings.four_bit else {"four_bit": True},
@@ -345,7 +360,7 @@ def lower(
         )
         for change in filter(None, options):
             changed = replace(settings, **change)
-            after = plan(model, changed, prompt)
+            after = plan(model, changed, prompt, gpu_gb=limit / GB)
             if after.total < 0.99 * now.total:
                 break
         else:
