@@ -19,7 +19,7 @@ FILES = {
 METHOD = (
     "tasks problems policies memory files signals chat model_files adapters four_bit policy "
     "rollouts attention sampling logprobs rewards early_exit information intervals advantages "
-    "objective config metrics run_folder trainer evaluation calibration plots"
+    "objective config metrics run_folder trainer evaluation exit_training calibration plots"
 ).split()
 """The rooms of the method; the wings tools, engines and lab look into them."""
 
