@@ -203,7 +203,11 @@ def _batches(
         yield batch, chains
 
 
-def _update(policy: Policy, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+def _update(
+    policy: Policy, optimizer: torch.optim.Optimizer, loss: torch.Tensor, learning_rate: float
+) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
     loss.backward()
     torch.nn.utils.clip_grad_norm_(list(policy.trainable().values()), 1.0)
     optimizer.step()
@@ -217,11 +221,15 @@ class _Progress:
         folder: folder of the checkpoints and the log, or None to keep nothing.
         settings: what must be equal for the calibration to continue.
         every: steps between checkpoints.
+        shown: whether to show a progress bar.
     """
 
-    def __init__(self, folder: Path | None, settings: dict[str, Any], every: int) -> None:
+    def __init__(
+        self, folder: Path | None, settings: dict[str, Any], every: int, shown: bool
+    ) -> None:
         self.folder, self.settings, self.every = folder, settings, every
         self.history: list[dict[str, float]] = []
+        self.bar = tqdm(total=settings["steps"], desc="calibrate", unit="step", disable=not shown)
         self._last = time.perf_counter()
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
@@ -241,22 +249,25 @@ class _Progress:
         trim_log(self.folder / LOG, done)
         rows = whole_log(self.folder / LOG, done)
         self.history = [{name: row[name] for name in ("kl", "exit_loss")} for row in rows]
+        self.bar.update(done)
         self._last = time.perf_counter()
         return done
 
     def add(
-        self, losses: dict[str, float], policy: Policy, optimizer: torch.optim.Optimizer, steps: int
+        self, losses: dict[str, float], policy: Policy, optimizer: torch.optim.Optimizer
     ) -> None:
         """Add the losses of a step, and write a checkpoint if one is due or all are done."""
         self.history.append(losses)
         done, now = len(self.history), time.perf_counter()
         row = {"step": done, **losses, "seconds": now - self._last}
         self._last = now
+        self.bar.set_postfix(kl=f"{losses['kl']:.4f}", exit=f"{losses['exit_loss']:.3f}")
+        self.bar.update()
         if self.folder is None:
             return
         with (self.folder / LOG).open("a", encoding="utf-8", newline="\n") as log:
             log.write(json.dumps(row) + "\n")
-        if done % self.every == 0 or done == steps:
+        if done % self.every == 0 or done == self.settings["steps"]:
             save_checkpoint(self.folder, done, policy, optimizer)
 
 
@@ -314,36 +325,29 @@ def calibrate(
             ``td_lambda`` out of range, or for a folder with another calibration.
     """
     check_number("td_lambda", td_lambda, above=0, most=1)
-    rng, ids = random.Random(seed), encode_postfix(policy, postfix)
+    model, rng, ids = policy.model, random.Random(seed), encode_postfix(policy, postfix)
     before = {name: p.detach().clone() for name, p in policy.trainable().items()}
-    optimizer = torch.optim.AdamW(
-        policy.trainable().values(), lr=learning_rate, weight_decay=0.0
-    )  # fmt: skip
-    kept = _Progress(None if folder is None else Path(folder), {
+    optimizer = torch.optim.AdamW(policy.trainable().values(), weight_decay=0.0)
+    settings = {
         "steps": steps, "batch_size": batch_size, "exits": exits, "learning_rate": learning_rate,
         "anchor": anchor, "td_lambda": td_lambda, "postfix": postfix, "seed": seed,
-    }, save_every)  # fmt: skip
+    }  # fmt: skip
+    kept = _Progress(None if folder is None else Path(folder), settings, save_every, progress)
     done = kept.restore(policy, optimizer)
-    policy.model.train()
-    bar = tqdm(total=steps, initial=done, desc="calibrate", unit="step", disable=not progress)
+    model.train()
     for step, (batch, chains) in enumerate(_batches(problems, texts, steps, batch_size, rng)):
         rollouts = from_texts(policy, batch, chains)
         ends = draw_exits(rollouts, exits, rng)
         if step < done:
             continue  # only their draws are repeated
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * _share_of_rate(step, steps)
         answers = _answer_tokens(policy, [p.answer for p in batch])
-        kl, trunk = anchor_loss(policy.model, before, rollouts)
+        kl, trunk = anchor_loss(model, before, rollouts)
         # At first only the true answer: untrained forecasts have nothing to teach each other.
         weight = max(td_lambda, 1 - 4 * step / steps)
         # The anchor preserves the policy's completions, so gradients may flow into the trunk.
-        early = exit_loss(
-            policy.model, trunk, ends, ids, answers, td_lambda=weight, into_trunk=True
-        )
-        _update(policy, optimizer, anchor * kl + early)
-        kept.add({"kl": kl.item(), "exit_loss": early.item()}, policy, optimizer, steps)
-        bar.set_postfix(kl=f"{kl.item():.4f}", exit=f"{early.item():.3f}")
-        bar.update()
-    policy.model.eval()
+        early = exit_loss(model, trunk, ends, ids, answers, td_lambda=weight, into_trunk=True)
+        rate = learning_rate * _share_of_rate(step, steps)
+        _update(policy, optimizer, anchor * kl + early, rate)
+        kept.add({"kl": kl.item(), "exit_loss": early.item()}, policy, optimizer)
+    model.eval()
     return kept.history

@@ -50,8 +50,8 @@ class Stop(Exception):
     pass
 
 
-def test_a_stopped_one_continues_to_the_same_weights(schooled_folder, tmp_path, monkeypatch):
-    how = WarmStart(schooled_folder, **HOW)
+def test_a_stopped_one_continues_to_the_same_weights(tiny_folder, tmp_path, monkeypatch):
+    how = WarmStart(tiny_folder, **HOW)
     warm_start(tmp_path / "whole", how)
     step = module._Supervised.training_step
 
@@ -76,10 +76,10 @@ def test_a_stopped_one_continues_to_the_same_weights(schooled_folder, tmp_path, 
         assert torch.equal(parameter, other[name]), name
 
 
-def test_other_settings_are_refused(tmp_path, schooled_folder):
-    warm_start(tmp_path, WarmStart(schooled_folder, **(HOW | {"steps": 1})))
+def test_other_settings_are_refused(tmp_path, tiny_folder):
+    warm_start(tmp_path, WarmStart(tiny_folder, **(HOW | {"steps": 1})))
     with pytest.raises(ValueError, match=r"steps is 2, but the warm start in .* started with 1"):
-        warm_start(tmp_path, WarmStart(schooled_folder, **(HOW | {"steps": 2})))
+        warm_start(tmp_path, WarmStart(tiny_folder, **(HOW | {"steps": 2})))
 
 
 def test_a_loss_is_that_of_the_completions_alone(base_policy):

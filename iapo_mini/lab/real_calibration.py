@@ -136,11 +136,9 @@ def real_calibration(
     train, test = splits_of(data_file)
     test = test[: scale.problems]
     torch.set_num_threads(threads)
+    settings = {"model": model, "data": fingerprint(data_file), **asdict(scale)}
+    same_settings(folder / "settings.json", "study", settings)
     policy = load_policy(model, lora_rank=16)
-    same_settings(
-        folder / "settings.json", "study",
-        {"model": model, "data": fingerprint(data_file), **asdict(scale)},
-    )  # fmt: skip
     told = expected_seconds(policy, test, scale)
     print(f"All of it takes {duration(told)} on this machine as fast as it is now; the same "
           "command continues after a break.", flush=True)  # fmt: skip
@@ -177,7 +175,8 @@ def splits_of(data_file: str) -> tuple[list[Worked], list[Worked]]:
 
 def _lessons(train: Sequence[Worked], count: int) -> list[Worked]:
     """The first ``count`` of the worked solutions, shuffled anew in every pass over them."""
-    rng, lessons = random.Random("real calibration"), []
+    rng = random.Random("real calibration")
+    lessons: list[Worked] = []
     while len(lessons) < count:
         order = list(train)
         rng.shuffle(order)
@@ -227,7 +226,8 @@ def tokens_of(texts: Sequence[str]) -> Tokens:
     first, last = len("<think>"), whole.rindex("</think>")
     results = [m.span(1) for m in _RESULT.finditer(whole, first, last)]
     breaks = [m.end() for m in _SENTENCE.finditer(whole, first, last)]
-    rows, start = [], 0
+    rows: list[tuple[int, bool, bool, int]] = []
+    start = 0
     for at, text in enumerate(texts):
         end = start + len(text)
         if first <= start and end <= last:
@@ -235,8 +235,7 @@ def tokens_of(texts: Sequence[str]) -> Tokens:
             word = any(c.isalpha() for c in text) and not any(c.isdigit() for c in text)
             rows.append((at, computes, word, sum(b <= start for b in breaks)))
         start = end
-    inside, computes_, words, sentence = (np.array(x) for x in zip(*rows))
-    return Tokens(inside, computes_, words, sentence)
+    return Tokens(*(np.array(x) for x in zip(*rows)))
 
 
 @torch.no_grad()
@@ -256,7 +255,10 @@ def judged(
         policy, problems, ks=(1,), num_generations=scale.num_generations, lenient=True,
         save_to=completions.with_suffix(".jsonl"),
     )  # fmt: skip
-    words, by_token, by_sentence, nats, tokens = [], [], [], 0.0, 0
+    words: list[np.ndarray] = []
+    by_token: list[tuple[np.ndarray, ...]] = []
+    by_sentence: list[tuple[np.ndarray, ...]] = []
+    nats, tokens = 0.0, 0
     exits: dict[str, list[torch.Tensor]] = {"confidence": [], "correct": [], "entropy": []}
     size = scale.rows_at_once
     for start in tqdm(range(0, len(test), size), desc="solutions", unit="batch"):
@@ -271,10 +273,10 @@ def judged(
         s = informativeness(answer_entropies(policy, rollouts), rollouts.completion_mask)
         for ids, row, n in zip(rollouts.completion_ids, s.double().cpu().numpy(), rollouts.lengths):
             known = tokens_of(token_texts(policy.tokenizer, ids[: int(n) - 1].tolist()))
-            values = row[known.inside]
-            words.append(values[known.words])
-            by_token.append((values, known.computes))
-            sums = np.bincount(known.sentence, weights=values)
+            of_thought = row[known.inside]
+            words.append(of_thought[known.words])
+            by_token.append((of_thought, known.computes))
+            sums = np.bincount(known.sentence, weights=of_thought)
             by_sentence.append((sums, np.bincount(known.sentence, weights=known.computes) > 0))
     found = {name: torch.cat(values) for name, values in exits.items()}
     confidence, correct = found["confidence"], found["correct"]

@@ -131,12 +131,12 @@ def real_training(
     scale = SCALES[preset]
     size = scale.runs if preset == "quick" else replace(scale.runs, seeds=tuple(range(seeds)))
     folder = out / preset / "real_training"
-    told = expected_seconds(load_policy(model, lora_rank=0), size, scale)
-    print(f"All of it takes {duration(told)} on this machine as fast as it is now; the same "
-          "command continues after a break.", flush=True)  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"model": model, "learning_rate": learning_rate, "preset": preset}
     same_settings(folder / "settings.json", "study", settings)
+    told = expected_seconds(load_policy(model, lora_rank=0), size, scale)
+    print(f"All of it takes {duration(told)} on this machine as fast as it is now; the same "
+          "command continues after a break.", flush=True)  # fmt: skip
     made = warm_start(folder / "start", WarmStart(model, scale.warm_steps, levels=scale.levels))
     start = folder / "start" / "model"
     measured = levels_of(start, folder / "levels", scale)
@@ -146,7 +146,8 @@ def real_training(
         "model": start.as_posix(), "data": "gsm8k", "data_file": train_file.as_posix(),
         "split": "all", "learning_rate": learning_rate, "micro_batch_size": 8, "save_steps": 5,
     }  # fmt: skip
-    recipes = {START: None, **{name: shared | row for name, row in ROWS.items()}}
+    recipes: dict[str, dict | None] = {START: None}
+    recipes |= {name: shared | row for name, row in ROWS.items()}
     jobs = make_jobs(
         size, folder, recipes, split="all", start=start.as_posix(), test_file=test_file.as_posix()
     )
@@ -179,7 +180,8 @@ def expected_seconds(policy: Policy, size: Size, scale: Scale) -> float:
 def levels_of(start: Path, folder: Path, scale: Scale) -> list[dict[str, Any]]:
     """Format, Pass@1 and Pass@32 of the start policy on tune problems of every level."""
     folder.mkdir(parents=True, exist_ok=True)
-    found, policy = [], None
+    found: list[dict[str, Any]] = []
+    policy: Policy | None = None
     for number, level in enumerate(scale.levels):
         path = folder / f"{number}.json"
         if not path.is_file():

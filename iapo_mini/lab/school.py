@@ -15,7 +15,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from iapo_mini.files import replace_text
 from iapo_mini.problems.datasets import ALL, load_problems, rows_of_file
@@ -86,8 +86,8 @@ def read_worked(data_file: str) -> list[Worked]:
     problems = load_problems("gsm8k", ALL, data_file)
     found = []
     for problem, (place, row) in zip(problems, rows_of_file(Path(data_file).expanduser())):
-        answer = str((json.loads(row) if isinstance(row, str) else row)["answer"])  # type: ignore[index]
-        thought, marked, _ = _CALCULATOR.sub("", answer).rpartition("####")
+        told: Any = json.loads(row) if isinstance(row, str) else row
+        thought, marked, _ = _CALCULATOR.sub("", str(told["answer"])).rpartition("####")
         if not marked or not thought.strip():
             raise ValueError(
                 f"data_file is '{data_file}', where {place} has no worked solution; every answer "

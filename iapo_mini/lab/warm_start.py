@@ -96,10 +96,10 @@ class _Supervised(Trainer):
         """The supervised loss of a batch."""
         return supervised_loss(model, inputs)
 
-    def log(self, logs: dict[str, float], *given: Any) -> None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the seconds since the last entry; the entries are kept in checkpoints."""
         now = time.perf_counter()
-        super().log({**logs, "seconds": now - (self._last or now)}, *given)
+        super().log({**logs, "seconds": now - (self._last or now)}, start_time)
         self._last = now
 
     def training_step(self, *given: Any, **named: Any) -> torch.Tensor:
@@ -127,10 +127,11 @@ def _train(policy: Policy, lessons: Sequence[Worked], how: WarmStart, folder: Pa
         use_cpu=policy.device.type == "cpu", remove_unused_columns=False, report_to=[],
         dataloader_pin_memory=False,
     )  # fmt: skip
-    trainer = _Supervised(
-        policy.model, settings, train_dataset=lessons,
-        data_collator=functools.partial(collated, policy),  # type: ignore[arg-type]
-    )  # fmt: skip
+    # Its type names torch's Dataset, but any sequence serves.
+    data: dict[str, Any] = {
+        "train_dataset": lessons, "data_collator": functools.partial(collated, policy),
+    }  # fmt: skip
+    trainer = _Supervised(policy.model, settings, **data)
     trainer.train(resume_from_checkpoint=_newest(folder))
     return trainer.state.log_history
 
