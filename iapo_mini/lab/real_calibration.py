@@ -233,7 +233,9 @@ def tokens_of(texts: Sequence[str]) -> Tokens:
         if first <= start and end <= last:
             computes = any(start < high and low < end for low, high in results)
             word = any(c.isalpha() for c in text) and not any(c.isdigit() for c in text)
-            rows.append((at, computes, word, sum(b <= start for b in breaks)))
+            # A token may begin with the space between two sentences.
+            lead = len(text) - len(text.lstrip()) if text.strip() else 0
+            rows.append((at, computes, word, sum(b <= start + lead for b in breaks)))
         start = end
     return Tokens(*(np.array(x) for x in zip(*rows)))
 
