@@ -46,6 +46,7 @@ from iapo_mini.files import versions, write_json
 from iapo_mini.information import inform
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.objective import policy_loss
+from iapo_mini.policies import EMBEDDED
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import stories
 from iapo_mini.recipes import RECIPES
@@ -73,8 +74,8 @@ def trl_trainer(
         folder, use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
         gradient_checkpointing=False, dataloader_pin_memory=False, shuffle_dataset=False,
         logging_steps=1000, per_device_train_batch_size=prompts * group, num_generations=group,
-        max_completion_length=limit, max_steps=steps, learning_rate=7e-4, adam_beta2=0.99,
-        weight_decay=0.0, **settings,
+        max_completion_length=limit, max_steps=steps, adam_beta2=0.99, weight_decay=0.0,
+        **{"learning_rate": 7e-4, **settings},
     )  # fmt: skip
     return (IAPOTrainer if ours else GRPOTrainer)(
         policy.model, answer_reward, args=config, train_dataset=dataset(problems),
@@ -98,16 +99,25 @@ class _Interleaved(TrainerCallback):
         self.seconds["ours"].append(time.perf_counter() - between)
 
 
-def step_seconds(repeats: int, prompts: int, group: int, limit: int) -> dict:
+def step_seconds(
+    repeats: int,
+    prompts: int,
+    group: int,
+    limit: int,
+    *,
+    model: str = EMBEDDED,
+    learning_rate: float = 7e-4,
+) -> dict:
     """Seconds of each step after an untimed first step, and mean tokens per completion."""
     told = stories("train", seed=0)
     batches = [list(itertools.islice(told, prompts)) for _ in range(repeats + 1)]
-    policy, lengths = load_policy(lora_rank=16), []
+    policy, lengths = load_policy(model, lora_rank=16), []
 
     def ours(step: int) -> None:
         config = TrainConfig(
             method="grpo", max_steps=1, prompts_per_step=prompts, num_generations=group,
-            max_completion_length=limit, warmup_steps=0, threads=1, seed=step,
+            max_completion_length=limit, warmup_steps=0, threads=torch.get_num_threads(),
+            seed=step, learning_rate=learning_rate,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             train(config, Path(folder) / "run", policy=policy, problems=batches[step],
@@ -118,11 +128,12 @@ def step_seconds(repeats: int, prompts: int, group: int, limit: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl_trainer(
             folder,
-            load_policy(lora_rank=16),
+            load_policy(model, lora_rank=16),
             list(itertools.chain(*batches)),
             group,
             prompts,
             limit,
+            learning_rate=learning_rate,
         )
         trainer.add_callback(clock)
         trainer.train()

@@ -8,28 +8,33 @@ chains are cut at random tokens and closed by the postfix, and the loss is on th
 
 from __future__ import annotations
 
+import json
 import random
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import DynamicCache
 
-from iapo_mini.attention import model_mask, positions_of
+from iapo_mini.adapters import base_weights, fingerprint_of_weights
 from iapo_mini.chat import continuation_ids
-from iapo_mini.early_exit.prefixes import ask, branch_inputs
+from iapo_mini.early_exit.prefixes import ask
 from iapo_mini.early_exit.question import Question
 from iapo_mini.early_exit.reading import logits_entropy
 from iapo_mini.errors import check_choice, check_number
+from iapo_mini.exit_training import anchor_loss, draw_exits, exit_loss
+from iapo_mini.files import same_settings
 from iapo_mini.information import encode_postfix
 from iapo_mini.intervals import expected_calibration_error
-from iapo_mini.logprobs import NEVER
+from iapo_mini.metrics import LOG, trim_log, whole_log
 from iapo_mini.policy import Policy
 from iapo_mini.problems.stories import chain_of_thought
 from iapo_mini.rewards import parse_answer
 from iapo_mini.rollouts import Rollouts
+from iapo_mini.run_folder import restore_checkpoint, save_checkpoint
 from iapo_mini.sampling import from_texts, sample
 from iapo_mini.tasks import POSTFIX, Problem
 
@@ -169,102 +174,9 @@ def calibration(
     return Calibration(exits, ece, by_part, entropies, advice)
 
 
-def forecast_targets(logits: torch.Tensor, answers: torch.Tensor, td_lambda: float) -> torch.Tensor:
-    """TD(lambda) targets for the forecasts of the answer along a chain (Sutton, 1988).
-
-    The forecasts p_1 ... p_C of a calibrated policy are a martingale: its present belief is the
-    mean of its later beliefs. So a forecast can learn from the next one instead of from the true
-    answer alone: G_j = (1 - lambda) p_{j+1} + lambda G_{j+1}, where G_C is the true answer. The
-    true answer is a single, noisy draw; the next forecast is not. Unlike training on the true
-    answer alone, this also penalises forecasts that change although the chain says nothing new.
-
-    Args:
-        logits: (B, C, V), forecasts in the order of the chain.
-        answers: (B,) long, true answers.
-        td_lambda: 1 uses the true answer alone; near 0 it is mostly the next forecast.
-
-    Returns:
-        (B, C, V) fp32 probabilities, without gradient.
-    """
-    p = torch.softmax(logits.detach().float(), dim=-1)
-    targets = torch.empty_like(p)
-    target = torch.nn.functional.one_hot(answers, p.shape[-1]).to(p.dtype)
-    for j in reversed(range(p.shape[1])):
-        targets[:, j] = target
-        target = torch.lerp(p[:, j], target, td_lambda)
-    return targets
-
-
-@dataclass(frozen=True)
-class Trunk:
-    """Sequences that a model has processed, with their cache, to which branches are appended.
-
-    Attributes:
-        cache: keys and values of T positions in each of B rows.
-        mask: (B, T) bool, real tokens.
-        position_ids: (B, T) long.
-    """
-
-    cache: DynamicCache
-    mask: torch.Tensor
-    position_ids: torch.Tensor
-
-
-def exit_loss(
-    model: Any,
-    trunk: Trunk,
-    ends: torch.Tensor,
-    postfix: torch.Tensor,
-    answers: torch.Tensor,
-    *,
-    td_lambda: float = 1.0,
-    into_trunk: bool = False,
-) -> torch.Tensor:
-    """Cross-entropy of the true answer's first token when it is forced after given trunk tokens.
-
-    By default the trunk's keys and values are detached, so exits learn to use what the chain has
-    computed so far. With gradients into the trunk, a policy that is still learning to reason would
-    instead learn to solve problems internally, before the chain says anything.
-
-    Args:
-        model: causal LM.
-        trunk: B rows that the model has processed.
-        ends: (B, C) long, index of the trunk token that each exit follows, in rising order.
-        postfix: (K,) long.
-        answers: (B,) long, first token of each row's answer.
-        td_lambda: below 1, an exit also learns from the next one (:func:`forecast_targets`).
-        into_trunk: let gradients flow into the trunk's keys and values.
-
-    Returns:
-        Scalar, nats per exit, fp32.
-    """
-    branch = branch_inputs(trunk.mask, trunk.position_ids, ends, postfix)
-    branch["attention_mask"] = model_mask(model, branch["attention_mask"])
-    k, exits = len(postfix), ends.shape[1]
-    kept: Any = trunk.cache.layers  # its type also allows layers without keys and values
-    layers = [(x.keys, x.values) for x in kept]
-    if not into_trunk:
-        layers = [(keys.detach(), values.detach()) for keys, values in layers]
-    last = torch.arange(k - 1, exits * k, k, device=ends.device)
-    out = model(past_key_values=DynamicCache(layers), logits_to_keep=last, **branch)
-    logits = out.logits.float().clamp(min=NEVER)  # a target of probability 0 costs nothing
-    if td_lambda == 1:
-        targets = answers[:, None].expand(ends.shape).flatten()
-    else:
-        targets = forecast_targets(logits, answers, td_lambda).flatten(0, 1)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
-
-
-def _optimizer(
-    parameters: list[torch.nn.Parameter], learning_rate: float, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with a warm-up over a tenth of the steps and a linear decay over the second half."""
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    warmup = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warmup, 2 * (1 - step / steps))
-    )
-    return optimizer, schedule
+def _share_of_rate(step: int, steps: int) -> float:
+    """Share of the peak rate: warm-up over a tenth of the steps, linear decay over a half."""
+    return min(1.0, (step + 1) / max(1, steps // 10), 2 * (1 - step / steps))
 
 
 def _batches(
@@ -291,35 +203,72 @@ def _batches(
         yield batch, chains
 
 
-def _read(
-    model: Any, before: dict[str, torch.Tensor], rollouts: Rollouts
-) -> tuple[torch.Tensor, Trunk]:
-    """KL(before || now) of the completions' tokens (scalar, nats per token), and their trunk."""
-    mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
-    causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device)
-    inputs = {
-        "input_ids": torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1),
-        "attention_mask": model_mask(model, (mask[:, None] & causal.tril())[:, None]),
-        "position_ids": positions_of(mask),
-    }
-    now = model(**inputs, use_cache=True)
-    with torch.no_grad():
-        was = torch.func.functional_call(model, before, kwargs=inputs | {"use_cache": False})
-    written = slice(rollouts.prompt_ids.shape[1] - 1, -1)
-    logits = (x.logits[:, written].float() for x in (was, now))
-    p, q = (torch.log_softmax(x, dim=-1).clamp(min=NEVER) for x in logits)
-    kl = ((p.exp() * (p - q)).sum(-1) * rollouts.completion_mask).sum()
-    trunk = Trunk(now.past_key_values, mask, inputs["position_ids"])
-    return kl / rollouts.completion_mask.sum(), trunk
+def _update(
+    policy: Policy, optimizer: torch.optim.Optimizer, loss: torch.Tensor, learning_rate: float
+) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(list(policy.trainable().values()), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
-def _draw_exits(rollouts: Rollouts, exits: int, rng: random.Random) -> torch.Tensor:
-    """(B, exits) long: random trunk tokens to force an answer after, from the prompt's last on."""
-    last = rollouts.prompt_ids.shape[1] - 1
-    return torch.tensor(
-        [sorted(last + rng.randint(0, int(n)) for _ in range(exits)) for n in rollouts.lengths],
-        device=rollouts.prompt_ids.device,
-    )
+class _Progress:
+    """What calibration has done so far: the history of its losses, and its checkpoints, if any.
+
+    Args:
+        folder: folder of the checkpoints and the log, or None to keep nothing.
+        settings: what must be equal for the calibration to continue.
+        every: steps between checkpoints.
+        shown: whether to show a progress bar.
+    """
+
+    def __init__(
+        self, folder: Path | None, settings: dict[str, Any], every: int, shown: bool
+    ) -> None:
+        self.folder, self.settings, self.every = folder, settings, every
+        self.history: list[dict[str, float]] = []
+        self.bar = tqdm(total=settings["steps"], desc="calibrate", unit="step", disable=not shown)
+        self._last = time.perf_counter()
+
+    def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
+        """Load the newest checkpoint and return its number of steps, or 0.
+
+        Raises:
+            ValueError: when the folder holds a calibration with other settings.
+        """
+        if self.folder is None:
+            return 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        weights = fingerprint_of_weights(base_weights(policy.model).items())
+        same_settings(
+            self.folder / "settings.json", "calibration", {**self.settings, "weights": weights}
+        )
+        done = restore_checkpoint(self.folder, policy, optimizer)
+        trim_log(self.folder / LOG, done)
+        rows = whole_log(self.folder / LOG, done)
+        self.history = [{name: row[name] for name in ("kl", "exit_loss")} for row in rows]
+        self.bar.update(done)
+        self._last = time.perf_counter()
+        return done
+
+    def add(
+        self, losses: dict[str, float], policy: Policy, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Add the losses of a step, and write a checkpoint if one is due or all are done."""
+        self.history.append(losses)
+        done, now = len(self.history), time.perf_counter()
+        row = {"step": done, **losses, "seconds": now - self._last}
+        self._last = now
+        self.bar.set_postfix(kl=f"{losses['kl']:.4f}", exit=f"{losses['exit_loss']:.3f}")
+        self.bar.update()
+        if self.folder is None:
+            return
+        with (self.folder / LOG).open("a", encoding="utf-8", newline="\n") as log:
+            log.write(json.dumps(row) + "\n")
+        if done % self.every == 0 or done == self.settings["steps"]:
+            save_checkpoint(self.folder, done, policy, optimizer)
 
 
 def calibrate(
@@ -335,16 +284,18 @@ def calibrate(
     postfix: str = POSTFIX,
     texts: Sequence[str] | None = None,
     seed: int = 0,
+    folder: str | Path | None = None,
+    save_every: int = 25,
     progress: bool = True,
 ) -> list[dict[str, float]]:
     """Calibrate forced early answers by a short fine-tuning of the policy, in place.
 
     Every step takes ``batch_size`` chains and adds two losses. The first is the cross-entropy of
     the forced answer after ``exits`` random prefixes, with temporal differences
-    (:func:`forecast_targets`). The second is ``anchor`` times KL(before || now) of the next token,
-    which preserves the policy's way of reasoning. (The next-token loss on the chains in its place
-    is so noisy that the policy forgets some arithmetic.) Only the policy's trainable weights
-    change; under LoRA this is the adapter.
+    (:func:`iapo_mini.exit_training.forecast_targets`). The second is ``anchor`` times KL(before ||
+    now) of the next token, which preserves the policy's way of reasoning. (The next-token loss on
+    the chains in its place is so noisy that the policy forgets some arithmetic.) Only the policy's
+    trainable weights change; under LoRA this is the adapter.
 
     Args:
         policy: the policy to train.
@@ -361,39 +312,42 @@ def calibrate(
         texts: completions to learn from, one for each problem in order, if the problems are not
             stories (for example right completions of the policy).
         seed: seed of cuts and chains.
+        folder: where checkpoints are kept. With the same policy and settings, calibration continues
+            after the newest one, to the same numbers as without a break.
+        save_every: steps between checkpoints.
         progress: show a progress bar.
 
     Returns:
         One ``{"kl", "exit_loss"}`` for each step, nats per token and nats per forced answer.
 
     Raises:
-        ValueError: when problems run out, when they are not stories and ``texts`` is None, or for
-            a ``td_lambda`` out of range.
+        ValueError: when problems run out, when they are not stories and ``texts`` is None, for a
+            ``td_lambda`` out of range, or for a folder with another calibration.
     """
     check_number("td_lambda", td_lambda, above=0, most=1)
-    model, rng = policy.model, random.Random(seed)
-    ids = encode_postfix(policy, postfix)
-    parameters = list(policy.trainable().values())
+    model, rng, ids = policy.model, random.Random(seed), encode_postfix(policy, postfix)
     before = {name: p.detach().clone() for name, p in policy.trainable().items()}
-    optimizer, schedule = _optimizer(parameters, learning_rate, steps)
-    history = []
+    optimizer = torch.optim.AdamW(policy.trainable().values(), weight_decay=0.0)
+    settings = {
+        "steps": steps, "batch_size": batch_size, "exits": exits, "learning_rate": learning_rate,
+        "anchor": anchor, "td_lambda": td_lambda, "postfix": postfix, "seed": seed,
+    }  # fmt: skip
+    kept = _Progress(None if folder is None else Path(folder), settings, save_every, progress)
+    done = kept.restore(policy, optimizer)
     model.train()
-    bar = tqdm(range(steps), desc="calibrate", unit="step", disable=not progress)
-    for step, (batch, chains) in zip(bar, _batches(problems, texts, steps, batch_size, rng)):
+    for step, (batch, chains) in enumerate(_batches(problems, texts, steps, batch_size, rng)):
         rollouts = from_texts(policy, batch, chains)
-        kl, trunk = _read(model, before, rollouts)
-        ends = _draw_exits(rollouts, exits, rng)
+        ends = draw_exits(rollouts, exits, rng)
+        if step < done:
+            continue  # only their draws are repeated
         answers = _answer_tokens(policy, [p.answer for p in batch])
+        kl, trunk = anchor_loss(model, before, rollouts)
         # At first only the true answer: untrained forecasts have nothing to teach each other.
         weight = max(td_lambda, 1 - 4 * step / steps)
         # The anchor preserves the policy's completions, so gradients may flow into the trunk.
         early = exit_loss(model, trunk, ends, ids, answers, td_lambda=weight, into_trunk=True)
-        (anchor * kl + early).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        history.append({"kl": kl.item(), "exit_loss": early.item()})
-        bar.set_postfix(kl=f"{history[-1]['kl']:.4f}", exit=f"{history[-1]['exit_loss']:.3f}")
+        rate = learning_rate * _share_of_rate(step, steps)
+        _update(policy, optimizer, anchor * kl + early, rate)
+        kept.add({"kl": kl.item(), "exit_loss": early.item()}, policy, optimizer)
     model.eval()
-    return history
+    return kept.history

@@ -109,6 +109,28 @@ def read_json(path: Path, default: dict | None = None, needs: Iterable[str] = ()
     return dict(found)
 
 
+def same_settings(path: Path, what: str, settings: dict[str, Any]) -> None:
+    """Keep the settings of long work in a JSON file, so only the same work continues.
+
+    Args:
+        path: the file, in the folder of the work.
+        what: name of the work in messages.
+        settings: values that JSON can hold.
+
+    Raises:
+        ValueError: naming the first setting that differs from those in the file.
+    """
+    now = json.loads(json.dumps(settings))  # the same types as after reading it back
+    before = read_json(path, now)
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{name} is {value!r}, but the {what} in '{path.parent}' was started with "
+                f"{before.get(name)!r}; use the same settings, or name another folder."
+            )
+    write_json(path, now)
+
+
 def _umask() -> int:
     """The umask of this process, which can only be read by setting it."""
     mask = os.umask(0)

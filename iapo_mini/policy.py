@@ -52,9 +52,10 @@ from iapo_mini.model_files import (
 )
 from iapo_mini.policies import EMBEDDED
 
-# Up to this many parameters, a second, merged copy of the weights is cheap. Sampling and the
-# estimator run about twice as fast on it as through the adapter's extra layers.
-_MERGED_COPY_LIMIT = 50_000_000
+# Up to this many parameters, a second, merged copy of the weights pays on a CPU (2.4 GB in fp32).
+# Sampling and the estimator run about twice as fast on it as through the adapter's extra layers.
+# A GPU has less memory to spare, so the limit is a tenth of this there.
+_MERGED_COPY_LIMIT = 600_000_000
 
 
 @dataclass
@@ -136,15 +137,16 @@ class Policy:
     def for_inference(self) -> Any:
         """The model to sample and estimate with, in eval mode.
 
-        A small fp32 LoRA policy is merged into a plain copy, which is refreshed on every call and
-        equals the adapter's forward pass up to rounding; 4-bit weights are dequantised for it.
+        A small fp32 LoRA policy is merged into a plain copy, whose adapted weights are refreshed on
+        every call. It equals the adapter's forward up to rounding; 4-bit weights are dequantised.
         Other policies are returned as they are: a copy would be large, and rounding base plus
         adapter to 16 bits would lose most of an adapter that has changed little so far.
         """
         self.model.eval()
         if not self.uses_lora:
             return self.model
-        small = self.model.num_parameters() <= _MERGED_COPY_LIMIT
+        spare = 1 if self.device.type == "cpu" else 0.1
+        small = self.model.num_parameters() <= spare * _MERGED_COPY_LIMIT
         if not small or self.dtype != torch.float32 or not is_plain_lora(self.model):
             return self.model
         if self._merged is None:
@@ -152,17 +154,18 @@ class Policy:
         else:
             plain = self._merged.state_dict()
             with torch.no_grad():
-                for name, weight in self.merged_weights():
+                for name, weight in self.merged_weights(adapted_only=True):
                     plain[name].copy_(weight)
         return self._merged
 
     @torch.no_grad()
-    def merged_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def merged_weights(self, adapted_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and value of every weight of the plain model that computes the same as this policy.
 
         The names are those of the architecture without an adapter. Base weights are dequantised,
         the adapter's product is added in fp32, and the sum is rounded to :attr:`dtype`. Merging
-        into the quantised weights instead would round each sum to one of 16 values.
+        into the quantised weights instead would round each sum to one of 16 values. Layers without
+        an adapter never change, and ``adapted_only`` leaves them out.
         """
         if self.uses_lora and not is_plain_lora(self.model):
             yield from self.merged().state_dict().items()
@@ -178,6 +181,8 @@ class Policy:
                 yield prefix + "weight", (plain_weight(inner) + delta).to(self.dtype)
                 if inner.bias is not None:
                     yield prefix + "bias", inner.bias
+                continue
+            if adapted_only:
                 continue
             for key, value in layer.named_parameters(recurse=False):
                 yield prefix + key, plain_weight(layer) if key == "weight" else value

@@ -81,6 +81,32 @@ def test_the_trl_benchmark_has_a_row_for_a_rule_and_keeps_the_other_results(tmp_
     assert done.stdout.count("| ") > 3 * 4 and "| S-GRPO |" in done.stdout
 
 
+def test_the_benchmark_of_a_real_model_runs_on_the_embedded_policy(tmp_path):
+    pytest.importorskip("trl", reason="the extra [trl] is not installed")
+    out = tmp_path / "real_speed.json"
+    done = run("real_speed.py", "embedded", "--tiny", "--threads", 1, "--out", out)
+    results = json.loads(out.read_text(encoding="utf-8"))
+    assert done.returncode in (0, 1), done.stderr  # 1: so few tokens say nothing of the ratios
+    seconds = results["median_seconds"]
+    for ratio, part, one, other in (
+        ("our_step_over_trl_step", "step", "ours", "trl"),
+        ("sampling_over_generate", "sampling_per_token", "ours", "generate"),
+        ("sampling_over_generate_merged", "sampling_per_token", "ours", "generate_merged"),
+        ("sentence_estimator_over_forward", "estimator", "sentence", "forward"),
+        ("iapo_sentence_step_over_grpo_step", "train", "iapo_sentence", "grpo"),
+    ):
+        assert results[ratio] == seconds[part][one] / seconds[part][other] > 0
+    assert results["processor"] and results["model"] == "embedded"
+    assert results["phases"]["grpo"]["seconds_sampling"] > 0
+    judged = run("real_speed.py", "--check", "--out", out)
+    assert judged.returncode == done.returncode and done.stdout.endswith(judged.stdout)
+
+
+def test_the_benchmark_of_a_real_model_asks_for_one():
+    done = run("real_speed.py")
+    assert done.returncode == 2 and "name a model" in done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says so only without a CUDA device")
 @pytest.mark.parametrize("script", ["memory.py", "sampling.py"])
 def test_without_a_gpu_they_say_so(script):

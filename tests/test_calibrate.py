@@ -6,12 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import TRIVIAL, forced_logits, make_rollouts, tiny_policy, unpadded
+from helpers import (
+    TRIVIAL,
+    assert_close_in_fp32,
+    forced_logits,
+    make_rollouts,
+    tiny_policy,
+    unpadded,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from iapo_mini.calibration import Trunk, calibrate, exit_loss, forecast_targets
+from iapo_mini import exit_training
+from iapo_mini.calibration import calibrate
+from iapo_mini.exit_training import Trunk, anchor_loss, exit_loss, forecast_targets
 from iapo_mini.information import encode_postfix
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import chain_of_thought, stories
@@ -117,6 +126,53 @@ def test_exit_loss_into_the_trunk_is_backpropagation_through_whole_sequences(tin
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
+def losses_and_gradients(policy, td_lambda):
+    """Both losses of a step of calibration after the weights have moved, and their gradients."""
+    model = policy.model
+    before = {name: 1.1 * p.detach() for name, p in model.named_parameters()}
+    rollouts = make_rollouts([4, 7, 5], [5, 3, 9], 1)
+    anchor, trunk = anchor_loss(model, before, rollouts)
+    ends = rollouts.prompt_ids.shape[1] - 1 + torch.tensor([[0, 2], [1, 3], [5, 5]])
+    early = exit_loss(
+        model, trunk, ends, encode_postfix(policy), torch.tensor([11, 22, 33]),
+        td_lambda=td_lambda, into_trunk=True,
+    )  # fmt: skip
+    model.zero_grad()
+    (anchor + early).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return anchor.detach(), early.detach(), gradients
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("td_lambda", [1.0, 0.3])
+def test_a_vocabulary_in_chunks_changes_nothing(tokenizer, monkeypatch, name, td_lambda):
+    """With room for the logits of one row only, as a large vocabulary would have."""
+    policy = tiny_policy(name, tokenizer, "eager" if name == "gemma2" else "sdpa")
+    whole = losses_and_gradients(policy, td_lambda)
+    monkeypatch.setattr(exit_training, "LOGITS_MB", 1e-6)
+    chunked = losses_and_gradients(policy, td_lambda)
+    for one, other in zip(whole[:2], chunked[:2]):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for parameter, gradient in whole[2].items():
+        assert_close_in_fp32(chunked[2][parameter], gradient)
+
+
+def test_the_head_sees_only_what_fits(tokenizer, monkeypatch):
+    """The logits of the prompts and of padding are never computed, the others row by row."""
+    policy, seen = tiny_policy("llama", tokenizer), []
+    policy.model(torch.tensor([[1, 2]]))  # so that what follows is only of the losses
+    policy.model.get_output_embeddings().register_forward_hook(
+        lambda module, args, out: seen.append(out.shape[:-1].numel())
+    )
+    losses_and_gradients(policy, 0.3)
+    probe = 2  # tokens of the pass that finds out whether the head stands alone
+    assert max(seen) == 17 and sum(seen) == probe + 2 * 17 + 6  # old, new, and two exits a row
+    seen.clear()
+    monkeypatch.setattr(exit_training, "LOGITS_MB", 1e-6)
+    losses_and_gradients(policy, 0.3)
+    assert max(seen) == 2
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6), st.floats(0.01, 1.0), st.integers(0, 99))
 def test_forecast_targets_are_mixtures_of_what_comes_later(exits, td_lambda, seed):
@@ -208,6 +264,40 @@ def test_equal_seeds_calibrate_alike(tiny_folder):
             calibrate(policy, chains(6), steps=2, batch_size=3, exits=2, seed=seed, progress=False)
         )
     assert runs[0] == runs[1] != runs[2]
+
+
+class Stop(Exception):
+    pass
+
+
+def until(problems, count):
+    """The first problems, then an error, as when a process is stopped."""
+    yield from problems[:count]
+    raise Stop
+
+
+def test_a_stopped_calibration_continues_to_the_same_numbers(tiny_folder, tmp_path):
+    problems = chains(12)
+    how = {"steps": 4, "batch_size": 3, "exits": 2, "progress": False}
+    whole, stopped, resumed = (load_policy(tiny_folder, lora_rank=4) for _ in range(3))
+    history = calibrate(whole, problems, **how)
+    how |= {"folder": tmp_path / "calibration", "save_every": 2}
+    with pytest.raises(Stop):
+        calibrate(stopped, until(problems, 9), **how)
+    assert calibrate(resumed, problems, **how) == history
+    for name, parameter in whole.trainable().items():
+        assert torch.equal(resumed.trainable()[name], parameter), name
+    # A finished one is only read back.
+    again = load_policy(tiny_folder, lora_rank=4)
+    assert calibrate(again, problems, **how) == history
+    assert torch.equal(*(next(iter(p.trainable().values())) for p in (again, whole)))
+
+
+def test_a_folder_with_another_calibration_is_refused(tiny_folder, tmp_path):
+    how = {"steps": 1, "batch_size": 2, "exits": 1, "folder": tmp_path, "progress": False}
+    calibrate(load_policy(tiny_folder, lora_rank=4), chains(2), **how)
+    with pytest.raises(ValueError, match=r"exits is 3, but the calibration in .* started with 1"):
+        calibrate(load_policy(tiny_folder, lora_rank=4), chains(2), **(how | {"exits": 3}))
 
 
 def test_the_anchor_keeps_the_policy_close(schooled_folder):

@@ -19,7 +19,8 @@ FILES = {
 METHOD = (
     "tasks problems policies memory files signals chat model_files adapters four_bit policy "
     "rollouts attention sampling logprobs rewards early_exit information intervals advantages "
-    "objective config metrics run_folder trainer evaluation calibration plots alt_text diagrams"
+    "objective config metrics run_folder trainer evaluation exit_training calibration plots "
+    "alt_text diagrams"
 ).split()
 """The rooms of the method; the wings tools, engines, lab and exercises look into them."""
 

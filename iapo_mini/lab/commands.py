@@ -7,7 +7,8 @@ import importlib
 from pathlib import Path
 
 from iapo_mini.errors import MOST_PROBLEMS, MOST_THREADS, check_number
-from iapo_mini.options import whole
+from iapo_mini.options import number, whole
+from iapo_mini.policies import EMBEDDED
 
 EXPERIMENTS = {
     "tune": "trials of every method on the tune stream, which choose the settings of table1",
@@ -45,6 +46,23 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
     theory.add_argument(
         "--preset", default="full", help="size: quick (seconds) or full (five seeds; %(default)s)"
     )
+    _add_real(parts)
+    _add_released(parts)
+    _add_real_studies(parts)
+    figures = parts.add_parser("figures", help="remake the figures and results of a study")
+    figures.set_defaults(run_command=_figures)
+    figures.add_argument(
+        "study", choices=("estimator",),
+        help="estimator: compare every estimator with the known roles and the exact posterior; the "
+        "speed figures show the measurements of benchmarks/estimator.py",
+    )  # fmt: skip
+    figures.add_argument("--stories", type=whole, default=300, help="test stories (%(default)s)")
+    for part in (theory, figures):
+        part.add_argument("--figures", default="figures", help="folder of figures (%(default)s)")
+        part.add_argument("--threads", type=whole, default=2, help="CPU threads (%(default)s)")
+
+
+def _add_real(parts: argparse._SubParsersAction) -> None:
     real = parts.add_parser(
         "real", help="measure the estimators on a pretrained model",
         description="measure all estimators on worked solutions and the model's own completions; "
@@ -61,6 +79,11 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
     )
     real.add_argument("--name", default="", help="ending of the results file's name (none)")
     real.add_argument("--out", default="runs/real", help="folder of measured chains (%(default)s)")
+    real.add_argument("--figures", default="figures", help="folder of results (%(default)s)")
+    real.add_argument("--threads", type=whole, default=2, help="CPU threads (%(default)s)")
+
+
+def _add_released(parts: argparse._SubParsersAction) -> None:
     released = parts.add_parser(
         "released", help="evaluate the authors' checkpoints on whole test sets",
         description="evaluate base models and the authors' checkpoints on whole test sets, beside "
@@ -92,18 +115,54 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
         "--out", default="runs/released", help="folder of completions (%(default)s)"
     )
     released.add_argument("--device", default="auto", help="cpu, cuda or cuda:1 (%(default)s)")
-    figures = parts.add_parser("figures", help="remake the figures and results of a study")
-    figures.set_defaults(run_command=_figures)
-    figures.add_argument(
-        "study", choices=("estimator",),
-        help="estimator: compare every estimator with the known roles and the exact posterior; the "
-        "speed figures show the measurements of benchmarks/estimator.py",
-    )  # fmt: skip
-    figures.add_argument("--stories", type=whole, default=300, help="test stories (%(default)s)")
     released.add_argument("--figures", default="figures", help="folder of results (%(default)s)")
-    for part in (theory, figures, real):
-        part.add_argument("--figures", default="figures", help="folder of figures (%(default)s)")
-        part.add_argument("--threads", type=whole, default=2, help="CPU threads (%(default)s)")
+
+
+def _add_real_studies(parts: argparse._SubParsersAction) -> None:
+    """Add the studies that calibrate and train a real model."""
+    calibration = parts.add_parser(
+        "real-calibration", help="what calibration repairs in a real model, and what it costs"
+    )
+    calibration.add_argument(
+        "--data-file", required=True,
+        help="worked solutions in GSM8K's format (.jsonl, .json or .parquet)",
+    )  # fmt: skip
+    calibration.add_argument("--threads", type=whole, default=2, help="CPU threads (%(default)s)")
+    training = parts.add_parser(
+        "real-training", help="train a real model with four methods, after a warm start"
+    )
+    training.add_argument(
+        "--parallel", type=whole, help="number of processes at a time (default: one per core)"
+    )
+    training.add_argument("--seeds", type=whole, default=2, help="number of seeds (%(default)s)")
+    training.add_argument(
+        "--learning-rate", type=number, default=1e-4, help="of every run (%(default)s)"
+    )
+    for part in (calibration, training):
+        part.set_defaults(run_command=_real_study)
+        part.add_argument("--model", default=EMBEDDED, help="model folder or hub id (%(default)s)")
+        part.add_argument(
+            "--preset", default="full", help="size: full, or quick for a smoke test (%(default)s)"
+        )
+        part.add_argument("--out", default="runs/science", help="folder of the work (%(default)s)")
+        part.add_argument("--figures", default="figures", help="folder of results (%(default)s)")
+
+
+def _real_study(args: argparse.Namespace) -> None:
+    """Make a study of a real model; print its table and the path of its file."""
+    from iapo_mini.hub import check_in_reach
+    from iapo_mini.lab.results import results_path
+
+    name = args.experiment.replace("-", "_")
+    check_in_reach(args.model)
+    module = importlib.import_module(f"iapo_mini.lab.{name}")
+    options = {
+        option: value for option, value in vars(args).items()
+        if option not in ("command", "experiment", "preset", "run_command")
+    }  # fmt: skip
+    results = getattr(module, name)(args.preset, **options)
+    print(getattr(module, f"{name}_table")(results) + "\n")
+    print(f"Every number: {results_path(Path(args.figures), name, args.preset)}")
 
 
 def _experiment(args: argparse.Namespace) -> None:

@@ -11,7 +11,9 @@ from iapo_mini.evaluation import evaluate
 from iapo_mini.files import write_json
 from iapo_mini.lab.sizes import WAY_PROBLEMS
 from iapo_mini.policy import Policy, load_policy
+from iapo_mini.problems.datasets import ALL, load_problems
 from iapo_mini.problems.stories import ROLES, stories, token_roles
+from iapo_mini.tasks import Problem
 
 PRIMARY = "primary"
 """Folder of a run with the adapter of the reported step, if training continues after it."""
@@ -59,13 +61,21 @@ def _by_story(completions: Sequence[Mapping]) -> dict[str, list[list[int]]]:
     return {name: list(row.values()) for name, row in rows.items()}
 
 
+def problems_of(job: Mapping) -> list[Problem]:
+    """The problems on which a job's policy is judged: those of its test file, or else stories."""
+    count = job["evaluation"]["problems"]
+    if job["test_file"]:
+        return load_problems("gsm8k", ALL, job["test_file"])[:count]
+    return list(itertools.islice(stories(job["split"], seed=0), count))
+
+
 def judge(policy: Policy, job: Mapping) -> None:
     """Make the reported evaluation; write result.json (start policy) or primary.json (others)."""
     run, size = Path(job["run"]), job["evaluation"]
     path = run / ("result.json" if job["config"] is None else "primary.json")
     if path.is_file():
         return
-    problems = list(itertools.islice(stories(job["split"], seed=0), size["problems"]))
+    problems = problems_of(job)
     result = evaluate(
         policy, problems,
         ks=size["ks"], num_generations=size["num_generations"], seed=job["seed"], progress=False,
@@ -109,7 +119,7 @@ def _answers(completions: Sequence[Mapping], problems: Sequence[int]) -> dict[st
 def policy_of(job: Mapping) -> Policy:
     """Load the policy that a finished job reports on; its folder must exist."""
     if job["config"] is None:
-        return load_policy()
+        return load_policy(job["start"], lora_rank=0)
     run = Path(job["run"])
     kept = run / PRIMARY
     return load_policy(adapter=kept if kept.is_dir() else run / "train" / "final", lora_rank=0)

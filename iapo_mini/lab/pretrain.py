@@ -32,7 +32,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
-from iapo_mini.calibration import Trunk, calibrate, exit_loss
+from iapo_mini.calibration import calibrate
 from iapo_mini.chat import render_prompt
 from iapo_mini.errors import (
     MOST_RANK,
@@ -43,6 +43,7 @@ from iapo_mini.errors import (
     MOST_THREADS,
     check_number,
 )
+from iapo_mini.exit_training import Trunk, exit_loss
 from iapo_mini.files import rename, writable_folder
 from iapo_mini.lab.assess import assess
 from iapo_mini.lab.story_model import HEAD_WIDTH, build_model, build_tokenizer

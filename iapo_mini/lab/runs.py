@@ -33,6 +33,7 @@ from iapo_mini.lab import ledger
 from iapo_mini.lab.judging import PRIMARY, judge, judge_on_the_way, way_path
 from iapo_mini.lab.sizes import Size
 from iapo_mini.metrics import LOG, whole_log
+from iapo_mini.policies import EMBEDDED
 from iapo_mini.policy import load_policy
 from iapo_mini.recipes import use_methods
 from iapo_mini.trainer import start_policy, train
@@ -50,6 +51,9 @@ def make_jobs(
     recipes: Mapping[str, Mapping | None],
     split: str = "test",
     methods: str | None = None,
+    *,
+    start: str = EMBEDDED,
+    test_file: str = "",
 ) -> list[dict]:
     """One job for each seed and recipe.
 
@@ -59,11 +63,13 @@ def make_jobs(
         recipes: name -> fields of TrainConfig, or None for the start policy.
         split: stream of the evaluation.
         methods: module with further methods, for :func:`use_methods`.
+        start: model of the start policy.
+        test_file: file of problems in GSM8K's format to judge on, instead of stories.
 
     Returns:
         One dict for each job, with ``run`` (a folder), ``config`` (fields of TrainConfig, or None),
-        ``seed``, ``split``, ``methods`` and ``evaluation`` (a dict with ``problems``,
-        ``num_generations``, ``ks``, ``primary``, ``on_the_way`` and ``pools``).
+        ``seed``, ``split``, ``methods``, ``start``, ``test_file`` and ``evaluation`` (a dict with
+        ``problems``, ``num_generations``, ``ks``, ``primary``, ``on_the_way`` and ``pools``).
     """
     if methods:
         use_methods(methods)
@@ -85,6 +91,8 @@ def make_jobs(
             "seed": seed,
             "split": split,
             "methods": methods,
+            "start": start,
+            "test_file": test_file,
             "evaluation": {field: getattr(size, field) for field in measured},
         }
         jobs.append(json.loads(json.dumps(job)))  # the same types as after reading it back
@@ -99,7 +107,7 @@ def run_job(job: dict) -> None:
     run, size = Path(job["run"]), job["evaluation"]
     run.mkdir(parents=True, exist_ok=True)
     if job["config"] is None:
-        judge(load_policy(), job)
+        judge(load_policy(job["start"], lora_rank=0), job)
         return
     folder, config = run / "train", TrainConfig(**job["config"])
     policy = start_policy(config)
@@ -274,7 +282,8 @@ def _as_now(saved: dict, run: str) -> dict:
     """
     config = saved["config"] and with_defaults(saved["config"])
     evaluation = {"primary": 0, "on_the_way": [], "pools": []} | saved["evaluation"]
-    return saved | {"run": run, "config": config, "evaluation": evaluation}
+    since = {"start": EMBEDDED, "test_file": ""}
+    return since | saved | {"run": run, "config": config, "evaluation": evaluation}
 
 
 def finished(jobs: Sequence[dict], kept: Path | None = None) -> list[dict]:

@@ -238,7 +238,10 @@ def load_problems(data: str, split: str, data_file: str = "") -> list[Problem]:
     check_data(data, split, data_file)
     source = SOURCES[data]
     if data_file:
-        rows, name = rows_of(Path(data_file).expanduser()), f"data_file is '{data_file}', where"
+        rows, name = (
+            rows_of_file(Path(data_file).expanduser()),
+            f"data_file is '{data_file}', where",
+        )
     else:
         rows, name = _from_hub(data, source, split), f"data is '{data}', where"
     problems = _read(rows, source, name)
@@ -332,8 +335,8 @@ def _read(rows: Iterable[tuple[str, Any]], source: Source, name: str) -> list[Pr
     return problems
 
 
-def rows_of(path: Path) -> Iterator[tuple[str, object]]:
-    """Rows of a data file, each with its place for messages: objects, or lines of JSON."""
+def rows_of_file(path: Path) -> Iterator[tuple[str, object]]:
+    """Place and row (object or JSON text) of every row; ValueError for an unreadable file."""
     if path.suffix.lower() == ".parquet":
         import pyarrow
         from pyarrow import parquet

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from iapo_mini.chat import token_texts
-from iapo_mini.errors import check_choice
+from iapo_mini.errors import MOST_STEPS, check_choice, check_number
 from iapo_mini.tasks import Problem, Step
 
 if TYPE_CHECKING:
@@ -135,23 +135,29 @@ def apply(value: int, op: str, operand: int) -> int:
     }[op]
 
 
-def operands(value: int) -> dict[str, list[int]]:
-    """Each operation and the operands that keep the result of ``value`` in 1..MAX_VALUE."""
+def operands(value: int, largest: int = MAX_VALUE) -> dict[str, list[int]]:
+    """Each operation and the operands that keep the result of ``value`` in 1..largest.
+
+    At most a tenth of ``largest`` is added or taken away, or 9 if that is more.
+    """
+    most = max(9, largest // 10)
     allowed = {
-        "+": [n for n in range(2, 10) if value + n <= MAX_VALUE],
-        "-": [n for n in range(2, 10) if value - n >= 1],
-        "*": [n for n in (2, 3, 4) if value * n <= MAX_VALUE],
+        "+": [n for n in range(2, most + 1) if value + n <= largest],
+        "-": [n for n in range(2, most + 1) if value - n >= 1],
+        "*": [n for n in (2, 3, 4) if value * n <= largest],
         "/": [n for n in (2, 3, 4, 5) if value % n == 0 and value > n],
     }
     return {op: numbers for op, numbers in allowed.items() if numbers}
 
 
-def _draw_skeleton(rng: random.Random, n_steps: int) -> tuple[int, list[tuple[str, int]]]:
-    """Draw a start value and ``n_steps`` (op, operand) pairs; all values lie in 1..MAX_VALUE."""
-    value = start = rng.randint(3, 40)
+def _draw_skeleton(
+    rng: random.Random, n_steps: int, largest: int
+) -> tuple[int, list[tuple[str, int]]]:
+    """Draw a start value and ``n_steps`` (op, operand) pairs; all values lie in 1..largest."""
+    value = start = rng.randint(3, 2 * largest // 3)
     operations = []
     for _ in range(n_steps):
-        choices = operands(value)
+        choices = operands(value, largest)
         op = rng.choice(list(choices))
         operand = rng.choice(choices[op])
         operations.append((op, operand))
@@ -196,18 +202,27 @@ def _tell(rng: random.Random, start: int, operations: list[tuple[str, int]]) -> 
     return Problem(" ".join(told), str(value), tuple(steps), name, items)
 
 
-def stories(split: str, seed: int = 0, min_steps: int = 2, max_steps: int = 6) -> Iterator[Problem]:
+def stories(
+    split: str,
+    seed: int = 0,
+    min_steps: int = 2,
+    max_steps: int = 6,
+    largest: int = MAX_VALUE,
+) -> Iterator[Problem]:
     """Endless, seeded stream of stories. Different splits never share arithmetic.
 
     Args:
         split: ``"train"``, ``"tune"`` or ``"test"``.
         seed: equal seeds give equal streams.
         min_steps, max_steps: least and largest number of events (drawn uniformly, inclusive).
+        largest: largest value of the quantity. The embedded policy knows numbers up to MAX_VALUE;
+            larger ones have several tokens, and are harder.
 
     Raises:
-        ValueError: for an unknown split or an empty range of steps.
+        ValueError: for an unknown split, an empty range of steps, or a ``largest`` below 20.
     """
     check_choice("split", split, SPLITS)
+    check_number("largest", largest, 20, MOST_STEPS)
     if not 1 <= min_steps <= max_steps:
         raise ValueError(
             f"min_steps must be 1 to max_steps, got {min_steps} with a max_steps of {max_steps}"
@@ -216,7 +231,7 @@ def stories(split: str, seed: int = 0, min_steps: int = 2, max_steps: int = 6) -
     def generate() -> Iterator[Problem]:
         rng = random.Random(f"{split}/{seed}")
         while True:
-            start, operations = _draw_skeleton(rng, rng.randint(min_steps, max_steps))
+            start, operations = _draw_skeleton(rng, rng.randint(min_steps, max_steps), largest)
             if split_of(start, operations) == split:
                 yield _tell(rng, start, operations)
 

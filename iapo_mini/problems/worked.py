@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from iapo_mini.problems.datasets import ALL, load_problems, rows_of
+from iapo_mini.problems.datasets import ALL, load_problems, rows_of_file
 from iapo_mini.tasks import Problem
 
 KINDS = ("result", "operand", "operator", "word", "punctuation")
@@ -98,7 +98,7 @@ def worked_solutions(data_file: str) -> list[Solution]:
         ValueError: when the file can't be read, or a row holds no question or answer.
     """
     problems = load_problems("gsm8k", ALL, data_file)
-    rows = [row for _, row in rows_of(Path(data_file))]
+    rows = [row for _, row in rows_of_file(Path(data_file))]
     out = []
     for problem, row in zip(problems, rows):
         found = json.loads(row) if isinstance(row, str) else row

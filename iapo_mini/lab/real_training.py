@@ -1,0 +1,274 @@
+"""Training of a real model: a warm start, then four methods on the same prompts.
+
+The question is whether the result of the story world carries over to a published model, whose
+numbers have several tokens and whose words were learned elsewhere. In the story world the start
+policy solves every problem within 32 tries, so a method can't lose there what the policy could do
+before. Here the difficulty is chosen so that it can: between half and nine tenths of the problems
+are solved within 32 tries.
+
+The parts, each of which continues after a break:
+
+1. ``start``: a warm start (:mod:`iapo_mini.lab.warm_start`).
+2. ``levels``: Pass@1 and Pass@32 of the start by level, on the tune stream. They choose the levels
+   of training and test (:func:`chosen_levels`).
+3. The runs of :data:`ROWS`, and the judgement of each on the test stream.
+
+How long it takes, for SmolLM2-135M and the preset ``full`` on two cores without AVX512, counted
+from 500 forward tokens a second on both cores: 40 minutes for the warm start, 25 minutes for the
+levels, one to two minutes a step and 40 minutes a judgement in each of two processes. With two
+seeds that is about eight hours. The command measures the speed of the machine and tells its own
+estimate before it begins.
+
+    figures/results/real_training.json
+      everything that table1.json has (iapo_mini.lab.results): seeds, methods, curves, config,
+      versions; and
+      model     name of the model
+      start     {"minutes", "loss": [[step, nats per token]], "settings"} of the warm start
+      levels    [{"level": [operations, largest value], "format", "pass@1", "pass@32"}]
+      chosen    numbers of the chosen levels;  expected  their means
+      within    whether format, Pass@1 and Pass@32 of the start lie in the wanted ranges
+      tokens    name -> [one per seed: tokens sampled in training]
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from iapo_mini.errors import MOST_REAL, MOST_SEED, check_choice, check_number
+from iapo_mini.evaluation import evaluate
+from iapo_mini.files import read_json, same_settings, write_json
+from iapo_mini.lab.ledger import ledger_path
+from iapo_mini.lab.pace import LEARN, REFER, SAMPLE, duration, forward_speed
+from iapo_mini.lab.results import check_options, file_stem, results_path
+from iapo_mini.lab.runs import START, collect, finished, make_jobs, run_all
+from iapo_mini.lab.school import LEVELS, Level, worked_stories, write_worked
+from iapo_mini.lab.sizes import Size
+from iapo_mini.lab.warm_start import WarmStart, warm_start
+from iapo_mini.policies import EMBEDDED
+from iapo_mini.policy import Policy, load_policy
+from iapo_mini.rewards import parse_answer
+
+ROWS: dict[str, dict] = {
+    "grpo": {"method": "grpo"},
+    "grpo_efficient": {"method": "grpo_efficient"},
+    "iapo": {"method": "iapo"},
+    "iapo_sentence": {"method": "iapo", "estimator_stride": "sentence"},
+}
+"""Row -> fields of TrainConfig. Everything else is equal, or comes from the method's recipe."""
+
+WANTED = {"format": (0.9, 1.0), "pass@1": (0.3, 0.7), "pass@32": (0.5, 0.9)}
+"""Ranges in which the start policy should lie."""
+
+_TRIES = 32  # completions by which a level is judged
+_TRAIN_PROBLEMS = 1000
+_PROMPT, _COMPLETION = 210, 90  # mean tokens of a story in SmolLM2, for the estimate of time
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of the parts of the study.
+
+    Attributes:
+        runs: size of training and judgement.
+        warm_steps: steps of the warm start.
+        per_level: tune problems by which a level is judged.
+        levels: levels of difficulty to choose from.
+    """
+
+    runs: Size
+    warm_steps: int
+    per_level: int
+    levels: tuple[Level, ...] = LEVELS
+
+
+SCALES = {
+    "quick": Scale(Size((0,), 1, 2, 1, 2, (1, 2)), warm_steps=2, per_level=1, levels=LEVELS[:2]),
+    "full": Scale(
+        Size((0, 1), 30, 48, prompts_per_step=4, num_generations=32, ks=(1, 2, 4, 8, 16, 32)),
+        warm_steps=150, per_level=8,
+    ),
+}  # fmt: skip
+"""Preset -> sizes."""
+
+
+def real_training(
+    preset: str = "full",
+    *,
+    model: str = EMBEDDED,
+    out: str | Path = "runs/science",
+    figures: str | Path = "figures",
+    parallel: int | None = None,
+    seeds: int = 2,
+    learning_rate: float = 1e-4,
+) -> dict:
+    """Warm-start a model, train it with every method of :data:`ROWS`, and judge the results.
+
+    Args:
+        preset: a key of :data:`SCALES`.
+        model: folder or hub id of a model.
+        out: folder of the runs. What is finished there, or in the ledger, is not made again.
+        figures: folder of the results file and the ledger.
+        parallel: number of processes; default one per core.
+        seeds: number of seeds, from 0 on (``full`` only); more can be added later.
+        learning_rate: peak learning rate of every run.
+
+    Returns:
+        The content of the results file.
+
+    Raises:
+        ValueError: for an argument out of range, or a folder with another study.
+    """
+    check_choice("preset", preset, SCALES)
+    check_number("seeds", seeds, 1, MOST_SEED)
+    check_number("learning_rate", learning_rate, above=0, most=MOST_REAL)
+    out, figures = Path(out), Path(figures)
+    check_options(out, figures, parallel)
+    scale = SCALES[preset]
+    size = scale.runs if preset == "quick" else replace(scale.runs, seeds=tuple(range(seeds)))
+    folder = out / preset / "real_training"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"model": model, "learning_rate": learning_rate, "preset": preset}
+    same_settings(folder / "settings.json", "study", settings)
+    told = expected_seconds(load_policy(model, lora_rank=0), size, scale)
+    print(f"All of it takes {duration(told)} on this machine as fast as it is now; the same "
+          "command continues after a break.", flush=True)  # fmt: skip
+    made = warm_start(folder / "start", WarmStart(model, scale.warm_steps, levels=scale.levels))
+    start = folder / "start" / "model"
+    measured = levels_of(start, folder / "levels", scale)
+    chosen = chosen_levels(measured)
+    train_file, test_file = _files(folder / "data", [scale.levels[i] for i in chosen], size)
+    shared = {
+        "model": start.as_posix(), "data": "gsm8k", "data_file": train_file.as_posix(),
+        "split": "all", "learning_rate": learning_rate, "micro_batch_size": 8, "save_steps": 5,
+    }  # fmt: skip
+    recipes: dict[str, dict | None] = {START: None}
+    recipes |= {name: shared | row for name, row in ROWS.items()}
+    jobs = make_jobs(
+        size, folder, recipes, split="all", start=start.as_posix(), test_file=test_file.as_posix()
+    )
+    kept = ledger_path(figures, file_stem("real_training", preset))
+    run_all(jobs, parallel, kept)
+    expected = _mean_of(measured, chosen)
+    results = collect(jobs, size, kept) | {
+        "model": model, "start": made, "levels": measured, "chosen": chosen,
+        "expected": expected, "within": _distance(expected) == 0, **_costs(jobs, kept),
+    }  # fmt: skip
+    write_json(results_path(figures, "real_training", preset), results)
+    return results
+
+
+def expected_seconds(policy: Policy, size: Size, scale: Scale) -> float:
+    """Seconds of the whole study, from the speed of one pass (:mod:`iapo_mini.lab.pace`)."""
+    group, tokens = 8, _COMPLETION
+    rows = size.prompts_per_step * group
+    warm = scale.warm_steps * WarmStart("").batch_size * (_PROMPT + tokens) * LEARN
+    levels = len(scale.levels) * scale.per_level * _TRIES * tokens * SAMPLE
+    step = rows * tokens * (SAMPLE + LEARN + REFER)
+    step += size.prompts_per_step * _PROMPT * (1 + LEARN + REFER)
+    # The text that forces an answer has about five tokens, and a sentence has about fifteen.
+    asking = rows * tokens * (5 + 5 / 15)
+    judging = size.problems * size.num_generations * tokens * SAMPLE
+    training = size.max_steps * (len(ROWS) * step + asking) + (len(ROWS) + 1) * judging
+    return (warm + levels + len(size.seeds) * training) / forward_speed(policy)
+
+
+def levels_of(start: Path, folder: Path, scale: Scale) -> list[dict[str, Any]]:
+    """Format, Pass@1 and Pass@32 of the start policy on tune problems of every level."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found: list[dict[str, Any]] = []
+    policy: Policy | None = None
+    for number, level in enumerate(scale.levels):
+        path = folder / f"{number}.json"
+        if not path.is_file():
+            policy = policy or load_policy(str(start), lora_rank=0)
+            write_json(path, _judged(policy, level, scale.per_level, folder / f"{number}.jsonl"))
+        found.append(read_json(path, needs=("level", *WANTED)))
+    return found
+
+
+def _judged(policy: Policy, level: Level, count: int, save_to: Path) -> dict[str, Any]:
+    worked = itertools.islice(worked_stories("tune", 0, [level]), count)
+    result = evaluate(
+        policy, [w.problem for w in worked], ks=(1, _TRIES), num_generations=_TRIES,
+        save_to=save_to,
+    )  # fmt: skip
+    formed = [parse_answer(c["text"]) is not None for c in result["completions"]]
+    told = {"level": list(level), "format": statistics.fmean(formed)}
+    return told | {name: result[name] for name in ("pass@1", "pass@32", "length")}
+
+
+def _mean_of(measured: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> dict[str, float]:
+    return {name: statistics.fmean(measured[i][name] for i in chosen) for name in WANTED}
+
+
+def _distance(found: Mapping[str, float]) -> float:
+    """How far a start policy is outside the wanted ranges; 0 inside them."""
+    return sum(
+        max(low - found[name], found[name] - high, 0.0) for name, (low, high) in WANTED.items()
+    )
+
+
+def chosen_levels(measured: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Numbers of the levels whose problems, equally many of each, suit the start policy best.
+
+    Best is the set of levels whose means are least outside of :data:`WANTED`; then the one nearest
+    to the middle of the ranges of Pass@1 and Pass@32.
+    """
+
+    def badness(chosen: tuple[int, ...]) -> tuple[float, float]:
+        found = _mean_of(measured, chosen)
+        middle = {name: sum(WANTED[name]) / 2 for name in ("pass@1", "pass@32")}
+        off = sum(abs(found[name] - value) for name, value in middle.items())
+        return round(_distance(found), 9), round(off, 9)
+
+    sets: Iterator[tuple[int, ...]] = (
+        chosen
+        for size in range(len(measured), 0, -1)
+        for chosen in itertools.combinations(range(len(measured)), size)
+    )
+    return list(min(sets, key=badness))
+
+
+def _files(folder: Path, levels: Sequence[Level], size: Size) -> tuple[Path, Path]:
+    """Files of train and test problems, in GSM8K's format, made again if they are missing."""
+    paths = folder / "train.jsonl", folder / "test.jsonl"
+    # The warm start has seen the train stream of seed 0.
+    for path, split, seed, count in (
+        (paths[0], "train", 1, _TRAIN_PROBLEMS), (paths[1], "test", 0, size.problems),
+    ):  # fmt: skip
+        if not path.is_file():
+            write_worked(path, list(itertools.islice(worked_stories(split, seed, levels), count)))
+    return paths
+
+
+def _costs(jobs: Sequence[dict], kept: Path) -> dict[str, dict[str, list]]:
+    """Tokens sampled in training, by row and seed. The minutes are in the rows themselves."""
+    tokens: dict[str, list[float]] = {}
+    for job, pair in zip(jobs, finished(jobs, kept)):
+        if job["config"] is not None:
+            name = Path(job["run"]).name.rsplit("-", 1)[0]
+            rows = job["config"]["prompts_per_step"] * job["config"]["num_generations"]
+            tokens.setdefault(name, []).append(round(rows * sum(pair["curve"]["length"])))
+    return {"tokens": tokens}
+
+
+def real_training_table(results: Mapping) -> str:
+    """The rows as :func:`iapo_mini.lab.results.comparison_table` shows them, with their costs."""
+    from iapo_mini.lab.results import comparison_table
+
+    lines = comparison_table(dict(results)).splitlines()
+    lines[0] += " training (minutes) | training (1000 tokens) |"
+    lines[1] += "---|---|"
+    for i, (name, row) in enumerate(results["methods"].items(), start=2):
+        minutes = statistics.fmean(row["train_minutes"])
+        sampled = statistics.fmean(results["tokens"].get(name, [0]))
+        lines[i] += f" {minutes:.0f} | {sampled / 1000:.0f} |"
+    if not results["within"]:
+        told = ", ".join(f"{name} {value:.2f}" for name, value in results["expected"].items())
+        lines.append(f"\nThe start policy is outside of the wanted ranges: {told}.")
+    return "\n".join(lines)

@@ -1,0 +1,181 @@
+"""A warm start for a real model: it learns the paper's format from worked solutions.
+
+A published model rarely writes the tags that the reward asks for, and a run would begin with
+learning to write them. So an adapter is trained first, supervised, by transformers' ``Trainer`` on
+worked stories (:mod:`iapo_mini.lab.school`). The start policy of all runs is the model with this
+adapter merged into it. The adapter itself is kept beside it.
+
+The closing tags are tokens of their own in training, as they are when the estimator forces an
+answer. The tokenizer would merge some of them with the character before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from iapo_mini.chat import continuation_ids
+from iapo_mini.files import read_json, replace_folder, same_settings, write_json
+from iapo_mini.lab.school import LEVELS, Level, Worked, worked_stories
+from iapo_mini.logprobs import token_logprobs
+from iapo_mini.policy import Policy, load_policy
+from iapo_mini.rollouts import Rollouts
+from iapo_mini.sampling import encode_prompts, from_ids
+from iapo_mini.tasks import POSTFIX
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Settings of a warm start.
+
+    Attributes:
+        model: folder or hub id of a model.
+        steps: optimiser steps.
+        batch_size: worked stories per step.
+        learning_rate: peak of AdamW's learning rate, after a warm-up over a tenth of the steps; it
+            falls to zero along a cosine.
+        lora_rank: rank of the adapter.
+        levels: difficulties of the stories, each equally often.
+        seed: seed of stories and adapter.
+        save_every: steps between checkpoints.
+    """
+
+    model: str
+    steps: int = 150
+    batch_size: int = 8
+    learning_rate: float = 5e-4
+    lora_rank: int = 32
+    levels: tuple[Level, ...] = LEVELS
+    seed: int = 0
+    save_every: int = 25
+
+
+def completion_tokens(policy: Policy, worked: Worked) -> list[int]:
+    """Token ids of a worked solution, in which the closing tags are tokens of their own."""
+    before, tags, answer = worked.text().partition(POSTFIX)
+    ids = [continuation_ids(policy.tokenizer, text) for text in (before, tags, answer)]
+    return [*itertools.chain(*ids), int(policy.eos_ids[0])]
+
+
+def collated(policy: Policy, rows: Sequence[Worked]) -> dict[str, torch.Tensor]:
+    """Prompts (B, P) and completions (B, L) of worked solutions, ids and masks as in Rollouts."""
+    prompt_ids, prompt_mask = encode_prompts(policy, [row.problem for row in rows])
+    ids = [completion_tokens(policy, row) for row in rows]
+    made = from_ids(policy, prompt_ids, prompt_mask, ids, 1)
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    return {name: getattr(made, name) for name in names}
+
+
+def supervised_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy of the completions in a batch of :func:`collated`, nats per token."""
+    mask = batch["completion_mask"]
+    rollouts = Rollouts(
+        batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], mask,
+        old_logprobs=torch.zeros(mask.shape, device=mask.device), num_generations=1,
+        finished=mask.any(1),
+    )  # fmt: skip
+    logprobs, _ = token_logprobs(model, rollouts)
+    return -logprobs.sum() / mask.sum()
+
+
+class _Supervised(Trainer):
+    """transformers' trainer with our loss, whose vocabulary head runs in chunks."""
+
+    _last = 0.0
+
+    def compute_loss(self, model: Any, inputs: dict, *given: Any, **named: Any) -> torch.Tensor:
+        """The supervised loss of a batch."""
+        return supervised_loss(model, inputs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the seconds since the last entry; the entries are kept in checkpoints."""
+        now = time.perf_counter()
+        super().log({**logs, "seconds": now - (self._last or now)}, start_time)
+        self._last = now
+
+    def training_step(self, *given: Any, **named: Any) -> torch.Tensor:
+        """Start the clock at the first step, then train as usual."""
+        self._last = self._last or time.perf_counter()
+        return super().training_step(*given, **named)
+
+
+def _newest(folder: Path) -> str | None:
+    """The newest checkpoint that is complete: its state is written last."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(path)
+    return None
+
+
+def _train(policy: Policy, lessons: Sequence[Worked], how: WarmStart, folder: Path) -> list[dict]:
+    """Train the adapter in place; return the entries of the log."""
+    settings = TrainingArguments(
+        str(folder), max_steps=how.steps, per_device_train_batch_size=how.batch_size,
+        learning_rate=how.learning_rate, lr_scheduler_type="cosine",
+        warmup_steps=max(1, how.steps // 10), weight_decay=0.0, max_grad_norm=1.0, seed=how.seed,
+        logging_steps=min(10, how.steps), save_steps=how.save_every, save_total_limit=2,
+        use_cpu=policy.device.type == "cpu", remove_unused_columns=False, report_to=[],
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    # Its type names torch's Dataset, but any sequence serves.
+    data: dict[str, Any] = {
+        "train_dataset": lessons, "data_collator": functools.partial(collated, policy),
+    }  # fmt: skip
+    trainer = _Supervised(policy.model, settings, **data)
+    trainer.train(resume_from_checkpoint=_newest(folder))
+    return trainer.state.log_history
+
+
+def warm_start(folder: Path, how: WarmStart) -> dict[str, Any]:
+    """Make the start policy in ``folder/model`` and its adapter in ``folder/adapter``.
+
+    A finished one is not made again, and an interrupted one continues from its newest checkpoint.
+
+    Returns:
+        The content of ``folder/warm_start.json``: ``settings``, ``minutes`` and ``loss``, pairs of
+        a step and the mean loss of the steps before it (nats per token).
+
+    Raises:
+        ValueError: when the folder holds a warm start with other settings, or accelerate, which
+            transformers' trainer needs, is not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    same_settings(folder / "settings.json", "warm start", asdict(how))
+    path = folder / "warm_start.json"
+    if path.is_file():
+        return read_json(path, needs=("settings", "minutes", "loss"))
+    policy = load_policy(how.model, lora_rank=how.lora_rank, seed=how.seed)
+    count = how.steps * how.batch_size
+    lessons = list(itertools.islice(worked_stories("train", how.seed, how.levels), count))
+    try:
+        log = _train(policy, lessons, how, folder / "checkpoints")
+    except ImportError as error:
+        raise ValueError(
+            "a warm start needs accelerate, which is not installed; pip install accelerate."
+        ) from error
+    policy.model.eval()
+    replace_folder(folder / "adapter", policy.save)
+    plain = policy.merged()
+
+    def write(target: Path) -> None:
+        plain.save_pretrained(target)
+        policy.tokenizer.save_pretrained(target)
+
+    replace_folder(folder / "model", write)
+    write_json(path, {
+        "settings": asdict(how),
+        "minutes": sum(entry["seconds"] for entry in log) / 60,
+        "loss": [[entry["step"], entry["loss"]] for entry in log if "loss" in entry],
+    })  # fmt: skip
+    return read_json(path)
