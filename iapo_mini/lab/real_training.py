@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -226,11 +226,11 @@ def chosen_levels(measured: Sequence[Mapping[str, Any]]) -> list[int]:
         off = sum(abs(found[name] - value) for name, value in middle.items())
         return round(_distance(found), 9), round(off, 9)
 
-    sets: Iterator[tuple[int, ...]] = (
+    sets: list[tuple[int, ...]] = [
         chosen
         for size in range(len(measured), 0, -1)
         for chosen in itertools.combinations(range(len(measured)), size)
-    )
+    ]
     return list(min(sets, key=badness))
 
 
