@@ -8,15 +8,19 @@ from iapo_mini.policy import Policy
 from iapo_mini.rollouts import Rollouts
 
 
+def ends_sentence(text: str) -> bool:
+    """Whether this text ends a sentence: with one of ``. ! ? >`` or a line break, then spaces."""
+    return text.rstrip(" ").endswith((".", "!", "?", ">", "\n"))
+
+
 def sentence_ends(policy: Policy, rollouts: Rollouts) -> torch.Tensor:
     """(B, L + 1) bool: the first and last prefix, and those that end a sentence, a line or a tag.
 
-    A token ends a sentence when its text ends with one of ``. ! ? >`` or a line break.
+    A token ends a sentence when its text does (:func:`ends_sentence`).
     """
     vocabulary = torch.unique(rollouts.completion_ids)
     texts = policy.tokenizer.batch_decode(vocabulary[:, None], skip_special_tokens=False)
-    last = [text.rstrip(" ")[-1:] for text in texts]
-    ends = vocabulary[[c in set(".!?>\n") and c != "" for c in last]]
+    ends = vocabulary[[ends_sentence(text) for text in texts]]
     out = torch.isin(rollouts.completion_ids, ends) & rollouts.completion_mask
     out = torch.nn.functional.pad(out, (1, 0), value=True)
     return out.scatter_(1, rollouts.lengths[:, None], True)
