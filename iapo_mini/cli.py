@@ -18,6 +18,7 @@ from typing import Any
 from iapo_mini import __version__
 from iapo_mini import command_options as options
 from iapo_mini.config import CARDS, TrainConfig
+from iapo_mini.early_exit.question import Stopping
 from iapo_mini.errors import (
     MOST_PROBLEMS,
     MOST_ROWS,
@@ -122,11 +123,22 @@ def _check_evaluate(args: argparse.Namespace) -> None:
     check_device(args.device)
 
 
+def _stopping(args: argparse.Namespace) -> Stopping | None:
+    """The rule of early exit that these options name, or None."""
+    rule, stride = args.early_exit, args.early_exit_stride
+    if rule is not None:
+        return Stopping(rule, "sentence" if stride is None else stride)
+    if stride is not None:
+        raise ValueError(f"early_exit must be given with early_exit_stride, got only {stride!r}")
+    return None
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     from iapo_mini.problems.datasets import check_data, load_problems
     from iapo_mini.problems.stories import stories
 
     _check_evaluate(args)
+    stopping = _stopping(args)
     check_in_reach(args.model)
     check_data(args.data, args.split, args.data_file)
     if args.data == "stories":
@@ -138,6 +150,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     import torch
 
+    from iapo_mini.early_exit.stopping import exits_text
     from iapo_mini.evaluation import check_out, evaluate, evaluation_table
     from iapo_mini.files import versions, writable_folder, write_json
 
@@ -148,10 +161,12 @@ def _evaluate(args: argparse.Namespace) -> None:
         _policy(args), problems, ks=args.k, num_generations=max(args.k),
         max_completion_length=args.max_completion_length, temperature=args.temperature,
         batch_size=args.batch_size, seed=args.seed, save_to=out.with_suffix(".jsonl"),
-        lenient=args.lenient,
+        lenient=args.lenient, early_exit=stopping,
     )  # fmt: skip
     del result["completions"]  # they are in their file
     print(evaluation_table(result, args.k))
+    if stopping is not None:
+        print("\n" + exits_text(result, stopping, len(problems) * max(args.k)))
     of = "" if args.data == "stories" else f" of {found}"
     print(f"\n{len(problems)}{of} problems of {args.data} ({args.split}); 95% intervals by "
           "bootstrap over problems.")  # fmt: skip
@@ -167,7 +182,11 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 def _digest(args: argparse.Namespace) -> str:
     """Eight characters of the hash of all settings of a command, except where results go."""
     settings = {
-        name: x for name, x in _given(args).items() if name not in ("out", "threads", "lenient")
+        name: x
+        for name, x in _given(args).items()
+        if name not in ("out", "threads", "lenient")
+        # Left out when not given, so that results keep the names that earlier versions gave them.
+        and not (name.startswith("early_exit") and x is None)
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from iapo_mini.options import add_policy_options, add_train_options, number, whole
+from iapo_mini.options import (
+    add_policy_options,
+    add_train_options,
+    number,
+    number_or_word,
+    whole,
+    whole_or_word,
+)
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +63,13 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="also count right answers in any format: the last answer tag, the last boxed answer, "
         "or the last number of the text",
     )  # fmt: skip
+    add("--early-exit", type=number_or_word, metavar="NATS|agree",
+        help="stop thinking when the entropy of the forced answer is below so many nats, or, with "
+        "'agree', when the same answer is forced twice in a row (default: let the policy think)",
+    )  # fmt: skip
+    add("--early-exit-stride", type=whole_or_word, metavar="INT|WORD",
+        help="ask for the forced answer after every so many tokens, or at ends of sentences "
+        "(default: sentence)")  # fmt: skip
     add("--out",
         help="JSON file of results; completions go beside it as JSONL, and the same command "
         "continues from them (default: in runs/evaluate, named by the settings)")  # fmt: skip

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 from tqdm.auto import tqdm
 
 from iapo_mini.adapters import fingerprint_of_weights
+from iapo_mini.early_exit.question import Stopping
+from iapo_mini.early_exit.stopping import RECORDED, room_to_ask, sample_until_sure
 from iapo_mini.files import read_json, replace_text, write_json
 from iapo_mini.intervals import format_interval
 from iapo_mini.policy import Policy
@@ -74,6 +76,7 @@ def evaluate(
     progress: bool = True,
     save_to: str | Path | None = None,
     lenient: bool = False,
+    early_exit: Stopping | None = None,
 ) -> dict[str, Any]:
     """Sample completions for every problem and report the paper's three metrics.
 
@@ -92,12 +95,15 @@ def evaluate(
             problems and settings, sampling continues after the last complete batch. The numbers are
             the same as without a break, because every batch has its own seed.
         lenient: also judge answers in whatever format (:func:`iapo_mini.rewards.lenient_answer`).
+        early_exit: stop thinking when the forced answer is sure; default: let the policy think.
 
     Returns:
         ``{"pass@k", "length@k", "ratio@k" for each k, "length" (mean tokens of all completions),
         "problems", "intervals": {metric: [low, high]}, "completions": [{"problem", "text",
-        "correct", "tokens"}, ...]}``, and with ``lenient`` "lenient pass@k" for each k. Pass@k is
-        the unbiased estimator; Length@k is the mean length of the first k; Ratio@k is per token.
+        "correct", "tokens"}, ...]}``, and with ``lenient`` "lenient pass@k" for each k. With
+        ``early_exit`` also "asking", the mean tokens forwarded for asking ("length" leaves them
+        out), and "cut", the share of thoughts that were cut. Pass@k is the unbiased estimator;
+        Length@k is the mean length of the first k; Ratio@k is per token.
         Intervals are 95%, by bootstrap over the problems.
 
     Raises:
@@ -110,14 +116,18 @@ def evaluate(
         if not 1 <= k <= num_generations:
             raise ValueError(f"k must be 1 to num_generations = {num_generations}, got {k}")
     check_completion(policy, problems[0])
-    check_length(policy, problems, max_completion_length)
-    how = _Sampling(num_generations, max_completion_length, temperature, batch_size, seed)
+    check_length(policy, problems, max_completion_length + room_to_ask(policy, early_exit))
+    options = (num_generations, max_completion_length, temperature, batch_size, seed)
+    how = _Sampling(*options, early_exit)
     path = None if save_to is None else Path(save_to)
     completions = _sample_all(policy, problems, how, path, progress)
+    names = ("tokens", *(() if early_exit is None else RECORDED))
+    values = [[float(c[name]) for c in completions] for name in names]
+    lengths, *others = torch.tensor(values, dtype=torch.float64).view(
+        len(names), len(problems), num_generations
+    )
     right = torch.tensor([c["correct"] for c in completions]).view(len(problems), -1).sum(1)
-    tokens = torch.tensor([c["tokens"] for c in completions], dtype=torch.float64)
-    lengths = tokens.view(len(problems), -1)
-    metrics = summary(right.tolist(), lengths, ks)
+    metrics = summary(right.tolist(), lengths, ks, dict(zip(RECORDED, others)))
     if lenient:
         also = torch.tensor(
             [lenient_correct(c["text"], problems[c["problem"]].answer) for c in completions]
@@ -129,13 +139,19 @@ def evaluate(
     return {**metrics, "completions": completions}
 
 
-def summary(right: Sequence[int], tokens: torch.Tensor, ks: Sequence[int]) -> dict[str, Any]:
+def summary(
+    right: Sequence[int],
+    tokens: torch.Tensor,
+    ks: Sequence[int],
+    more: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, Any]:
     """Compute the three metrics with 95% intervals from counts alone.
 
     Args:
         right: N numbers of right completions, one for each problem.
         tokens: (N, G) fp64, lengths of the G completions of each problem, in sampling order.
         ks: values of k, each 1 to G.
+        more: name -> (N, G) fp64, further values of the completions, of which means are reported.
 
     Returns:
         The dictionary of :func:`evaluate`, without the completions.
@@ -154,8 +170,9 @@ def summary(right: Sequence[int], tokens: torch.Tensor, ks: Sequence[int]) -> di
         quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
         result["intervals"][name] = torch.quantile(draws, quantiles).tolist()
 
-    whole = tokens.mean(1)
-    add("length", float(whole.mean()), whole[resample].mean(1))
+    for name, values in {"length": tokens, **(more or {})}.items():
+        whole = values.mean(1)
+        add(name, float(whole.mean()), whole[resample].mean(1))
     for k in ks:
         passed = torch.tensor([pass_at_k(group, c, k) for c in right], dtype=torch.float64)
         length = tokens[:, :k].mean(1)
@@ -176,6 +193,7 @@ class _Sampling:
     temperature: float
     batch_size: int
     seed: int
+    early_exit: Stopping | None
 
     @property
     def problems_at_once(self) -> int:
@@ -283,15 +301,17 @@ def _sample_batch(
     on_token: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
     """Sample and judge a batch of problems from number ``start``; each batch has its own seed."""
-    rollouts = sample(
-        policy,
-        part,
-        num_generations=how.num_generations,
-        max_completion_length=how.max_completion_length,
-        temperature=how.temperature,
-        seed=how.seed * 1_000_003 + start,
-        on_token=on_token,
-    )
+    options: dict[str, Any] = {
+        "num_generations": how.num_generations, "temperature": how.temperature,
+        "max_completion_length": how.max_completion_length,
+        "seed": how.seed * 1_000_003 + start, "on_token": on_token,
+    }  # fmt: skip
+    of_exits: list[dict[str, Any]] = [{}] * (len(part) * how.num_generations)
+    if how.early_exit is None:
+        rollouts = sample(policy, part, **options)
+    else:
+        rollouts, exits = sample_until_sure(policy, part, how.early_exit, **options)
+        of_exits = exits.records()
     rollouts = score(rollouts, policy.tokenizer, part)
     texts, lengths = rollouts.texts(policy.tokenizer), rollouts.lengths.tolist()
     return [
@@ -300,6 +320,7 @@ def _sample_batch(
             "text": text,
             "correct": bool(rollouts.correct[i]),
             "tokens": lengths[i],
+            **of_exits[i],
         }
         for i, text in enumerate(texts)
     ]
@@ -335,29 +356,35 @@ def _restore(path: Path, settings: dict[str, Any], sizes: Sequence[int]) -> list
                     f"{name} is {value!r}, but the completions in '{path}' were made with "
                     f"{before.get(name)!r}; use the same settings, or name another file."
                 )
-        found = read_completions(path, settings["num_generations"])
+        cuts = settings["early_exit"] is not None
+        found = read_completions(path, settings["num_generations"], cuts)
         found = found[: max(n for n in sizes if n <= len(found))]
     write_json(saved, settings)
     replace_text(path, "".join(json.dumps(completion) + "\n" for completion in found))
     return found
 
 
-def read_completions(path: Path, num_generations: int) -> list[dict[str, Any]]:
+def read_completions(
+    path: Path, num_generations: int, early_exit: bool = False
+) -> list[dict[str, Any]]:
     """Read the completions that :func:`evaluate` has written, without an incomplete last line.
+
+    With ``early_exit`` they also hold what :data:`RECORDED` names.
 
     Raises:
         ValueError: naming the first line that does not hold the expected completion.
     """
     *lines, rest = path.read_bytes().split(b"\n")
     found = []
+    needs: dict[str, type] = {"problem": int, "text": str, "correct": bool, "tokens": int}
+    needs |= RECORDED if early_exit else {}
     for number, line in enumerate([*lines, rest] if rest else lines, start=1):
         try:
             row = json.loads(line)
-            kinds = {name: type(row[name]) for name in ("problem", "text", "correct", "tokens")}
+            kinds = {name: type(row[name]) for name in needs}
         except (ValueError, TypeError, KeyError, RecursionError):
             row, kinds = {}, {}
-        right = [*kinds.values()] == [int, str, bool, int]
-        if right and row["problem"] == (number - 1) // num_generations:
+        if kinds == needs and row["problem"] == (number - 1) // num_generations:
             found.append(row)
         elif number <= len(lines):
             raise ValueError(

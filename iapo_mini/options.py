@@ -56,9 +56,18 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"must be a number, got {shown(text)}") from None
 
 
-def _number_or_word(text: str) -> int | str:
+def whole_or_word(text: str) -> int | str:
+    """Parse an option that is a whole number or a word; the code that uses it checks both."""
     try:
         return int(text)
+    except ValueError:
+        return text
+
+
+def number_or_word(text: str) -> float | str:
+    """Parse an option that is a number or a word; the code that uses it checks both."""
+    try:
+        return float(text)
     except ValueError:
         return text
 
@@ -124,7 +133,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         if kinds == {bool}:
             settings["action"] = argparse.BooleanOptionalAction
         elif kinds == {int, str}:
-            settings |= {"type": _number_or_word, "metavar": "INT|WORD"}
+            settings |= {"type": whole_or_word, "metavar": "INT|WORD"}
         else:
             (kind,) = kinds
             settings |= {"type": _TYPES[kind], "metavar": kind.__name__.upper()}

@@ -112,21 +112,29 @@ def check_sampling(
     check_temperature(temperature)
 
 
-class _Rows:
-    """The rows of a batch that are still in use: all at first, then those that are not retired."""
+class Rows:
+    """The rows of a batch that are still in use: all at first, then those that are not retired.
+
+    Attributes:
+        width: P, columns of the prompts in the cache.
+        positions: (b,) long, number of prompt tokens.
+        attend: (b, 1, 1, P + L) bool, the columns that a row may attend to.
+        active: (b,) long, row number in the full batch.
+        running: (b,) bool, not ended.
+    """
 
     def __init__(
         self, prompt_mask: torch.Tensor, num_generations: int, longest: int, keep_cache: bool
     ) -> None:
         mask = prompt_mask.repeat_interleave(num_generations, dim=0)
         total, self.width = mask.shape
-        self.positions = mask.sum(1)  # (b,) long, tokens of the prompt
-        self.attend = torch.ones(  # (b, 1, 1, P + L) bool
+        self.positions = mask.sum(1)
+        self.attend = torch.ones(
             total, 1, 1, self.width + longest, dtype=torch.bool, device=mask.device
         )
         self.attend[:, 0, 0, : self.width] = mask
-        self.active = torch.arange(total, device=mask.device)  # (b,) long, rows of the full batch
-        self.running = torch.ones(total, dtype=torch.bool, device=mask.device)  # (b,) not ended
+        self.active = torch.arange(total, device=mask.device)
+        self.running = torch.ones(total, dtype=torch.bool, device=mask.device)
         self.padding = (self.width - self.positions).tolist()  # of the full batch
         self.kept: list[Any] | None = [None] * total if keep_cache else None
 
@@ -165,13 +173,22 @@ class _Rows:
         return order
 
 
+Force = Callable[[int, Rows, torch.Tensor, Cache], torch.Tensor]
+"""(number of tokens so far, rows in use, ids (B, L) of all rows, cache of the rows in use) ->
+(b,) long, the next token of each row, or -1 where the policy shall choose it."""
+
+
 def _draw(
-    logits: torch.Tensor, uniform: torch.Tensor, temperature: float
+    logits: torch.Tensor,
+    uniform: torch.Tensor,
+    temperature: float,
+    forced: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw one token for each row by inverse CDF, or take the most likely at temperature 0.
 
     Args:
         logits: (b, V); uniform: (b,) in 0..1.
+        forced: (b,) long, tokens to take instead of drawing, or -1.
 
     Returns:
         Tokens (b, 1) long, their log-probabilities (b,) and the entropies (b,) of the distributions
@@ -181,11 +198,13 @@ def _draw(
     p = log_p.exp()
     if temperature == 0:
         token = log_p.argmax(-1, keepdim=True)
-        return token, log_p.gather(1, token)[:, 0], -p.mul_(log_p.clamp_(min=NEVER)).sum(-1)
-    cdf = p.cumsum(-1)
-    # Rounding could point past the vocabulary; scaling by the last entry prevents that.
-    token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)
-    token = token.clamp(max=cdf.shape[1] - 1)
+    else:
+        cdf = p.cumsum(-1)
+        # Rounding could point past the vocabulary; scaling by the last entry prevents that.
+        token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)
+        token = token.clamp(max=cdf.shape[1] - 1)
+    if forced is not None:
+        token = torch.where(forced < 0, token[:, 0], forced)[:, None]
     return token, log_p.gather(1, token)[:, 0], -p.mul_(log_p.clamp_(min=NEVER)).sum(-1)
 
 
@@ -253,12 +272,14 @@ def sample_after(
     seed: int = 0,
     keep_cache: bool = False,
     on_token: Callable[[int, int], object] = lambda tokens, running: None,
+    force: Force | None = None,
 ) -> Rollouts:
     """Sample after given tokens: prompts, or prompts with the start of a completion.
 
     Args:
         prompt_ids, prompt_mask: (N, P) long and bool, left-padded. The other arguments are those
             of :func:`sample`.
+        force: called before each token; it may choose tokens in place of the policy.
     """
     model, device = policy.for_inference(), policy.device
     total, longest = len(prompt_ids) * num_generations, max_completion_length
@@ -266,14 +287,15 @@ def sample_after(
     generator = torch.Generator(device).manual_seed(seed)
     cache = Cache(layer_class_to_replicate=_GrowingLayer)
     logits = _first_logits(model, cache, prompt_ids, prompt_mask, num_generations)
-    rows = _Rows(prompt_mask, num_generations, longest, keep_cache)
+    rows = Rows(prompt_mask, num_generations, longest, keep_cache)
     pad, stops = policy.tokenizer.pad_token_id, policy.eos_ids
     ids = torch.full((total, longest), pad, dtype=torch.long, device=device)
     logprobs, entropies = torch.zeros(2, total, longest, device=device)
     lengths = torch.full((total,), longest, device=device)
     for t in range(longest):
         uniform = torch.rand(total, generator=generator, device=device)[rows.active]
-        token, log_p, entropy = _draw(logits, uniform, temperature)
+        forced = None if force is None else force(t, rows, ids, cache)
+        token, log_p, entropy = _draw(logits, uniform, temperature, forced)
         running, alive = rows.running, rows.active[rows.running]
         ids[alive, t] = token[running, 0]
         logprobs[alive, t], entropies[alive, t] = log_p[running], entropy[running]

@@ -6,4 +6,5 @@
   are laid out in :mod:`~iapo_mini.early_exit.layout`.
 * :mod:`~iapo_mini.early_exit.strides`: asking after some prefixes only.
 * :mod:`~iapo_mini.early_exit.reading`: the entropy of the policy's answer.
+* :mod:`~iapo_mini.early_exit.stopping`: the same question at inference, to stop thinking early.
 """

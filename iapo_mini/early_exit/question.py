@@ -74,6 +74,42 @@ EVERY_PREFIX = EarlyExit()
 """The paper's settings: ask after every token, with the paper's postfix."""
 
 
+AGREE = "agree"
+"""Rule of :class:`Stopping`: the same forced answer twice in a row."""
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When to stop thinking at inference (dynamic early exit, arXiv 2504.15895).
+
+    Attributes:
+        rule: a number of nats: stop when the entropy of the forced answer's first token is below
+            it. Or ``"agree"``: stop when the most probable forced answer is the same twice in a
+            row. For a model that writes numbers digit by digit, the first token is only the first
+            digit, so ``"agree"`` is the safer rule there.
+        stride: ask after every ``stride`` tokens, or ``"sentence"`` to ask at ends of sentences.
+        postfix: text that ends the thought and forces an answer.
+
+    Raises:
+        ValueError: for a value out of range, naming it and what is allowed.
+    """
+
+    rule: float | str
+    stride: int | str = "sentence"
+    postfix: str = POSTFIX
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rule, str):
+            if self.rule != AGREE:
+                raise ValueError(
+                    f"early_exit must be a number of nats above 0, or '{AGREE}', got "
+                    f"{shown(self.rule)}"
+                )
+        else:
+            check_number("early_exit", self.rule, above=0, most=MOST_REAL)
+        check_stride(self.stride, "early_exit_stride")
+
+
 @dataclass(frozen=True)
 class Question:
     """A suffix to append after a prefix, and the values to compute from the predictions at its end.

@@ -9,11 +9,16 @@ from iapo_mini.policy import Policy
 from iapo_mini.rollouts import Rollouts
 
 
+def ends_sentence(text: str) -> bool:
+    """Whether this text ends a sentence: with one of ``. ! ? >`` or a line break, then spaces."""
+    return text.rstrip(" ").endswith((".", "!", "?", ">", "\n"))
+
+
 def sentence_ends(policy: Policy, rollouts: Rollouts) -> torch.Tensor:
     """(B, L + 1) bool: the first and last prefix, and those that end a sentence, a line or a tag.
 
-    A token ends a sentence when its text ends with one of ``. ! ? >`` or a line break. A point
-    that a letter, a digit or a point follows at once does not, as in ``2.50`` or ``e.g.``.
+    A token ends a sentence when its text does (:func:`ends_sentence`). A point that a letter, a
+    digit or a point follows at once does not, as in ``2.50`` or ``e.g.``.
     """
     vocabulary = torch.unique(rollouts.completion_ids).tolist()
     text_of = dict(zip(vocabulary, token_texts(policy.tokenizer, vocabulary)))
@@ -21,9 +26,8 @@ def sentence_ends(policy: Policy, rollouts: Rollouts) -> torch.Tensor:
     for row, n in enumerate(rollouts.lengths.tolist()):
         texts = [text_of[i] for i in rollouts.completion_ids[row, :n].tolist()]
         for t, (text, following) in enumerate(zip(texts, [*texts[1:], ""])):
-            last = text.rstrip(" ")[-1:]
             inside = text[-1:] == "." and (following[:1].isalnum() or following[:1] == ".")
-            out[row, t] = last != "" and last in ".!?>\n" and not inside
+            out[row, t] = ends_sentence(text) and not inside
     out = torch.nn.functional.pad(out, (1, 0), value=True)
     return out.scatter_(1, rollouts.lengths[:, None], True)
 

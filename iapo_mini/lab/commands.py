@@ -21,9 +21,11 @@ EXPERIMENTS = {
     "oracle": "s and value from real continuations: agreement with early exits, and training",
     "selection": "bias of a number by which the checkpoint was chosen; six runs of IAPO",
     "starts": "GRPO, IAPO-NE and IAPO from more and less calibrated policies; five seeds",
+    "early-exit": "accuracy against tokens when sure thoughts are cut at inference; three seeds",
     "claims": "every claim of the paper against our results; makes missing runs, also of theory",
 }
-"""Experiment -> description. Each is a function in the module of its name (tune: in tuning)."""
+"""Experiment -> description. Each is a function in the module of its name (tune: in tuning; a
+hyphen stands for an underscore)."""
 
 
 def add_lab(commands: argparse._SubParsersAction) -> None:
@@ -41,6 +43,8 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
         part.add_argument(
             "--parallel", type=whole, help="number of processes at a time (default: one per core)"
         )
+        if name == "early-exit":
+            _add_early_exit(part)
     theory = parts.add_parser("theory", help="compare the paper's theory with measurements")
     theory.set_defaults(run_command=_theory)
     theory.add_argument(
@@ -60,6 +64,13 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
     for part in (theory, figures):
         part.add_argument("--figures", default="figures", help="folder of figures (%(default)s)")
         part.add_argument("--threads", type=whole, default=2, help="CPU threads (%(default)s)")
+
+
+def _add_early_exit(part: argparse.ArgumentParser) -> None:
+    add = part.add_argument
+    add("--adapter", default="", help="an adapter trained by IAPO (default: train three seeds)")
+    add("--untrained", action="store_true", help="leave the trained policies out")
+    add("--model", default="", help="another model to run as well, folder or hub id (slow)")
 
 
 def _add_real(parts: argparse._SubParsersAction) -> None:
@@ -169,18 +180,20 @@ def _experiment(args: argparse.Namespace) -> None:
     """Make the missing runs of an experiment; print its table and the paths of its files."""
     from iapo_mini.lab.results import comparison_table, results_path
 
-    file = "tuning" if args.experiment == "tune" else args.experiment
+    experiment = args.experiment.replace("-", "_")
+    file = "tuning" if experiment == "tune" else experiment
     module = importlib.import_module(f"iapo_mini.lab.{file}")
-    options = {name: getattr(args, name) for name in ("preset", "out", "figures", "parallel")}
-    results = getattr(module, args.experiment)(**options)
-    if args.experiment == "claims":
+    names = ("preset", "out", "figures", "parallel", "adapter", "untrained", "model")
+    options = {name: getattr(args, name) for name in names if name in args}
+    results = getattr(module, experiment)(**options)
+    if experiment == "claims":
         print(results)
         return
-    if args.experiment == "table1":
+    if experiment == "table1":
         for metric in ("pass", "length", "ratio"):
             print(comparison_table(results, metric) + "\n")
-    elif hasattr(module, f"{args.experiment}_table"):
-        print(getattr(module, f"{args.experiment}_table")(results) + "\n")
+    elif hasattr(module, f"{experiment}_table"):
+        print(getattr(module, f"{experiment}_table")(results) + "\n")
     print(f"Every number: {results_path(Path(args.figures), file, args.preset)}")
     print(f"Figures: {Path(args.figures)}")
 

@@ -220,18 +220,17 @@ def chosen_levels(measured: Sequence[Mapping[str, Any]]) -> list[int]:
     to the middle of the ranges of Pass@1 and Pass@32.
     """
 
-    def badness(chosen: tuple[int, ...]) -> tuple[float, float]:
+    def badness(chosen: Sequence[int]) -> tuple[float, float]:
         found = _mean_of(measured, chosen)
         middle = {name: sum(WANTED[name]) / 2 for name in ("pass@1", "pass@32")}
         off = sum(abs(found[name] - value) for name, value in middle.items())
         return round(_distance(found), 9), round(off, 9)
 
-    sets: list[tuple[int, ...]] = [
-        chosen
-        for size in range(len(measured), 0, -1)
-        for chosen in itertools.combinations(range(len(measured)), size)
-    ]
-    return list(min(sets, key=badness))
+    sets: list[tuple[int, ...]] = []
+    for size in range(len(measured), 0, -1):
+        sets += itertools.combinations(range(len(measured)), size)
+    best = min(sets, key=badness)
+    return list(best)
 
 
 def _files(folder: Path, levels: Sequence[Level], size: Size) -> tuple[Path, Path]:

@@ -39,7 +39,8 @@ The name of a file contains ``<preset>`` unless it is ``full``; files of compare
       means      method -> aggregation -> {"length", "pass@1", "pass@k", "entropy": [per seed],
                  "length_by_step": [one per seed: [one per step]]}, settings as tuned
 
-    figures/results/theory.json, departures.json, starts.json    see the modules with these names
+    figures/results/theory.json, departures.json, starts.json, early_exit.json
+      see the modules with these names
 """
 
 from __future__ import annotations

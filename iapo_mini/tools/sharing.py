@@ -153,6 +153,8 @@ def _of_evaluation(path: Path) -> list[str]:
     lines = [f"{found['problems']} problems of {how.get('data')} ({how.get('split')}), "
              f"{max(how.get('k', [1]))} completions each; 95% intervals by bootstrap over the "
              "problems.", "", "| metric | value |", "|---|---|"]  # fmt: skip
+    if how.get("early_exit") is not None:
+        lines[0] += f" Thoughts were cut by early exit (rule: {how['early_exit']})."
     for metric, ends in found["intervals"].items():
         digits = 5 if metric.startswith("ratio") else 1 if "length" in metric else 3
         lines.append(f"| {metric} | {format_interval((found[metric], *ends), digits)} |")
