@@ -201,9 +201,9 @@ def normalization() -> Figure:
         ("varied completion", varied, DEEP_BLUE, "o"),
         ("flat completion", flat, DEEP_ORANGE, "D"),
     )
-    for ax, normed in zip(axes, (False, True)):
+    for ax, normalized in zip(axes, (False, True)):
         for y, (_, values, color, marker) in zip((1, 0), rows):
-            shown = norm(values) if normed else values
+            shown = norm(values) if normalized else values
             mean, spread = statistics.fmean(shown), statistics.stdev(shown)
             ax.plot([mean - spread, mean + spread], [y] * 2, color="#bdbdbd", lw=9, zorder=1,
                     solid_capstyle="butt")  # fmt: skip
