@@ -191,7 +191,7 @@ def chance_for(chains: Sequence[Mapping], share: float) -> float:
     return high
 
 
-def _by_story(chains: Sequence[Mapping], values: Sequence[float]) -> list[list[float]]:
+def _by_story(chains: Sequence[Mapping], values: Sequence[float]) -> list[float]:
     """The mean of the values and its bootstrap interval over stories."""
     groups: dict[float, list[float]] = {}
     for chain, value in zip(chains, values):
