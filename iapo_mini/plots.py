@@ -238,6 +238,40 @@ def _broken(tokens: Sequence[str], columns: int) -> list[list[int]]:
     return lines
 
 
+def draw_tokens(
+    ax: Axes,
+    tokens: Sequence[str],
+    values: Sequence[float],
+    norm: Normalize,
+    columns: int,
+    half: float = 0.36,
+) -> list[list[int]]:
+    """Write tokens as lines of text, each token on its colour, and return their numbers by line.
+
+    Args:
+        ax: axes; a letter is one unit wide and a line one unit high.
+        tokens: token texts, with their spaces; values: one for each.
+        norm: colour scale of the values.
+        columns: characters per line.
+        half: half of the height of a coloured field.
+    """
+    cmap, lines = colormaps["RdBu"], _broken(tokens, columns)
+    for row, line in enumerate(lines):
+        x = 0
+        for i in line:
+            width = len(tokens[i])
+            color = cmap(norm(values[i]))
+            ax.fill_between([x, x + width], row - half, row + half, color=color, lw=0)
+            dark = sum(color[:3]) < 1.6
+            ax.text(x, row, tokens[i].replace("\n", " "), family="monospace", fontsize=8.2,
+                    va="center", color="white" if dark else "black", parse_math=False)  # fmt: skip
+            x += width
+    ax.set_xlim(0, columns)
+    ax.set_ylim(len(lines) - 0.3, -0.6)
+    ax.axis("off")
+    return lines
+
+
 def token_heatmap(
     tokens: Sequence[str],
     values: Sequence[float],
@@ -260,22 +294,13 @@ def token_heatmap(
         unit: description of the values, below the colour bar.
     """
     limit = max(0.1, float(np.quantile(np.abs(values), 0.99)) if len(values) else 0.1)
-    norm, cmap = Normalize(-limit, limit), colormaps["RdBu"]
-    lines = _broken(tokens, columns)
+    norm = Normalize(-limit, limit)
     pitch = 0.34 if roles is None else 0.44
-    fig = Figure(figsize=(10, pitch * len(lines) + 1.5), layout="constrained")
+    height = pitch * len(_broken(tokens, columns)) + 1.5
+    fig = Figure(figsize=(10, height), layout="constrained")
     ax = fig.subplots()
     half = 0.36 * 0.34 / pitch
-    for row, line in enumerate(lines):
-        x = 0
-        for i in line:
-            width = len(tokens[i])
-            color = cmap(norm(values[i]))
-            ax.fill_between([x, x + width], row - half, row + half, color=color, lw=0)
-            dark = sum(color[:3]) < 1.6
-            ax.text(x, row, tokens[i].replace("\n", " "), family="monospace", fontsize=8.2,
-                    va="center", color="white" if dark else "black", parse_math=False)  # fmt: skip
-            x += width
+    for row, line in enumerate(draw_tokens(ax, tokens, values, norm, columns, half)):
         if roles is None:
             continue
         widths = [len(tokens[i]) for i in line]
@@ -286,12 +311,9 @@ def token_heatmap(
             if width >= len(role):
                 ax.text(x + width / 2, below + 0.04, role, fontsize=8, ha="center", va="top",
                         color="#444444")  # fmt: skip
-    ax.set_xlim(0, columns)
-    ax.set_ylim(len(lines) - 0.3, -0.6)
-    ax.axis("off")
     ax.set_title(title, fontsize=10, loc="left")
     bar = fig.colorbar(
-        ScalarMappable(norm, cmap), ax=ax, orientation="horizontal", fraction=0.06, aspect=50
+        ScalarMappable(norm, "RdBu"), ax=ax, orientation="horizontal", fraction=0.06, aspect=50
     )
     bar.set_label(unit)
     if roles is not None:

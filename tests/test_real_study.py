@@ -178,6 +178,14 @@ def test_a_stopped_study_goes_on_to_the_same_numbers(data_file, tmp_path, monkey
     assert set(first["token"]) == set(ESTIMATORS)
     assert (tmp_path / "fa" / "real_estimator_embedded.png").stat().st_size > 10_000
     assert (tmp_path / "fa" / "real_estimator_embedded_exits.png").is_file()
+    assert (tmp_path / "fa" / "real_estimator_embedded_maps.png").stat().st_size > 10_000
+    titles = [one["title"] for one in first["maps"]]
+    assert titles == [
+        "the embedded policy, token by token", "the embedded policy, sentence by sentence",
+        "embedded, token by token", "embedded, sentence by sentence",
+    ]  # fmt: skip
+    assert first["maps"][0]["values"] == first["maps"][2]["values"]  # the same policy twice
+    assert len({"".join(one["tokens"]) for one in first["maps"]}) == 1
     assert real_table(first).count("\n") == len(ESTIMATORS) + 1
     # A stop has cut the second line, and no chain of the model's own is measured yet.
     stopped = tmp_path / "b" / "embedded"

@@ -21,6 +21,7 @@ known, and completions of the model itself, right and wrong ones. One line per c
                        paper's tokens}
       own              token, sentence, ece, whole and postfix of the model's own completions, with
                        "right": the share of right ones
+      maps             the same story as the embedded policy and the model read it
       versions
 """
 
@@ -36,7 +37,7 @@ from tqdm.auto import tqdm
 from iapo_mini.errors import MOST_PROBLEMS, MOST_TOKENS, check_number
 from iapo_mini.files import replace_text, versions, write_json
 from iapo_mini.lab.figures import real as drawn
-from iapo_mini.lab.real_chains import Chain, measure
+from iapo_mini.lab.real_chains import Chain, heat_maps, measure
 from iapo_mini.lab.real_statistics import summary
 from iapo_mini.lab.results import check_options
 from iapo_mini.policy import Policy, load_policy
@@ -169,17 +170,20 @@ def real(
     sampled = own_chains(policy, solutions, problems, kept, longest)
     own = _own(solutions, kept, problems)
     records["own"] = _measured(policy, own, folder / "own.jsonl")
+    shown = Path(model).name if Path(model).is_dir() else model
     results = {
-        "model": Path(model).name if Path(model).is_dir() else model, "weights": weights,
+        "model": shown, "weights": weights,
         "problems": {part: len(records[part]) for part in SETS}, "sampled": sampled,
         **summary(records["worked"]),
         "own": summary(records["own"]) if len(records["own"]) > 1 else None,
+        "maps": heat_maps({"the embedded policy": load_policy(lora_rank=0), shown: policy}),
         "versions": versions(),
     }  # fmt: skip
     stem = f"real_estimator_{name}" if name else "real_estimator"
     write_json(figures / "results" / f"{stem}.json", results)
     drawn.estimator(results).savefig(figures / f"{stem}.png", dpi=150)
     drawn.exits(results).savefig(figures / f"{stem}_exits.png", dpi=150)
+    drawn.heat_maps(results["maps"]).savefig(figures / f"{stem}_maps.png", dpi=150)
     return results
 
 

@@ -29,6 +29,7 @@ from iapo_mini.information import (
 )
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policy import Policy
+from iapo_mini.problems.stories import chain_of_thought, stories
 from iapo_mini.problems.verify import equal_answers
 from iapo_mini.problems.worked import token_kinds
 from iapo_mini.rollouts import Rollouts
@@ -232,3 +233,33 @@ def measure(
 
 def _rounded(values: torch.Tensor) -> list[float]:
     return [round(value, 5) for value in values.tolist()]
+
+
+def heat_maps(policies: Mapping[str, Policy]) -> list[dict[str, Any]]:
+    """The drops of the answer entropy along one story, by token and by sentence, by policy.
+
+    The story is the first of the test stream with four operations, and the chain is the first that
+    the world writes for it. Every policy reads the same text.
+
+    Args:
+        policies: name -> policy.
+
+    Returns:
+        For each policy two maps with ``title``, ``tokens`` and ``values`` (nats, one for each
+        token): the drop at the token, and the drop over the sentence that the token is in.
+    """
+    story = next(problem for problem in stories("test") if len(problem.steps) == 4)
+    segments = chain_of_thought(story, random.Random(0))
+    text = "".join(part.text for part in segments if part.role != "format").strip()
+    chain = Chain(story, text, ["word"] * len(text), story.answer, True)
+    maps = []
+    for name, policy in policies.items():
+        rollouts = as_rollouts(policy, chain)
+        texts = token_texts(policy.tokenizer, rollouts.completion_ids[0].tolist())
+        entropies, _ = _entropies(policy, rollouts, VARIANTS["paper"])
+        drops = entropies[:-1] - entropies[1:]
+        number = sentence_ends(policy, rollouts)[0, :-1].long().cumsum(0)
+        over = torch.zeros(len(texts) + 1, device=drops.device).index_add(0, number, drops)[number]
+        for how, values in (("token by token", drops), ("sentence by sentence", over)):
+            maps.append({"title": f"{name}, {how}", "tokens": texts, "values": _rounded(values)})
+    return maps

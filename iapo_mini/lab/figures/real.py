@@ -5,10 +5,14 @@ As in :mod:`iapo_mini.plots`, every function returns a figure and does not show 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+
+from iapo_mini.plots import draw_tokens
 
 LABELS = {
     "entropy": "answer entropy\n(paper)", "pointwise": "pointwise\ninformation",
@@ -96,4 +100,27 @@ def exits(results: Mapping) -> Figure:
     right.legend(frameon=False, fontsize=8)
     for ax in (left, right):
         ax.grid(alpha=0.3)
+    return fig
+
+
+def heat_maps(maps: Sequence[Mapping], columns: int = 96) -> Figure:
+    """Plot the same chain as several policies read it, all on one colour scale.
+
+    Args:
+        maps: each with ``title``, ``tokens`` (texts) and ``values`` (nats, one for each token).
+        columns: characters per line.
+    """
+    norm = Normalize(-1, 1)
+    lines = [len("".join(one["tokens"])) / columns + 1 for one in maps]
+    fig = Figure(figsize=(10, 0.34 * sum(lines) + 0.5 * len(maps) + 0.8), layout="constrained")
+    axes = fig.subplots(len(maps), 1, height_ratios=lines)
+    for ax, one in zip(np.atleast_1d(axes), maps):
+        draw_tokens(ax, one["tokens"], one["values"], norm, columns)
+        ax.set_title(one["title"], fontsize=10, loc="left")
+    bar = fig.colorbar(
+        ScalarMappable(norm, "RdBu"), ax=axes, orientation="horizontal", fraction=0.03, aspect=60,
+        extend="both",
+    )  # fmt: skip
+    bar.set_label("drop of the answer entropy at a token, or over a sentence (nats): blue lowers "
+                  "it, red raises it")  # fmt: skip
     return fig
