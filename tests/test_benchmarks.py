@@ -66,7 +66,7 @@ def test_the_trl_benchmark_runs_on_a_few_completions(tmp_path):
 def test_the_trl_benchmark_has_a_row_for_a_rule_and_keeps_the_other_results(tmp_path):
     pytest.importorskip("trl", reason="the extra [trl] is not installed")
     out = tmp_path / "trl.json"
-    out.write_text('{"max_loss_difference": 0.0, "our_step_over_trl_step": 0.4}')
+    out.write_text('{"max_loss_difference": 0.0, "our_step_over_trl_step": 0.4}', encoding="utf-8")
     sizes = ("--repeats", 1, "--prompts", 2, "--group", 4, "--limit", 16)
     done = run("trl.py", "--rules", "--methods", "grpo", "iapo", "sgrpo", *sizes, "--out", out)
     assert done.returncode == 0, done.stderr + done.stdout

@@ -126,7 +126,8 @@ def test_a_rule_of_ones_own_gets_the_penalised_rewards(config, tmp_path, monkeyp
 
 def test_command_line_and_settings_file(tmp_path, config, capsys):
     file = tmp_path / "run.yaml"
-    file.write_text("method: grpo\nlength_penalty: efficient\nlength_penalty_weight: 2e-1\n")
+    text = "method: grpo\nlength_penalty: efficient\nlength_penalty_weight: 2e-1\n"
+    file.write_text(text, encoding="utf-8")
     assert TrainConfig(**read_settings(file)).penalty_weight() == 0.2
     small = ["--model", config.model, "--max-steps", "1", "--prompts-per-step", "1",
              "--num-generations", "2", "--max-completion-length", "8"]  # fmt: skip

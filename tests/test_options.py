@@ -22,7 +22,7 @@ NEEDED = {
 }
 """What else a command must be given."""
 
-NUMBERS = (options.whole, options.number, options._number_or_word)
+NUMBERS = (options.whole, options.number, options.number_or_word)
 
 
 def commands(parser, way=()):

@@ -67,7 +67,9 @@ def text_files(tree):
             place = 0 if name == "read_text" else 1  # of the encoding
             names = set(given) | ({"encoding"} if len(node.args) > place else set())
             yield node.lineno, name[0], names
-        elif name == "open" and not (method and ast.unparse(node.func.value) in ("tarfile", "os")):
+        elif name == "open" and not (
+            method and ast.unparse(node.func.value) in ("tarfile", "os", "Image")
+        ):
             place = 0 if method else 1
             mode = node.args[place] if len(node.args) > place else given.get("mode")
             mode = mode.value if isinstance(mode, ast.Constant) else "r"

@@ -41,6 +41,7 @@ def test_filling_in_returns_a_copy():
     rewarded = plain.filled(rewards=found["rewards"], correct=found["correct"])
     full = rewarded.filled(token_entropies=found["token_entropies"])
     full = full.filled(informativeness=found["informativeness"])
+    full = full.filled(sampled_logprobs=found["sampled_logprobs"])
     assert not plain.known and set(rewarded.known) == {"rewards", "correct"}
     for name, value in found.items():
         assert getattr(full, name) is value

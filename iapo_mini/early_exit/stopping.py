@@ -115,7 +115,7 @@ def room_to_ask(policy: Policy, stopping: Stopping | None) -> int:
 
 def prefixes_to_ask(policy: Policy, rollouts: Rollouts, stride: int | str) -> torch.Tensor:
     """(B, L + 1) bool: the prefixes of whole completions after which early exit would ask."""
-    asked = prefixes_asked(policy, rollouts, stride)
+    asked = prefixes_asked(policy, rollouts, stride, ahead=False)
     ids = rollouts.completion_ids.tolist()
     for i, n in enumerate(rollouts.lengths.tolist()):
         text, texts = rollouts.prefill, token_texts(policy.tokenizer, ids[i][:n])

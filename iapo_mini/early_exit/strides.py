@@ -14,11 +14,12 @@ def ends_sentence(text: str) -> bool:
     return text.rstrip(" ").endswith((".", "!", "?", ">", "\n"))
 
 
-def sentence_ends(policy: Policy, rollouts: Rollouts) -> torch.Tensor:
+def sentence_ends(policy: Policy, rollouts: Rollouts, ahead: bool = True) -> torch.Tensor:
     """(B, L + 1) bool: the first and last prefix, and those that end a sentence, a line or a tag.
 
     A token ends a sentence when its text does (:func:`ends_sentence`). A point that a letter, a
-    digit or a point follows at once does not, as in ``2.50`` or ``e.g.``.
+    digit or a point follows at once does not, as in ``2.50`` or ``e.g.``. With ``ahead`` False it
+    does, as while a completion is sampled, when the next token is not known.
     """
     vocabulary = torch.unique(rollouts.completion_ids).tolist()
     text_of = dict(zip(vocabulary, token_texts(policy.tokenizer, vocabulary)))
@@ -27,15 +28,18 @@ def sentence_ends(policy: Policy, rollouts: Rollouts) -> torch.Tensor:
         texts = [text_of[i] for i in rollouts.completion_ids[row, :n].tolist()]
         for t, (text, following) in enumerate(zip(texts, [*texts[1:], ""])):
             inside = text[-1:] == "." and (following[:1].isalnum() or following[:1] == ".")
+            inside = inside and ahead
             out[row, t] = ends_sentence(text) and not inside
     out = torch.nn.functional.pad(out, (1, 0), value=True)
     return out.scatter_(1, rollouts.lengths[:, None], True)
 
 
-def prefixes_asked(policy: Policy, rollouts: Rollouts, stride: int | str) -> torch.Tensor:
+def prefixes_asked(
+    policy: Policy, rollouts: Rollouts, stride: int | str, ahead: bool = True
+) -> torch.Tensor:
     """(B, L + 1) bool: every ``stride``-th prefix or the sentence ends, and each row's last."""
     if isinstance(stride, str):
-        return sentence_ends(policy, rollouts)
+        return sentence_ends(policy, rollouts, ahead)
     t = torch.arange(rollouts.completion_ids.shape[1] + 1, device=rollouts.lengths.device)
     return (t % stride == 0) | (t == rollouts.lengths[:, None])
 

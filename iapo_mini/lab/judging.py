@@ -43,7 +43,7 @@ def judge_on_the_way(policy: Policy, job: Mapping, step: int) -> None:
             policy, list(itertools.islice(stories(split, seed=0), n)),
             ks=(1,), num_generations=group, seed=job["seed"], progress=False,
         )
-        for split, n in pools or [(job["split"], WAY_PROBLEMS)]
+        for split, n in pools or [(job["split"], min(WAY_PROBLEMS, job["evaluation"]["problems"]))]
     }  # fmt: skip
     result = {metric: found[job["split"]][metric] for metric in ("length", "pass@1")}
     if pools:

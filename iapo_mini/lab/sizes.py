@@ -23,7 +23,7 @@ class Size:
         ks: values of k.
         primary: the step whose policy is evaluated; 0 is the last one.
         on_the_way: steps at which the policy is also judged, on ``WAY_PROBLEMS`` stories with
-            eight completions each.
+            eight completions each, or on ``problems`` if these are fewer.
         pools: pairs ``(stream, stories)``. If given, the policy is judged at those steps on these
             stories instead, with ``num_generations`` completions each, and the correctness and
             length of every completion are kept. One stream must be that of the evaluation.
