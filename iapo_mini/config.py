@@ -186,7 +186,6 @@ class TrainConfig:
         check_choice("engine", self.engine, ENGINES)
         check_choice("reward", self.reward, REWARDS)
         check_choice("best_by", self.best_by, MEASURES)
-        self._check_length_penalty()
         if self.aggregation is not None:
             check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_data(self.data, self.split, self.data_file)
@@ -201,6 +200,7 @@ class TrainConfig:
         for name in _POSITIVE:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), above=0, most=MOST_REAL)
+        self._check_length_penalty()
         rows = self.prompts_per_step * self.num_generations
         check_number("prompts_per_step * num_generations", rows, most=MOST_ROWS)
         check_temperature(self.temperature)

@@ -19,6 +19,8 @@ NEEDED = {
     "explain": ["-"],
     "diagnose": ["run"],
     "lab figures": ["estimator"],
+    "lab real": ["--model", "embedded", "--data-file", "f"],
+    "lab real-calibration": ["--data-file", "f"],
 }
 """What else a command must be given."""
 

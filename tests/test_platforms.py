@@ -55,6 +55,10 @@ ASCII = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONIO
 """A locale that knows even less than Windows' cp1252: it refuses every character but ASCII."""
 
 
+NO_TEXT = ("tarfile", "os", "Image")
+"""Modules whose ``open`` opens no text file."""
+
+
 def text_files(tree):
     """Calls that open a text file: (line, mode, names of the arguments that are given)."""
     for node in ast.walk(tree):
@@ -67,9 +71,7 @@ def text_files(tree):
             place = 0 if name == "read_text" else 1  # of the encoding
             names = set(given) | ({"encoding"} if len(node.args) > place else set())
             yield node.lineno, name[0], names
-        elif name == "open" and not (
-            method and ast.unparse(node.func.value) in ("tarfile", "os", "Image")
-        ):
+        elif name == "open" and not (method and ast.unparse(node.func.value) in NO_TEXT):
             place = 0 if method else 1
             mode = node.args[place] if len(node.args) > place else given.get("mode")
             mode = mode.value if isinstance(mode, ast.Constant) else "r"

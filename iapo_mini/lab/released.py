@@ -132,6 +132,7 @@ def released(
         check_choice("sizes", size, SIZES)
     check_number("num_generations", num_generations, 1, MOST_ROWS)
     check_number("max_completion_length", max_completion_length, 1, MOST_TOKENS)
+    check_number("batch_size", batch_size, 1, MOST_ROWS)
     figures, out = Path(figures), Path(out)
     check_options(out, figures, None)
     problems = {

@@ -118,6 +118,8 @@ def case_study(
     ax.legend(
         handles=handles, ncols=8, frameon=False, loc="lower left", fontsize=8, borderaxespad=0
     )
+    told = (f"{title}: {''.join(text for text, _ in parts)}" for title, parts in blocks.items())
+    fig.set_label("Completions of one story with tokens coloured by role. " + " ".join(told))
     return fig
 
 
