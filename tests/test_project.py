@@ -13,6 +13,7 @@ from iapo_mini.lab import verdicts
 from iapo_mini.lab.choices import choices_table
 from iapo_mini.lab.claims import _of_table1, _talk, report_of_files
 from iapo_mini.lab.departures import departures_table
+from iapo_mini.lab.early_exit import early_exit_table
 from iapo_mini.lab.estimators import ESTIMATORS, POLICIES, speed_table, study_table
 from iapo_mini.lab.results import comparison_table
 from iapo_mini.lab.sizes import COMPARED, preset_of
@@ -114,6 +115,18 @@ def test_results_of_better_starts_in_the_docs_are_the_committed_ones():
         assert " ".join(told(start, "iapo_sentence - iapo", "ratio@1", 1, scale=1000)) in page
     lost = told("uncalibrated", "iapo_sentence - iapo", "pass@1", 3, -1)
     assert "by " + " ".join(lost) in page
+
+
+def test_early_exits_in_the_docs_are_the_committed_ones():
+    results = json.loads((ROOT / "figures/results/early_exit.json").read_text(encoding="utf-8"))
+    assert early_exit_table(results) in (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    rows = {name: {row["rule"]: row for row in own} for name, own in results["policies"].items()}
+    for name in ("embedded", "calibrated"):
+        never, cut = rows[name]["never"], rows[name][0.5]
+        assert abs(never["pass@1"][0] - cut["pass@1"][0]) < 0.02 and cut["cut"] > 0.85
+        assert 3 <= never["length"][0] - cut["length"][0] <= 5 and 14 < cut["asking"][0] < 16
+    assert max(row["pass@1"][0] for h, row in rows["uncalibrated"].items() if h not in (
+        "never", "agree")) < 0.05  # fmt: skip
 
 
 def test_numbers_of_table1_in_the_text_are_computed_from_it(table1_results):
