@@ -127,11 +127,8 @@ def whole_answers(
     for level in range(longest):
         if not alive:
             break
-        branches = [
-            at._replace(suffix=at.suffix + node.tokens)
-            for node in alive
-            if (at := start[node.prefix])
-        ]
+        origins = [start[node.prefix] for node in alive]
+        branches = [at._replace(suffix=at.suffix + n.tokens) for at, n in zip(origins, alive)]
         tokens += sum(len(branch.suffix) for branch in branches)
         found = ask_branches(model, rollouts, branches, read, how).tolist()
         below = _count(policy, sums, alive, found, kept)

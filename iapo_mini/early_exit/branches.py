@@ -78,7 +78,7 @@ def with_cache(model: Any, rollouts: Rollouts) -> Rollouts:
     return replace(rollouts, cache=kept)
 
 
-def _copies(rollouts: Rollouts, rows: list[int]) -> Rollouts:
+def copies_of(rollouts: Rollouts, rows: list[int]) -> Rollouts:
     """These rows, in this order and each as often as it is named; every row is its own group."""
     at = torch.tensor(rows, device=rollouts.lengths.device)
     width = max(1, int(rollouts.lengths[at].max()))
@@ -138,7 +138,7 @@ def ask_branches(
         keys = sorted(asked)
         for start in range(0, len(keys), _COPIES):
             part = keys[start : start + _COPIES]
-            copies = _copies(rollouts, [row for row, _ in part])
+            copies = copies_of(rollouts, [row for row, _ in part])
             suffixes = torch.tensor([s for _, s in part], device=copies.completion_ids.device)
             places = torch.zeros(
                 len(part), copies.completion_ids.shape[1] + 1, dtype=torch.bool,

@@ -9,14 +9,13 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from iapo_mini.chat import continuation_ids, token_texts
 from iapo_mini.early_exit.answers import Prefix, top_answers, whole_answers
-from iapo_mini.early_exit.branches import ask_branches, postfix_branch, with_cache
+from iapo_mini.early_exit.branches import ask_branches, copies_of, postfix_branch, with_cache
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.early_exit.reading import logits_entropy
 from iapo_mini.early_exit.strides import sentence_ends, spread
@@ -152,20 +151,6 @@ def _whole(policy: Policy, rollouts: Rollouts, asked: torch.Tensor) -> dict[str,
     }  # fmt: skip
 
 
-def _times(rollouts: Rollouts, n: int) -> Rollouts:
-    """The only row n times, as a group, with its cache."""
-    return replace(
-        rollouts,
-        **{
-            name: getattr(rollouts, name).repeat_interleave(n, dim=0)
-            for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask",
-                         "old_logprobs", "finished")
-        },
-        num_generations=n,
-        cache=None if rollouts.cache is None else rollouts.cache * n,
-    )  # fmt: skip
-
-
 def as_rollouts(policy: Policy, chain: Chain) -> Rollouts:
     """The chain behind its prompt, as one row that has not ended, with its keys and values."""
     prompt_ids, prompt_mask = encode_prompts(policy, [chain.problem])
@@ -196,7 +181,7 @@ def measure(
     kinds = token_kinds(texts, ["tag"] * len(OPENING) + chain.kinds)
     ends = sentence_ends(policy, rollouts)
     answers = [f"{text}</" for text in candidates(chain)]  # the tag distinguishes 7 from 72
-    surprisals = answer_surprisals(policy, _times(rollouts, len(answers)), answers)
+    surprisals = answer_surprisals(policy, copies_of(rollouts, [0] * len(answers)), answers)
     beliefs = torch.log_softmax(-surprisals.T[None], dim=-1)
     with torch.no_grad():
         _, following = token_logprobs(policy.for_inference(), rollouts)

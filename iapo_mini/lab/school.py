@@ -15,11 +15,11 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from iapo_mini.files import replace_text
-from iapo_mini.problems.datasets import ALL, load_problems, rows_of_file
 from iapo_mini.problems.stories import chain_of_thought, stories
+from iapo_mini.problems.worked import worked_rows
 from iapo_mini.tasks import Problem
 
 Level = tuple[int, int]
@@ -83,11 +83,9 @@ def read_worked(data_file: str) -> list[Worked]:
     Raises:
         ValueError: for a file that can't be read, or one with answers but no solutions.
     """
-    problems = load_problems("gsm8k", ALL, data_file)
     found = []
-    for problem, (place, row) in zip(problems, rows_of_file(Path(data_file).expanduser())):
-        told: Any = json.loads(row) if isinstance(row, str) else row
-        thought, marked, _ = _CALCULATOR.sub("", str(told["answer"])).rpartition("####")
+    for problem, place, answer in worked_rows(data_file):
+        thought, marked, _ = _CALCULATOR.sub("", answer).rpartition("####")
         if not marked or not thought.strip():
             raise ValueError(
                 f"data_file is '{data_file}', where {place} has no worked solution; every answer "

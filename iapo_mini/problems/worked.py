@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from iapo_mini.problems.datasets import ALL, load_problems, rows_of_file
 from iapo_mini.tasks import Problem
@@ -91,17 +91,23 @@ def token_kinds(tokens: Sequence[str], kinds: Sequence[str]) -> list[str]:
     return out
 
 
+def worked_rows(data_file: str) -> Iterator[tuple[Problem, str, str]]:
+    """Problem, place for messages and whole answer of each row of a file in GSM8K's form.
+
+    Raises the errors of :func:`worked_solutions`.
+    """
+    problems = load_problems("gsm8k", ALL, data_file)
+    for problem, (place, row) in zip(problems, rows_of_file(Path(data_file).expanduser())):
+        found: Any = json.loads(row) if isinstance(row, str) else row
+        yield problem, place, str(found["answer"])
+
+
 def worked_solutions(data_file: str) -> list[Solution]:
     """All problems of a file in GSM8K's form with their worked solutions.
 
     Raises:
         ValueError: when the file can't be read, or a row holds no question or answer.
     """
-    problems = load_problems("gsm8k", ALL, data_file)
-    rows = [row for _, row in rows_of_file(Path(data_file))]
-    out = []
-    for problem, row in zip(problems, rows):
-        found = json.loads(row) if isinstance(row, str) else row
-        text, kinds = read_solution(str(found["answer"]))  # type: ignore[index]
-        out.append(Solution(problem, text, kinds))
-    return out
+    return [
+        Solution(problem, *read_solution(answer)) for problem, _, answer in worked_rows(data_file)
+    ]
