@@ -174,6 +174,8 @@ CONTROLS = (
     "grpo", "constant", "shuffled", "random", "numeric", "roles", "reference", "iapo", "iapo_ne",
     "grpo_kimi", "grpo_efficient",
 )  # fmt: skip
+NEEDED = ("iapo", "iapo_sequence", "iapo_ne", "grpo_kimi", "grpo_efficient")
+"""Rows of Table 1 whose tuned settings are used."""
 AGGREGATIONS = ("token", "sequence")
 PAYMENTS = ("spread", "first", "to_go", "roles_spread", "roles_first", "roles_to_go")
 METRICS = ("length", "pass@1", "ratio@1")
@@ -211,7 +213,7 @@ def controls(
     preset_of(preset)  # refuses an unknown preset
     size, out, figures = SIZES[preset], Path(out), Path(figures)
     check_options(out, figures, parallel)
-    recipes = rows_of(tuned(preset, out, figures, parallel))
+    recipes = rows_of(tuned(preset, out, figures, parallel, NEEDED))
     jobs = make_jobs(size, out / preset / "controls", recipes, methods=__name__)
     kept = ledger_path(figures, file_stem("controls", preset))
     run_all(jobs, parallel, kept)

@@ -245,7 +245,7 @@ def departures(
     """
     size, out, figures = preset_of(preset).sweeps, Path(out), Path(figures)
     check_options(out, figures, parallel)
-    recipe = tuned(preset, out, figures, parallel)["iapo"]
+    recipe = tuned(preset, out, figures, parallel, ("iapo",))["iapo"]
     recipes = {"iapo": recipe} | {
         name: recipe | {"method": name} | CHANGES.get(name, {}) for name in RECIPES
     }

@@ -18,6 +18,12 @@ from iapo_mini.tasks import Problem
 PRIMARY = "primary"
 """Folder of a run with the adapter of the reported step, if training continues after it."""
 
+_TOGETHER = 16
+"""Stories of the reported evaluation that are sampled at once, with all their completions. Wider
+batches are faster on a CPU, but other batches mean other random numbers."""
+_WAY_BATCH = 512
+"""Completions that are sampled at once during training."""
+
 SHOWN = 12
 """Number of stories for which a run's result keeps one right completion, for display."""
 SHOWN_OPERATIONS = 4
@@ -42,6 +48,7 @@ def judge_on_the_way(policy: Policy, job: Mapping, step: int) -> None:
         split: evaluate(
             policy, list(itertools.islice(stories(split, seed=0), n)),
             ks=(1,), num_generations=group, seed=job["seed"], progress=False,
+            batch_size=_WAY_BATCH,
         )
         for split, n in pools or [(job["split"], min(WAY_PROBLEMS, job["evaluation"]["problems"]))]
     }  # fmt: skip
@@ -79,7 +86,7 @@ def judge(policy: Policy, job: Mapping) -> None:
     result = evaluate(
         policy, problems,
         ks=size["ks"], num_generations=size["num_generations"], seed=job["seed"], progress=False,
-        save_to=run / "completions.jsonl",
+        batch_size=_TOGETHER * size["num_generations"], save_to=run / "completions.jsonl",
     )  # fmt: skip
     completions = result.pop("completions")
     counts: Counter[str] = Counter()

@@ -247,7 +247,7 @@ def oracle(
     preset_of(preset)  # refuses an unknown preset
     size, out, figures = SIZES[preset], Path(out), Path(figures)
     check_options(out, figures, parallel)
-    best = tuned(preset, out, figures, parallel)["iapo"]
+    best = tuned(preset, out, figures, parallel, ("iapo",))["iapo"]
     methods = {"oracle": "oracle", "vine": "vine", "iapo": "iapo", "grpo": "oracle_grpo"}
     recipes = {name: {**best, "method": method} for name, method in methods.items()}
     jobs = make_jobs(size, out / preset / "oracle", recipes, methods=__name__)

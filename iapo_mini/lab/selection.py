@@ -158,7 +158,7 @@ def selection(
     preset_of(preset)  # refuses an unknown preset
     plan, out, figures = SIZES[preset], Path(out), Path(figures)
     check_options(out, figures, parallel)
-    best = tuned(preset, out, figures, parallel)["iapo"]
+    best = tuned(preset, out, figures, parallel, ("iapo",))["iapo"]
     jobs = make_jobs(plan.size, out / preset / "selection", {"iapo": best})
     kept = ledger_path(figures, file_stem("selection", preset))
     run_all(jobs, parallel, kept)

@@ -71,7 +71,7 @@ def starts(
     preset_of(preset)  # refuses an unknown preset
     size, out, figures = SIZES[preset], Path(out), Path(figures)
     check_options(out, figures, parallel)
-    settings = tuned(preset, out, figures, parallel)
+    settings = tuned(preset, out, figures, parallel, ("grpo", "iapo_ne", "iapo"))
     folder = out / preset / "starts"
     recipes = {
         f"{name}-{row}": settings[method] | {"model": model} | changes

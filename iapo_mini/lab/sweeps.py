@@ -33,7 +33,7 @@ def sweeps(
     """Remake the paper's Fig. 6, where one weight varies, and compare the two means of the loss."""
     size, out, figures = preset_of(preset).sweeps, Path(out), Path(figures)
     check_options(out, figures, parallel)
-    best = tuned(preset, out, figures, parallel)
+    best = tuned(preset, out, figures, parallel, AVERAGED)
     base = best["iapo"]
     recipes: dict[str, dict] = {}
 

@@ -108,14 +108,19 @@ def _tried(
 def tune(
     preset: str = "full",
     *,
+    rows: Sequence[str] = tuple(ROWS),
     out: str | Path = "runs/science",
     figures: str | Path = "figures",
     parallel: int | None = None,
 ) -> dict:
     """Make the trials of every row of :data:`ROWS` on the tune stream; write ``tuning.json``.
 
-    No reported run uses the seeds of the trials. Arguments, errors and the results file are those
-    of :func:`compare`; presets are those of ``PRESETS``.
+    No reported run uses the seeds of the trials. Other arguments, errors and the results file are
+    those of :func:`compare`; presets are those of ``PRESETS``.
+
+    Args:
+        rows: rows to tune. Trials of a part of the rows are kept as finished runs, and only those
+            of all rows are written to ``tuning.json``.
     """
     sizes, out, figures = preset_of(preset), Path(out), Path(figures)
     check_options(out, figures, parallel)
@@ -125,7 +130,7 @@ def tune(
         ledger_path(figures, file_stem("tuning", preset)),
     )
     start = _tried({START: None}, size, folder, kept, parallel)[START]
-    trials: dict[str, list[dict]] = {row: [] for row in ROWS}
+    trials: dict[str, list[dict]] = {row: [] for row in rows}
 
     def chosen() -> dict[str, int]:
         return {row: choose(found, start["pass@1"]) for row, found in trials.items()}
@@ -141,16 +146,17 @@ def tune(
             trials[name.rsplit("-trial", 1)[0]].append({"settings": recipe} | found[name])
 
     if sizes.trials > 1:
-        make({row: first_trials(row) for row in ROWS})
+        make({row: first_trials(row) for row in rows})
         make({row: last_trials(row, trials[row][i]["settings"]) for row, i in chosen().items()})
     else:
-        make({row: first_trials(row)[:1] for row in ROWS})
+        make({row: first_trials(row)[:1] for row in rows})
     results = {
         "trials": trials, "start": start, "rule": RULE, "chosen": chosen(),
         "config": {"evaluation": {"problems": size.problems, "seeds": list(size.seeds)}},
         "versions": versions(),
     }  # fmt: skip
-    write_json(results_path(figures, "tuning", preset), results)
+    if set(rows) == set(ROWS):
+        write_json(results_path(figures, "tuning", preset), results)
     return results
 
 
@@ -207,13 +213,20 @@ def tuning_table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def tuned(preset: str, out: Path, figures: Path, parallel: int | None) -> dict[str, dict]:
-    """Row -> the settings that :func:`tune` chose, from its file if it holds these rows."""
+def tuned(
+    preset: str,
+    out: Path,
+    figures: Path,
+    parallel: int | None,
+    rows: Sequence[str] = tuple(ROWS),
+) -> dict[str, dict]:
+    """Row -> the settings that :func:`tune` chose, from its file if it holds these rows.
+
+    Only the rows that a study needs are tuned for it.
+    """
     path = results_path(figures, "tuning", preset)
     results = read_json(path, {"trials": {}, "chosen": {}}, needs=("trials", "chosen"))
-    first = {row: rows[0]["settings"] for row, rows in results["trials"].items()}
-    if first != {row: first_trials(row)[0] for row in ROWS}:
-        results = tune(preset, out=out, figures=figures, parallel=parallel)
-    return {
-        row: results["trials"][row][index]["settings"] for row, index in results["chosen"].items()
-    }
+    first = {row: results["trials"].get(row, [{}])[0].get("settings") for row in rows}
+    if first != {row: first_trials(row)[0] for row in rows}:
+        results = tune(preset, rows=rows, out=out, figures=figures, parallel=parallel)
+    return {row: results["trials"][row][results["chosen"][row]]["settings"] for row in rows}
