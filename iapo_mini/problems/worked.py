@@ -23,7 +23,8 @@ KINDS = ("result", "operand", "operator", "word", "punctuation")
 """Kinds of characters: digits of a result, of other numbers, signs of arithmetic, letters, others
 (also ``$``, and line breaks)."""
 
-_NOTE = re.compile(r"<<[^<>]*>>")
+NOTE = re.compile(r"<<[^<>]*>>")
+"""A note for the calculator, which is not part of the text."""
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
 _AFTER_EQUALS = re.compile(r"=\s*[-$€£]?\s*(?=[\d.])")
 _TIMES = re.compile(r"(?<=\d) ?([xX]) ?(?=[\d$])")
@@ -46,7 +47,7 @@ def read_solution(answer: str) -> tuple[str, list[str]]:
     text, results = "", set()
     at = 0
     solution = answer.split("####")[0].rstrip()
-    for note in _NOTE.finditer(solution):
+    for note in NOTE.finditer(solution):
         text += solution[at : note.start()]
         results.add(len(text))
         at = note.end()
