@@ -15,10 +15,11 @@ over these is exact. What is left out can only add to it, and a bound says how m
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,12 +59,18 @@ class WholeAnswers:
     asked: int
 
 
+_OPENING: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
+"""Tokenizer -> tokens that contain ``<``, because decoding a large vocabulary takes a second."""
+
+
 def ends_of_answer(policy: Policy) -> torch.Tensor:
     """(V,) bool: the tokens that end an answer, which contain ``<`` or end the completion."""
     tokenizer, size = policy.tokenizer, policy.model.config.get_text_config().vocab_size
-    texts = tokenizer.batch_decode([[i] for i in range(min(len(tokenizer), size))])
+    if tokenizer not in _OPENING:
+        texts = tokenizer.batch_decode([[i] for i in range(min(len(tokenizer), size))])
+        _OPENING[tokenizer] = [i for i, text in enumerate(texts) if "<" in text]
     out = torch.zeros(size, dtype=torch.bool)
-    out[[i for i, text in enumerate(texts) if "<" in text]] = True
+    out[_OPENING[tokenizer]] = True
     out[policy.eos_ids.cpu()] = True
     return out.to(policy.device)
 
