@@ -49,6 +49,21 @@ def test_the_sampling_benchmark_runs_on_a_tiny_shape(tmp_path):
     assert all(r["tokens_per_second"] > 0 and r["tokens"] > 100 for r in rows), rows
 
 
+def test_the_benchmark_of_watching_runs_on_a_few_completions_and_judges(tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra [tensorboard] is not installed")
+    out = tmp_path / "watching.json"
+    sizes = ("--turns", 1, "--prompts", 2, "--problems", 4, "--limit", 16)
+    done = run("watching.py", *sizes, "--out", out)
+    assert done.returncode in (0, 1), done.stderr  # 1: a step of so few completions is short
+    results = json.loads(out.read_text(encoding="utf-8"))
+    assert all(len(values) == 1 for values in results["seconds"].values())
+    assert results["share"]["evaluate every 10 steps"] > results["share"]["evaluate every 50 steps"]
+    results["share"]["keep"] = 0.2
+    out.write_text(json.dumps(results), encoding="utf-8")
+    refused = run("watching.py", "--check", "--out", out)
+    assert refused.returncode == 1 and "more than 3% of a step" in refused.stderr
+
+
 def test_the_trl_benchmark_runs_on_a_few_completions(tmp_path):
     pytest.importorskip("trl", reason="the extra [trl] is not installed")
     out = tmp_path / "trl.json"
