@@ -49,6 +49,12 @@ LABELS = {
     "grpo_efficient": "GRPO + length (A&Z)",
 }  # fmt: skip
 
+POLICY_LOOKS = {
+    "embedded": ("#56B4E9", "o"), "calibrated": ("#1F1388", "s"),
+    "uncalibrated": ("#A10489", "D"), "recalibrated": ("#009E73", "^"),
+}  # fmt: skip
+"""Policy that the package ships, or repairs -> its colour and marker."""
+
 
 def band(
     ax: Axes,
@@ -352,7 +358,8 @@ def reliability(sets: Mapping[str, Mapping], bins: int = 10) -> Figure:
     fig = Figure(figsize=(10, 3.3), layout="constrained")
     left, middle, right = fig.subplots(1, 3)
     looks = zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "osD^")
-    for (label, exits), (color, marker) in zip(sets.items(), looks):
+    for (label, exits), look in zip(sets.items(), looks):
+        color, marker = POLICY_LOOKS.get(label, look)
         confidence, correct = exits["confidence"].flatten(), exits["correct"].flatten().float()
         index = (confidence * bins).long().clamp(max=bins - 1)
         inside = [index == b for b in range(bins) if (index == b).any()]

@@ -24,7 +24,8 @@ SESSIONS = {
         "04_when_the_estimate_lies",
     ),
     "2_what_it_is_worth": (
-        "05_the_advantage_term_by_term", "06_why_length_falls", "08_the_full_comparison",
+        "04b_better_estimates", "05_the_advantage_term_by_term", "06_why_length_falls",
+        "08_the_full_comparison",
     ),
 }  # fmt: skip
 """Session -> its notebooks, in order."""

@@ -205,7 +205,7 @@ def printed(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_opens_with_badge_aims_time_and_installation(path):
     first = text(cells(path)[0])
-    assert re.match(rf"# {path.name[:2]} · ", first)
+    assert re.match(rf"# {path.name.split('_')[0]} · ", first)
     assert f"colab.research.google.com/github/iapo-mini/iapo-mini/blob/main/notebooks/{path.name}" \
         in first  # fmt: skip
     assert all(f"\n{n}. " in first for n in (1, 2, 3)) and "\n4. " not in first
@@ -237,7 +237,7 @@ def test_every_exercise_has_a_solution_that_passes(path):
     assert "not yet" not in printed(solution)
 
 
-@pytest.mark.parametrize("number", ["01", "03", "05", "06", "08"])
+@pytest.mark.parametrize("number", ["01", "03", "04_", "04b", "05", "06", "08"])
 def test_a_lesson_trains_or_measures_with_the_readers_function_and_draws(number):
     (path,) = (p for p in NOTEBOOKS if p.name.startswith(number))
     for notebook in (path, SOLUTIONS / path.name):
@@ -256,3 +256,12 @@ def test_tables_name_every_notebook_with_its_badge():
         r"blob/main/notebooks/(\S+?\.ipynb)", (ROOT / "README.md").read_text(encoding="utf-8")
     )
     assert {p.name for p in NOTEBOOKS} <= set(badges)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda p: p.stem)
+def test_the_time_of_a_sitting_is_the_same_everywhere(path):
+    told = re.search(r"\*\*Time and hardware:\*\* (\d+) minutes", text(cells(path)[0]))
+    for page in ("README.md", "docs/syllabus.md"):
+        table = (ROOT / page).read_text(encoding="utf-8")
+        row = re.search(rf"notebooks/{path.name}\) \|.*?(\d+) \|", table)
+        assert row[1] == told[1], page

@@ -16,6 +16,7 @@ import torch
 from iapo_mini import exercises
 from iapo_mini.exercises import (
     advantage,
+    better_estimates,
     comparison,
     early_exit,
     estimates,
@@ -32,8 +33,8 @@ from iapo_mini.tools.course import check, passes
 
 SOLUTIONS = sorted((Path(__file__).parent.parent / "notebooks" / "solutions").glob("*.ipynb"))
 MODULES = (
-    quickstart, verbosity, mutual_information, early_exit, estimates, advantage, length, four_bit,
-    comparison, real_model, scaling,
+    quickstart, verbosity, mutual_information, early_exit, estimates, better_estimates, advantage,
+    length, four_bit, comparison, real_model, scaling,
 )  # fmt: skip
 CASES = {
     name: function
@@ -223,6 +224,11 @@ NEAR_MISSES = [
     ("auc_from_ranks", "np.arange(1, len(scores) + 1)", "np.arange(len(scores))"),
     ("auc_from_ranks", " - up * (up + 1) / 2", ""),
     ("auc_from_ranks", "(up * down)", "(up * len(scores))"),
+    ("share_computing", "[-k:]", "[:k]"),
+    ("share_computing", "[-k:]", "[-k - 1 :]"),
+    ("share_computing", "scores.argsort()", "np.abs(scores).argsort()"),
+    ("share_computing", ".mean()", ".sum()"),
+    ("share_computing", "computes[best].mean()", "computes[best].sum() / computes.sum()"),
     ("shifts", "after.exp() *", "before.exp() *"),
     ("shifts", "log_p[:-1], log_p[1:]", "log_p[1:], log_p[:-1]"),
     ("shifts", ".sum(-1)", ".mean(-1)"),
@@ -230,6 +236,15 @@ NEAR_MISSES = [
     ("hidden_by_first_digit", "exact.entropy(p) - exact.entropy(first_digit(p))",
      "0.75 * np.log(3)"),
     ("hidden_by_first_digit", " - exact.entropy(first_digit(p))", ""),
+    ("drift", "beliefs[:, 1:].gather(-1, guess)", "beliefs[:, 1:].amax(-1, keepdim=True)"),
+    ("drift", "then - now", "now - then"),
+    ("drift", "(then - now)", "(then - now).abs()"),
+    ("drift", ".mean(0)", ".sum(0)"),
+    ("drift", "argmax", "argmin"),
+    ("share_of_truth", "C - j", "C - j + 1"),
+    ("share_of_truth", "C - j", "j - 1"),
+    ("share_of_truth", "lam **", "(1 - lam) **"),
+    ("share_of_truth", "lam ** (C - j)", "(lam if j < C else 1.0)"),
     ("best_temperature", "min(temperatures, key=lambda T: float(loss(logits / T, labels)))",
      "temperatures[2]"),
     ("best_temperature", "min(temperatures", "max(temperatures"),

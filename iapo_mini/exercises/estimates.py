@@ -33,35 +33,15 @@ def auc_from_ranks(seed: int = 2) -> list[Case]:
     return cases
 
 
-def shifts(seed: int = 0) -> list[Case]:
-    """Beliefs over 2 to 5 answers, after 1 to 6 tokens."""
-    generator = torch.Generator().manual_seed(seed)
+def share_computing(seed: int = 0) -> list[Case]:
+    """Scores that separate well, not at all and the wrong way round, of both signs."""
+    rng = np.random.default_rng(seed)
     cases: list[Case] = []
-    for tokens, answers in ((1, 4), (6, 2), (3, 5)):
-        log_p = (2 * torch.randn(tokens + 1, answers, generator=generator).double()).log_softmax(-1)
-        after, before = torch.distributions.Categorical(logits=log_p[1:]), log_p[:-1]
-        moved = torch.distributions.kl_divergence(
-            after, torch.distributions.Categorical(logits=before)
-        )
-        cases.append(((log_p,), moved))
-    return cases
-
-
-def hidden_by_first_digit(seed: int = 0) -> list[Case]:
-    """Distributions over numbers of one, two and three digits."""
-    generator = torch.Generator().manual_seed(seed)
-    cases: list[Case] = []
-    for size in (10, 37, 140):
-        p = torch.rand(size, generator=generator).double() ** 3
-        p = p / p.sum()
-        # The chain rule: the mean entropy within the numbers that share a first digit.
-        within = 0.0
-        for digit in "0123456789":
-            inside = p[[str(number)[0] == digit for number in range(size)]]
-            if inside.numel():
-                own = torch.distributions.Categorical(inside / inside.sum()).entropy()
-                within += float(inside.sum() * own)
-        cases.append(((p,), within))
+    for size, k, gap in ((12, 5, 2.0), (40, 9, 0.0), (30, 1, -1.5)):
+        computes = rng.random(size) < 0.4
+        scores = rng.normal(size=size) - 0.5 + gap * computes
+        ranked = sorted(zip(scores.tolist(), computes.tolist()), reverse=True)
+        cases.append(((scores, computes, k), sum(found for _, found in ranked[:k]) / k))
     return cases
 
 

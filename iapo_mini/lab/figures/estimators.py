@@ -10,19 +10,18 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
+from iapo_mini.plots import POLICY_LOOKS
+
 ESTIMATOR_LABELS = {
     "entropy": "answer entropy\n(paper)", "pmi": "pointwise\ninformation",
     "candidates": "entropy over\ncandidates", "belief_shift": "belief\nshift",
     "next_token": "next-token\n(IAPO-NE)",
 }  # fmt: skip
-_POLICY_LOOK = {
-    "calibrated": ("#0072B2", ""), "embedded": ("#56B4E9", "xx"),
-    "uncalibrated": ("#D55E00", "//"), "recalibrated": ("#009E73", ".."),
-}  # fmt: skip
+_HATCHES = {"calibrated": "", "embedded": "xx", "uncalibrated": "//", "recalibrated": ".."}
 
 
 def estimator_auc(results: Mapping) -> Figure:
-    """Plot how well each estimator separates computing tokens from talk and follows the true drop.
+    """Plot how well the sums of sentences separate computing from talk and follow the true drop.
 
     Args:
         results: content of ``results/estimator.json``.
@@ -30,11 +29,12 @@ def estimator_auc(results: Mapping) -> Figure:
     fig = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = fig.subplots(1, 2)
     panels = (
-        (left, "auc", "ROC AUC for computing tokens", 0.5),
+        (left, "auc", "ROC AUC per sentence", 0.5),
         (right, "spearman", "rank correlation with the true drop", 0.0),
     )
     for ax, section, label, chance in panels:
-        for side, (policy, (color, hatch)) in zip((-0.3, -0.1, 0.1, 0.3), _POLICY_LOOK.items()):
+        for side, (policy, hatch) in zip((-0.3, -0.1, 0.1, 0.3), _HATCHES.items()):
+            color, _ = POLICY_LOOKS[policy]
             stats = np.array([results[section][policy][n] for n in ESTIMATOR_LABELS])
             x = np.arange(len(stats)) + side
             height = stats[:, 0] - chance
@@ -57,12 +57,12 @@ def estimator_auc(results: Mapping) -> Figure:
 
 
 def estimator_steps(results: Mapping) -> Figure:
-    """Plot AUC by number of operations, for the calibrated policy and the exact posterior."""
+    """Plot AUC per sentence by operations, for the calibrated policy and the exact posterior."""
     fig = Figure(figsize=(6, 3.6), layout="constrained")
     ax = fig.subplots()
     by_steps = results["auc_by_steps"]["calibrated"]
     x = [int(k) for k in by_steps]
-    looks = zip(ESTIMATOR_LABELS, ("#0072B2", "#009E73", "#56B4E9", "#CC79A7", "#7f7f7f"), "osD^v")
+    looks = zip(ESTIMATOR_LABELS, ("#674CD5", "#540507", "#8C87FB", "#CC79A7", "#7f7f7f"), "osD^v")
     for name, color, marker in looks:
         y = [values[name] for values in by_steps.values()]
         label = ESTIMATOR_LABELS[name].replace("\n", " ")
@@ -72,7 +72,7 @@ def estimator_steps(results: Mapping) -> Figure:
     ax.axhline(0.5, color="black", lw=0.8)
     ax.set_xticks(x)
     ax.set_xlabel("operations in the story")
-    ax.set_ylabel("ROC AUC for computing tokens")
+    ax.set_ylabel("ROC AUC per sentence")
     ax.grid(alpha=0.3)
     fig.legend(frameon=False, fontsize=8, loc="outside right center")
     return fig

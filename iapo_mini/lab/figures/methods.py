@@ -296,6 +296,8 @@ def departures(results: Mapping) -> Figure:
 def starts(results: Mapping) -> Figure:
     """Plot length, Pass@1 and right answers per token after training, by start policy and method.
 
+    A bar is the mean over seeds, with its 95% interval; a dot is a seed.
+
     Args:
         results: as written by ``starts.starts``.
     """
@@ -314,9 +316,12 @@ def starts(results: Mapping) -> Figure:
             x = np.arange(len(rows)) + (i - (len(methods) - 1) / 2) * width
             means, bars = [], []
             for row in rows.values():
-                mean, low, high = _drawn((np.atleast_1d(row[method][metric]) * factor).tolist())
+                seeds = np.atleast_1d(row[method][metric]) * factor
+                mean, low, high = _drawn(seeds.tolist())
                 means.append(mean)
                 bars.append((mean - low, high - mean))
+                ax.plot(np.full(len(seeds), x[len(means) - 1]), seeds, "o", color="white",
+                        mec="black", ms=3, mew=0.6, zorder=3)  # fmt: skip
             ax.bar(
                 x, means, width, color=COLORS[method], alpha=0.75, edgecolor="white",
                 hatch="//" if method == "iapo_sentence" else "",
