@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from iapo_mini.lab.results import comparison_table
 from iapo_mini.lab.sizes import COMPARED, preset_of
 from iapo_mini.lab.starts import starts_table
 from iapo_mini.lab.tuning import ROWS, choose, finished_trials, tuning_table
+from iapo_mini.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 
@@ -204,6 +206,13 @@ def test_the_page_on_trl_has_the_committed_numbers():
     assert f"**{results['our_step_over_trl_step']:.2f} times**" in docs
     assert results["our_step_over_trl_step"] <= 0.5
     assert results["max_loss_difference"] <= 1e-5
+    rules = results["rules"]
+    assert set(rules) == {"trl", *RECIPES}
+    base = statistics.median(rules.pop("trl")["seconds"])
+    for name, row in rules.items():
+        assert row["loss_difference"] < 1e-6 and row["gradient_difference"] < 1e-3
+        ratio = statistics.median(row["seconds"]) / base
+        assert f"| {RECIPES[name].label} | {ratio:.2f} | {row['advantage_difference']:.0e} |" in docs
     state = json.loads((ROOT / "figures/results/trl_run.json").read_text(encoding="utf-8"))
     rows = [row for row in state["log_history"] if "loss" in row]
     for name, digits in (("completions/mean_length", 1), ("reward", 2)):
