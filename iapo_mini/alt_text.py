@@ -119,7 +119,7 @@ def _points(ax: Axes) -> list[str]:
 def _names(axis: Any) -> str:
     """The words at the ticks of an axis, if they are words."""
     words = [_plain(tick.get_text()) for tick in axis.get_ticklabels()]
-    words = [w for w in words if w]
+    words = [w.removeprefix("mathdefault{") for w in words if w]  # powers on a log scale
     is_words = words and not any(w.lstrip("+-\N{MINUS SIGN}")[:1].isdigit() for w in words)
     return f" ({', '.join(words[:20])}{', ...' if len(words) > 20 else ''})" if is_words else ""
 

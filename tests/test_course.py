@@ -245,6 +245,18 @@ def test_a_lesson_trains_or_measures_with_the_readers_function_and_draws(number)
         assert waiting and all("plt.show()" in t and len(t.splitlines()) <= 24 for t in waiting)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_tables_give_the_time_that_the_notebook_gives(path):
+    told = re.search(r"Time and hardware:\*\* (?:about )?(\d+) minutes", text(cells(path)[0]))
+    for page in ("README.md", "docs/syllabus.md") if told else ():
+        (row,) = (
+            line
+            for line in (ROOT / page).read_text(encoding="utf-8").splitlines()
+            if line.startswith("|") and f"notebooks/{path.name})" in line
+        )
+        assert f"| {told[1]} |" in row
+
+
 def test_tables_name_every_notebook_with_its_badge():
     for path in NOTEBOOKS:
         for page in ("README.md", "docs/syllabus.md"):

@@ -124,7 +124,7 @@ def test_absurd_numbers_of_pretrain_are_refused_in_one_sentence(field, idle, cap
          "--help"),
         ("trian --out x", "did you mean 'train'?"),
         ("lab tabel1", "did you mean 'table1'?"),
-        ("lab figures speed", "study must be one of estimator, got 'speed'"),
+        ("lab figures speed", "study must be one of estimator, all, got 'speed'"),
         ("plan --gpu 0gb", "gpu must be one of t4 or a size, such as 12gb, got '0gb'"),
         (f"plan --gpu {'9' * 400}gb", "gpu must be one of t4 or a size, such as 12gb, got '9999"),
         ("explain - --out h.json", "out must be a .png, .pdf or .svg file, got 'h.json'"),

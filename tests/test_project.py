@@ -12,7 +12,7 @@ from iapo_mini.config import TrainConfig
 from iapo_mini.intervals import format_interval, mean_interval
 from iapo_mini.lab import verdicts
 from iapo_mini.lab.choices import choices_table
-from iapo_mini.lab.claims import _of_table1, _talk, report_of_files
+from iapo_mini.lab.claims import _talk, of_table1, report_of_files
 from iapo_mini.lab.departures import departures_table
 from iapo_mini.lab.early_exit import early_exit_table
 from iapo_mini.lab.estimators import ESTIMATORS, POLICIES, speed_table, study_table
@@ -131,7 +131,7 @@ def test_early_exits_in_the_docs_are_the_committed_ones():
         "never", "agree")) < 0.05  # fmt: skip
 
 
-def test_numbers_of_table1_in_the_text_are_computed_from_it(table1_results):
+def test_numbersof_table1_in_the_text_are_computed_from_it(table1_results):
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     methods, clock = table1_results["methods"], table1_results["wall_clock"]
     iapo, grpo, start = (methods[name] for name in ("iapo", "grpo", "start"))
@@ -160,7 +160,7 @@ def test_the_page_of_claims_follows_from_the_committed_results():
 
 
 def test_statements_about_table1_agree_with_its_verdicts(table1_results):
-    rows = verdicts.judge(_of_table1(table1_results))
+    rows = verdicts.judge(of_table1(table1_results))
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     testable = sum(row[3] != "cannot be tested" for row in rows)
     assert testable == len(rows) - 5  # Pass@32, at 1 before training

@@ -13,8 +13,6 @@ from matplotlib.figure import Figure
 
 from iapo_mini.diagrams.drawing import (
     BLUE,
-    DEEP_BLUE,
-    DEEP_ORANGE,
     GREEN,
     INK,
     ORANGE,
@@ -133,6 +131,10 @@ def reward_to_ratio() -> Figure:
     return fig
 
 
+TOLD, EXPLORED = "#674CD5", "#954B3D"
+"""Colours of the terms of informativeness and exploration, as in notebook 05."""
+
+
 def _beside(
     ax: Axes, x: float, ends: tuple[float, float], text: str, above: bool, **style: Any
 ) -> None:
@@ -143,11 +145,11 @@ def _beside(
 
 def three_terms() -> Figure:
     """The three terms of IAPO's advantage, added up on three tokens."""
-    alpha, beta = 0.4, 0.05
+    alpha, beta = 0.2, 0.05  # the library's defaults
     cases = (
-        ("a result, right completion", 0.83, 2.5, 0.8),
+        ("a result, right completion", 0.83, 4.0, 0.8),
         ("talk, right completion", 0.83, -0.3, -1.6),
-        ("a wrong result, wrong completion", -1.17, 2.5, -0.8),
+        ("a wrong result, wrong completion", -1.17, 4.0, -0.8),
     )
     sums = [r + alpha * s + beta * c for _, r, s, c in cases]
     fig, axes = panels(10, 3.2, 3, (
@@ -162,7 +164,7 @@ def three_terms() -> Figure:
         + " The informative token of the right completion is pushed up most, the talk beside it "
         "less, and the wrong result is pushed down far less than its reward alone would do."
     ), sharey=True)  # fmt: skip
-    looks = (("#9a9a9a", ""), (DEEP_BLUE, "//"), (DEEP_ORANGE, ".."), ("white", ""))
+    looks = (("#9a9a9a", ""), (TOLD, "//"), (EXPLORED, ".."), ("white", ""))
     names = ("norm(r)", f"{alpha} norm(s)", f"{beta} norm(c)", "A")
     for ax, (name, r, s, c), total in zip(axes, cases, sums):
         start = 0.0
@@ -198,17 +200,17 @@ def normalization() -> Figure:
         "differences of the second count as much as the large ones of the first."
     ))  # fmt: skip
     rows = (
-        ("varied completion", varied, DEEP_BLUE, "o"),
-        ("flat completion", flat, DEEP_ORANGE, "D"),
+        ("varied completion", varied, "o"),
+        ("flat completion", flat, "D"),
     )
     for ax, normalized in zip(axes, (False, True)):
-        for y, (_, values, color, marker) in zip((1, 0), rows):
+        for y, (_, values, marker) in zip((1, 0), rows):
             shown = norm(values) if normalized else values
             mean, spread = statistics.fmean(shown), statistics.stdev(shown)
             ax.plot([mean - spread, mean + spread], [y] * 2, color="#bdbdbd", lw=9, zorder=1,
                     solid_capstyle="butt")  # fmt: skip
             ax.plot([mean] * 2, [y - 0.22, y + 0.22], color=INK, lw=1.5, zorder=2)
-            ax.plot(shown, [y] * len(shown), marker, color=color, ms=7, alpha=0.85, mec="white")
+            ax.plot(shown, [y] * len(shown), marker, color=TOLD, ms=7, alpha=0.85, mec="white")
         ax.set_ylim(-0.6, 1.6)
         ax.grid(axis="x", alpha=0.3)
     axes[0].set_yticks([1, 0], [name.replace(" ", "\n") for name, *_ in rows])

@@ -40,5 +40,12 @@ def ablation(
         "versions": results["versions"],
     }  # fmt: skip
     write_json(results_path(figures, "ablation", preset), found)
-    plots.comparison(rows, k).savefig(figures / f"{file_stem('ablation', preset)}.png", dpi=150)
+    draw(results, figures, preset)
     return found
+
+
+def draw(results: dict, figures: Path, preset: str = "full") -> None:
+    """Draw the parts of the advantage from the content of ``table1.json``."""
+    rows = {name: results["methods"][name] for name in ABLATED}
+    figure = plots.comparison(rows, max(results["config"]["evaluation"]["ks"]))
+    figure.savefig(figures / f"{file_stem('ablation', preset)}.png", dpi=150)

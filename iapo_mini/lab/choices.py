@@ -110,6 +110,8 @@ def paid_at_choices(
     terms: Mapping[str, Callable[..., torch.Tensor]],
     num_generations: int,
     seed: int = 0,
+    *,
+    progress: bool = True,
 ) -> tuple[dict[str, dict[str, list[float]]], int]:
     """How much each term favours computing over talk at choices.
 
@@ -119,6 +121,7 @@ def paid_at_choices(
         terms: as ``TERMS``.
         num_generations: completions of each story.
         seed: sampling seed.
+        progress: show a progress bar.
 
     Returns:
         Term -> aggregation -> ``[mean, low, high]`` in standard deviations of the term (bootstrap
@@ -127,7 +130,8 @@ def paid_at_choices(
     found: dict[tuple[str, str], list[tuple[np.ndarray, ...]]] = defaultdict(list)
     spread: dict[tuple[str, str], list[torch.Tensor]] = defaultdict(list)
     count = 0
-    for start in tqdm(range(0, len(problems), 4), desc="choices", unit="batch"):
+    starts = range(0, len(problems), 4)
+    for start in tqdm(starts, desc="choices", unit="batch", disable=not progress):
         batch = list(problems[start : start + 4])
         drawn_now = sample(policy, batch, num_generations=num_generations, seed=seed + start)
         rollouts = score(drawn_now, policy.tokenizer, batch)

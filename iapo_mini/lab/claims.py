@@ -61,7 +61,8 @@ def _at_ceiling(table: Mapping, metric: str) -> bool:
     return min(table["methods"]["start"][metric]) >= 1 - ACCURACY_MARGIN
 
 
-def _of_table1(table: Mapping) -> list[Claim]:
+def of_table1(table: Mapping) -> list[Claim]:
+    """Every claim on the content of ``table1.json``, to be judged together."""
     methods, k = table["methods"], max(table["config"]["evaluation"]["ks"])
     iapo, start = methods["iapo"], methods["start"]
     claims = []
@@ -128,7 +129,8 @@ def _talk(method: Mapping) -> list[float]:
     return [sum(counts) for counts in zip(*(method["roles"][role] for role in roles))]
 
 
-def _of_ablation(results: Mapping) -> list[Claim]:
+def of_ablation(results: Mapping) -> list[Claim]:
+    """Every claim on the content of ``ablation.json``, to be judged together."""
     k, claims = results["k"], []
     for a, b in (("iapo", "iapo_ne"), ("iapo_ne", "iapo_ni"), ("iapo_pmi", "iapo")):
         gap = _paired(results["ratio"][a], results["ratio"][b], _more)
@@ -312,8 +314,8 @@ def report(
 ) -> str:
     """The text of ``claims.md`` from the contents of the results files with these names."""
     sections = {
-        "Fewer tokens at equal accuracy (Table 1)": judge(_of_table1(table)),
-        "What each part is worth (Fig. 5)": judge(_of_ablation(ablated)),
+        "Fewer tokens at equal accuracy (Table 1)": judge(of_table1(table)),
+        "What each part is worth (Fig. 5)": judge(of_ablation(ablated)),
         "The weights (Fig. 6)": judge(_of_sweeps(swept, table)),
         "Theory": _of_theory(theory),
         "The released code": judge(_of_departures(departed)),

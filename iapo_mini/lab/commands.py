@@ -56,9 +56,10 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
     figures = parts.add_parser("figures", help="remake the figures and results of a study")
     figures.set_defaults(run_command=_figures)
     figures.add_argument(
-        "study", choices=("estimator",),
+        "study", choices=("estimator", "all"),
         help="estimator: compare every estimator with the known roles and the exact posterior; the "
-        "speed figures show the measurements of benchmarks/estimator.py",
+        "speed figures show the measurements of benchmarks/estimator.py. all: draw again every "
+        "figure that needs only its results file; nothing is measured",
     )  # fmt: skip
     figures.add_argument("--stories", type=whole, default=300, help="test stories (%(default)s)")
     for part in (theory, figures):
@@ -240,11 +241,15 @@ def _figures(args: argparse.Namespace) -> None:
 
     from iapo_mini.files import writable_folder
     from iapo_mini.lab.estimators import estimator_study, study_table
+    from iapo_mini.lab.redraw import redraw
 
     check_number("stories", args.stories, 2, MOST_PROBLEMS)
     check_number("threads", args.threads, 1, MOST_THREADS)
     writable_folder(Path(args.figures) / "results", "figures")
     torch.set_num_threads(args.threads)
+    if args.study == "all":
+        print("\n".join(map(str, redraw(args.figures))))
+        return
     results = estimator_study(args.figures, args.stories)
     print(study_table(results))
     best = results["ceiling"]["auc"][0]

@@ -74,7 +74,12 @@ def sweeps(
         results["means"][method][how] = outcome(name) | {"length_by_step": by_step}
     results |= {"config": found["config"], "seeds": found["seeds"], "versions": versions()}
     write_json(results_path(figures, "sweeps", preset), results)
+    draw(results, figures, preset)
+    return results
+
+
+def draw(results: dict, figures: Path, preset: str = "full") -> None:
+    """Draw the weights and the two means of the loss from the content of ``sweeps.json``."""
     name = file_stem("sweeps", preset)
     drawn.sweeps(results).savefig(figures / f"{name}.png", dpi=150)
     drawn.means(results).savefig(figures / f"{name}_means.png", dpi=150)
-    return results

@@ -67,22 +67,27 @@ def table1(
     question, texts = answers_to_one_story(jobs, kept)
     results["story"] = {"question": question, "answers": texts}
     write_json(path, results)
-    name = file_stem("table1", preset)
-    draw_comparison(results, figures, name)
-    drawn.tradeoff(results["methods"], sizes.table1.ks).savefig(
-        figures / f"{name}_tradeoff.png", dpi=150
-    )
-    drawn.by_steps(results["methods"]).savefig(figures / f"{name}_steps.png", dpi=150)
-    tokenizer = load_policy(lora_rank=0).tokenizer
-    drawn.case_study(question, texts, tokenizer).savefig(
-        figures / f"{file_stem('case_study', preset)}.png", dpi=150
-    )
+    draw(results, figures, preset)
     shown = {name: texts[name] for name in WATCHED if name in texts}
     run_all(_of(jobs, WATCHED, sizes.table1.seeds[:1]), parallel)
     drawn.heat_maps(question, _informed(jobs, question, shown)).savefig(
         figures / f"{file_stem('heat_maps', preset)}.png", dpi=150
     )
     return results
+
+
+def draw(results: dict, figures: Path, preset: str = "full") -> None:
+    """Draw every figure of Table 1 that needs only its results file."""
+    name, rows = file_stem("table1", preset), results["methods"]
+    draw_comparison(results, figures, name)
+    tokenizer = load_policy(lora_rank=0).tokenizer
+    for stem, figure in (
+        (f"{name}_tradeoff", drawn.tradeoff(rows, results["config"]["evaluation"]["ks"])),
+        (f"{name}_steps", drawn.by_steps(rows)),
+        (file_stem("case_study", preset),
+         drawn.case_study(results["story"]["question"], results["story"]["answers"], tokenizer)),
+    ):  # fmt: skip
+        figure.savefig(figures / f"{stem}.png", dpi=150)
 
 
 def _jobs(sizes: Preset, out: Path, recipes: Mapping[str, dict | None]) -> list[dict]:

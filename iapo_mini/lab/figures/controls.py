@@ -85,7 +85,7 @@ def choices(results: Mapping) -> Figure:
     ax = fig.subplots()
     names = list(results["terms"])
     for how, offset, color, marker in (
-        ("token", -0.15, COLORS["iapo"], "o"), ("sequence", 0.15, COLORS["grpo"], "s"),
+        ("token", -0.15, "black", "o"), ("sequence", 0.15, "#8a8a8a", "s"),
     ):  # fmt: skip
         shown = [(y, results["terms"][name][how]) for y, name in enumerate(names)]
         y = [place + offset for place, _ in shown]

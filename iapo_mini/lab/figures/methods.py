@@ -19,7 +19,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from iapo_mini.chat import token_texts
 from iapo_mini.intervals import mean_interval
-from iapo_mini.plots import COLORS, LABELS, MARKERS, STYLES, band, interval_of
+from iapo_mini.plots import COLORS, LABELS, MARKERS, STYLES, interval_of
 from iapo_mini.problems.stories import ROLES, token_roles
 
 if TYPE_CHECKING:
@@ -189,8 +189,27 @@ def _stacked(question: str, blocks: Mapping[str, list[tuple[str, tuple]]]) -> tu
     return fig, ax
 
 
+def seeds_and_mean(
+    ax: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], style: str, **look: Any
+) -> None:
+    """Draw every seed as a thin line and their mean as a thick one.
+
+    Three seeds are shown themselves: the interval of three numbers is wide, and they may form two
+    groups.
+
+    Args:
+        ax: axes to draw on.
+        x: one number for each value of a run.
+        runs: the values of every seed.
+        style, look: properties of the lines, as for ``Axes.plot``; only the mean has the label.
+    """
+    for values in runs:
+        ax.plot(x, values, style[-1:], color=look["color"], lw=0.7, alpha=0.6)
+    ax.plot(x, np.mean(runs, axis=0), style, lw=2.2, **look)
+
+
 def sweeps(results: Mapping) -> Figure:
-    """Plot length, Pass@k and entropy by each weight (Fig. 6), with 95% intervals over seeds.
+    """Plot length, Pass@k and entropy by each weight (Fig. 6): every seed, and their mean.
 
     Args:
         results: as written by ``sweeps.sweeps``.
@@ -204,8 +223,8 @@ def sweeps(results: Mapping) -> Figure:
     for row, weight in zip(fig.subplots(2, 4), ("alpha", "beta")):
         values = [point["value"] for point in results[weight]]
         for ax, (metric, label) in zip(row, panels.items()):
-            intervals = [mean_interval(point[metric]) for point in results[weight]]
-            band(ax, values, intervals, "o-", color=COLORS["iapo"], label="IAPO", lw=1.5, ms=4)
+            seeds = list(zip(*(point[metric] for point in results[weight])))
+            seeds_and_mean(ax, values, seeds, "o-", color=COLORS["iapo"], label="IAPO", ms=4)
             ax.set_xscale("log")
             ax.set_xlabel(f"{weight} (log scale)")
             ax.set_ylabel(label)
@@ -223,6 +242,8 @@ def _drawn(values: Sequence[float]) -> tuple[float, float, float]:
 def means(results: Mapping) -> Figure:
     """Plot length by training step and Pass@1 after training for two ways to average the loss.
 
+    Every seed is a thin line, or a dot.
+
     Args:
         results: as written by ``sweeps.sweeps``.
     """
@@ -234,12 +255,12 @@ def means(results: Mapping) -> Figure:
         for aggregation, found in ways.items():
             style, hatch = looks[aggregation]
             color, label = COLORS[method], f"{LABELS[method]}, {aggregation} mean"
-            by_step = [mean_interval(x) for x in zip(*found["length_by_step"])]
-            steps = range(1, len(by_step) + 1)
-            band(left, steps, by_step, style, color=color, label=label, alpha=0.15, lw=1.8)
-            mean, low, high = _drawn(found["pass@1"])
+            steps = range(1, len(found["length_by_step"][0]) + 1)
+            seeds_and_mean(left, steps, found["length_by_step"], style, color=color, label=label)
+            mean = float(np.mean(found["pass@1"]))
             right.barh(y, mean, color=color, hatch=hatch, edgecolor="white", alpha=0.75, height=0.6)
-            right.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color="black", capsize=3)
+            spread = y + np.linspace(-0.2, 0.2, len(found["pass@1"]))
+            right.scatter(found["pass@1"], spread, s=9, color="black", zorder=3)
             names.append(label)
             y += 1
     left.set_xlabel("training step")

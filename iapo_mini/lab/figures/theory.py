@@ -12,7 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from iapo_mini.plots import LABELS, STYLES, band
+from iapo_mini.plots import COLORS, LABELS, band
+
+WORLDS = {"random": "#7f7f7f", "filler": "#CC79A7", "clue": "#674CD5"}
+"""Colours of the kinds of worlds. Colours of methods are those of :mod:`iapo_mini.plots`."""
 
 
 def _curve(
@@ -69,14 +72,14 @@ def theory_theorem(theorem: Mapping) -> Figure:
     _predicted_measured(
         left,
         {
-            "step 10": (points["10.0"], 10, "#E69F00", "x"),
-            "step 0.1": (points["0.1"], 0.1, "#0072B2", "o"),
+            "step 10": (points["10.0"], 10, "#7f7f7f", "x"),
+            "step 0.1": (points["0.1"], 0.1, "black", "o"),
         },
         "tokens",
     )
     left.set_title("each point a world; on the line: exact", fontsize=10)
     looks = {
-        "informativeness": ("#0072B2", "o-"), "random direction": ("#D55E00", "s--"),
+        "informativeness": (COLORS["iapo"], "o-"), "random direction": ("#7f7f7f", "s--"),
     }  # fmt: skip
     sections = dict(zip(looks, (theorem["informativeness"], theorem["control"])))
     for label, (color, style) in looks.items():
@@ -102,15 +105,14 @@ def theory_corollary(corollary: Mapping) -> Figure:
     """
     fig = Figure(figsize=(10, 3.5), layout="constrained")
     left, middle, right = fig.subplots(1, 3)
-    colors = {"filler": ("#0072B2", "o"), "clue": ("#D55E00", "s")}
-    for world, (color, marker) in colors.items():
+    for world, line in (("filler", "-"), ("clue", "--")):
         by_length = corollary["tables"][world]["by_length"]
         x = [int(n) for n in by_length]
-        _curve(left, x, list(by_length.values()), f"{world} worlds", color, f"{marker}-")
+        _curve(left, x, list(by_length.values()), f"{world} worlds", WORLDS[world], f"o{line}")
         for method in ("grpo", "iapo"):
             path = corollary["paths"][world][method]
             label = f"{world}, {LABELS[method]}"
-            _curve(middle, range(len(path)), path, label, color, STYLES[method])
+            _curve(middle, range(len(path)), path, label, COLORS[method], line)
     left.set_xlabel("completion length (tokens)")
     left.set_title("the premise holds (filler), fails (clue)", fontsize=10)
     middle.set_xlabel("updates")
@@ -118,7 +120,7 @@ def theory_corollary(corollary: Mapping) -> Figure:
     middle.set_title("length follows", fontsize=10)
     by_length = corollary["stories"]["by_length"]
     relative = [float(r) for r in by_length]
-    _curve(right, relative, list(by_length.values()), "sampled", "#009E73", "D-")
+    _curve(right, relative, list(by_length.values()), "sampled", "black", "D-")
     if "1" in by_length:
         mean = by_length["1"][0]
         even = mean / np.array(relative)

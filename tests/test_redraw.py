@@ -1,0 +1,47 @@
+"""Committed figures and the notebooks' diagrams are what today's code draws."""
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from iapo_mini import diagrams
+from iapo_mini.alt_text import png
+from iapo_mini.lab.redraw import redraw
+
+ROOT = Path(__file__).parent.parent
+FIGURES = ROOT / "figures"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("**/[0-9]*.ipynb"))
+FROM_POLICIES = {"calibration", "estimator_calibration", "explain", "heat_maps"}
+"""Figures that need more than their results file."""
+
+
+def apart(one, other):
+    """Share of the pixels of two images that differ clearly; 1 if their sizes differ."""
+    a, b = (np.asarray(Image.open(path).convert("RGB"), dtype=int) for path in (one, other))
+    return float((abs(a - b).max(-1) > 32).mean()) if a.shape == b.shape else 1.0
+
+
+def test_committed_figures_are_drawn_by_todays_code(tmp_path):
+    drawn = redraw(FIGURES, tmp_path)
+    assert {p.stem for p in drawn} == {p.stem for p in FIGURES.glob("*.png")} - FROM_POLICIES
+    old = {p.stem: apart(p, FIGURES / p.name) for p in drawn}
+    # Fonts and processors move a few pixels; another colour or another number moves more.
+    assert {stem: share for stem, share in old.items() if share > 0.005} == {}
+
+
+def test_diagrams_in_notebooks_are_drawn_by_todays_code():
+    old, seen = [], 0
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            asked = re.fullmatch(r"diagrams\.(\w+)\(\)", "".join(cell["source"]).strip())
+            if asked:
+                kept = base64.b64decode(cell["outputs"][0]["data"]["image/png"])
+                drawn = png(getattr(diagrams, asked[1])())
+                old += [(path.name, asked[1])] * (apart(*map(io.BytesIO, (kept, drawn))) > 0.005)
+                seen += 1
+    assert old == [] and seen >= len(diagrams.DIAGRAMS)
