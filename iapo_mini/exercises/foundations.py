@@ -20,8 +20,8 @@ def moved(seed: int = 0) -> list[Case]:
     for size, token, advantage, rate in ((3, 1, 1.0, 0.5), (5, 4, -1.4, 0.9), (9, 0, 0.3, 2.0)):
         logits = 2 * torch.randn(size, generator=generator)
         z = logits.clone().requires_grad_()
-        (advantage * z.log_softmax(-1)[token]).backward()
-        expected = (logits + rate * z.grad).softmax(-1)
+        (uphill,) = torch.autograd.grad(advantage * z.log_softmax(-1)[token], z)
+        expected = (logits + rate * uphill).softmax(-1)
         cases.append(((logits, token, advantage, rate), expected))
     return cases
 
@@ -36,8 +36,8 @@ def token_loss(seed: int = 0) -> list[Case]:
         A = normalize(torch.tensor(rewards))
         for i in (int(A.argmax()), int(A.argmin())):
             old = rng.uniform(0.1, 0.5)
-            logs = [torch.tensor([p]).log() for p in (ratio * old, old)]
-            expected = -clipped_surrogate(*logs, A[i : i + 1], epsilon)[0]
+            new_log, old_log = (torch.tensor([p]).log() for p in (ratio * old, old))
+            expected = -clipped_surrogate(new_log, old_log, A[i : i + 1], epsilon)[0]
             cases.append(((rewards, i, old, ratio * old, epsilon), float(expected)))
     return cases
 
