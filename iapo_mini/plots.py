@@ -299,7 +299,8 @@ def token_heatmap(
         columns: characters per line.
         unit: description of the values, below the colour bar.
     """
-    limit = max(0.1, float(np.quantile(np.abs(values), 0.99)) if len(values) else 0.1)
+    # The largest value ends the scale: a clipped scale would show lesser tokens as deep as it.
+    limit = max(0.1, float(np.abs(values).max()) if len(values) else 0.1)
     norm = Normalize(-limit, limit)
     pitch = 0.34 if roles is None else 0.44
     height = pitch * len(_broken(tokens, columns)) + 1.5

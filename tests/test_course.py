@@ -194,6 +194,11 @@ def text(cell):
     return "".join(cell["source"])
 
 
+def number_of(path):
+    """What a notebook is called: ``03``, ``00b``."""
+    return path.name.partition("_")[0]
+
+
 def printed(path):
     return "".join(
         "".join(output.get("text", ""))
@@ -205,7 +210,7 @@ def printed(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_opens_with_badge_aims_time_and_installation(path):
     first = text(cells(path)[0])
-    assert re.match(rf"# {path.name.split('_')[0]} · ", first)
+    assert first.startswith(f"# {number_of(path)} · ")
     assert f"colab.research.google.com/github/iapo-mini/iapo-mini/blob/main/notebooks/{path.name}" \
         in first  # fmt: skip
     assert all(f"\n{n}. " in first for n in (1, 2, 3)) and "\n4. " not in first
@@ -237,24 +242,34 @@ def test_every_exercise_has_a_solution_that_passes(path):
     assert "not yet" not in printed(solution)
 
 
-@pytest.mark.parametrize("number", ["01", "03", "04_", "04b", "05", "06", "08"])
+@pytest.mark.parametrize("number", ["00b", "01", "03", "04", "04b", "05", "06", "08"])
 def test_a_lesson_trains_or_measures_with_the_readers_function_and_draws(number):
-    (path,) = (p for p in NOTEBOOKS if p.name.startswith(number))
+    (path,) = (p for p in NOTEBOOKS if number_of(p) == number)
     for notebook in (path, SOLUTIONS / path.name):
         waiting = [text(c) for c in cells(notebook) if "\nif passes(" in text(c)]
         assert waiting and all("plt.show()" in t and len(t.splitlines()) <= 24 for t in waiting)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_the_tables_give_the_time_that_the_notebook_gives(path):
-    told = re.search(r"Time and hardware:\*\* (?:about )?(\d+) minutes", text(cells(path)[0]))
-    for page in ("README.md", "docs/syllabus.md") if told else ():
-        (row,) = (
-            line
-            for line in (ROOT / page).read_text(encoding="utf-8").splitlines()
-            if line.startswith("|") and f"notebooks/{path.name})" in line
-        )
-        assert f"| {told[1]} |" in row
+def test_every_notebook_names_the_paper_and_links_it(path):
+    prose = "".join(text(c) for c in cells(path) if c["cell_type"] == "markdown")
+    assert "IAPO" in prose and "](https://arxiv.org/abs/2602.19049)" in prose
+
+
+def minutes_in_table(page, path):
+    """The minutes in the row of a notebook, in the README or the syllabus."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    (row,) = (line for line in lines if line.startswith("|") and f"{path.name})" in line)
+    return int(re.findall(r"\| (\d+) \|", row)[-1])  # the first number is that of the sitting
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_time_of_a_sitting_is_the_same_wherever_it_is_told(path):
+    told = re.findall(
+        r"\*\*Time and hardware:\*\* (\d+) minutes to read and try", text(cells(path)[0])
+    )
+    assert [int(t) for t in told] == [minutes_in_table("docs/syllabus.md", path)]
+    assert minutes_in_table("README.md", path) == int(told[0])
 
 
 def test_tables_name_every_notebook_with_its_badge():
@@ -268,12 +283,3 @@ def test_tables_name_every_notebook_with_its_badge():
         r"blob/main/notebooks/(\S+?\.ipynb)", (ROOT / "README.md").read_text(encoding="utf-8")
     )
     assert {p.name for p in NOTEBOOKS} <= set(badges)
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda p: p.stem)
-def test_the_time_of_a_sitting_is_the_same_everywhere(path):
-    told = re.search(r"\*\*Time and hardware:\*\* (\d+) minutes", text(cells(path)[0]))
-    for page in ("README.md", "docs/syllabus.md"):
-        table = (ROOT / page).read_text(encoding="utf-8")
-        row = re.search(rf"notebooks/{path.name}\) \|.*?(\d+) \|", table)
-        assert row[1] == told[1], page

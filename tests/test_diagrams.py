@@ -266,6 +266,11 @@ def test_no_label_of_the_library_or_the_course_is_smaller_than_eight_points():
     assert found == []
 
 
+def test_no_value_of_a_heat_map_lies_beyond_its_scale():
+    figure = plots.token_heatmap(["a", "b", "c"], [0.1, -0.4, 2.5])
+    assert figure.axes[-1].get_xlim() == pytest.approx((-2.5, 2.5))
+
+
 def test_heat_map_names_every_role_where_its_tokens_stand():
     figure = DRAWN["token_heatmap"]()
     written = [t for t, _ in texts(figure) if t.axes is figure.axes[0]]

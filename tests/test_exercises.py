@@ -20,6 +20,7 @@ from iapo_mini.exercises import (
     comparison,
     early_exit,
     estimates,
+    foundations,
     four_bit,
     length,
     mutual_information,
@@ -33,7 +34,8 @@ from iapo_mini.tools.course import check, passes
 
 SOLUTIONS = sorted((Path(__file__).parent.parent / "notebooks" / "solutions").glob("*.ipynb"))
 MODULES = (
-    quickstart, verbosity, mutual_information, early_exit, estimates, better_estimates, advantage,
+    quickstart, foundations, verbosity, mutual_information, early_exit, estimates,
+    better_estimates, advantage,
     length, four_bit, comparison, real_model, scaling,
 )  # fmt: skip
 CASES = {
@@ -42,7 +44,10 @@ CASES = {
     for name, function in vars(module).items()
     if inspect.isfunction(function) and function.__annotations__.get("return") == "list[Case]"
 }
-TOLERANCES = {"advantage_in_group": 1e-3, "entropies_by_postfix": 1e-3, "rounding_error": 1e-4}
+TOLERANCES = {
+    "advantage_in_group": 1e-3, "token_loss": 1e-3, "entropies_by_postfix": 1e-3,
+    "rounding_error": 1e-4,
+}  # fmt: skip
 
 
 def sources():
@@ -153,6 +158,38 @@ NEAR_MISSES = [
      "1000 * sum(c / t for c, t in zip(correct, tokens)) / len(tokens)"),
     ("ratio_of", "sum(tokens)", "sum(t for c, t in zip(correct, tokens) if c)"),
     ("ratio_of", "1000 * ", ""),
+    ("moved", "chosen - p", "chosen"),
+    ("moved", "chosen - p", "chosen * (1 - p)"),
+    ("moved", "logits + rate", "logits - rate"),
+    ("moved", " * advantage", ""),
+    ("moved", "rate * ", ""),
+    ("moved", "(logits + rate", "(p + rate"),
+    ("moved", "chosen[token] = 1", "chosen[token] = p[token]"),
+    ("token_loss", "statistics.stdev", "statistics.pstdev"),
+    ("token_loss", " / statistics.stdev(rewards)", ""),
+    ("token_loss", "statistics.fmean(rewards)", "statistics.median(rewards)"),
+    ("token_loss", "-min(ratio * A, clipped * A)", "-clipped * A"),
+    ("token_loss", "-min(ratio * A, clipped * A)", "-ratio * A"),
+    ("token_loss", "-min(ratio", "-max(ratio"),
+    ("token_loss", "-min(ratio", "min(ratio"),
+    ("token_loss", "new / old", "old / new"),
+    ("token_loss", "new / old", "1 + new - old"),
+    ("token_loss", "1 + epsilon", "1.2"),
+    ("token_loss", "1 - epsilon", "0.8"),
+    ("first_loss", "-sum(advantages) / len(advantages)", "0.0"),
+    ("first_loss", "-sum(advantages)", "sum(advantages)"),
+    ("first_loss", "-sum(a * n", "sum(a * n"),
+    ("first_loss", "a * n for", "a / n for"),
+    ("first_loss", "a * n for", "a for"),
+    ("first_loss", " / sum(lengths)", " / (len(lengths) * max(lengths))"),
+    ("first_loss", '== "sequence"', '== "token"'),
+    ("guess_too_low", "range(n + 1)", "range(n)"),
+    ("guess_too_low", "math.comb(n, c) * ", ""),
+    ("guess_too_low", "return total - (1 - (1 - p) ** k)", "return (1 - (1 - p) ** k) - total"),
+    ("guess_too_low", "return total - (1 - (1 - p) ** k)", "return total"),
+    ("guess_too_low", "return total - (1 - (1 - p) ** k)", "return total - p"),
+    ("guess_too_low", "(1 - (1 - c / n) ** k)",
+     "(1 - math.comb(n - c, k) / math.comb(n, k))"),
     ("dr_grpo", "r.mean(1, keepdim=True)", "r.mean()"),
     ("dr_grpo", "rewards.view(-1, group)", "rewards.view(group, -1)"),
     ("dr_grpo", "rewards.view(-1, group)", "rewards.view(-1, 2)"),

@@ -212,7 +212,9 @@ def test_the_page_on_trl_has_the_committed_numbers():
     for name, row in rules.items():
         assert row["loss_difference"] < 1e-6 and row["gradient_difference"] < 1e-3
         ratio = statistics.median(row["seconds"]) / base
-        assert f"| {RECIPES[name].label} | {ratio:.2f} | {row['advantage_difference']:.0e} |" in docs
+        assert (
+            f"| {RECIPES[name].label} | {ratio:.2f} | {row['advantage_difference']:.0e} |" in docs
+        )
     state = json.loads((ROOT / "figures/results/trl_run.json").read_text(encoding="utf-8"))
     rows = [row for row in state["log_history"] if "loss" in row]
     for name, digits in (("completions/mean_length", 1), ("reward", 2)):
