@@ -34,7 +34,7 @@ from iapo_mini.config import TrainConfig
 from iapo_mini.engines.reporting import reporters
 from iapo_mini.files import versions, write_json
 from iapo_mini.held_out import HeldOut, held_out_problems
-from iapo_mini.information import INFORMATION, inform
+from iapo_mini.information import inform
 from iapo_mini.kept_completions import keep
 from iapo_mini.problems.stories import stories
 from iapo_mini.rewards import score
@@ -67,7 +67,7 @@ def measured(turns: int, prompts: int, problems: int, limit: int) -> dict[str, l
         method="iapo", max_steps=1, prompts_per_step=prompts, max_completion_length=limit,
         threads=1, eval_every=1, eval_problems=problems,
     )  # fmt: skip
-    policy = start_policy(config)
+    policy, recipe = start_policy(config), config.recipe()
     asked = list(itertools.islice(stories("train"), prompts))
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -75,10 +75,10 @@ def measured(turns: int, prompts: int, problems: int, limit: int) -> dict[str, l
         judge = HeldOut(root, config, held_out_problems(config), 0)
         drawn = sample(policy, asked, max_completion_length=limit)
         rollouts = inform(
-            policy, score(drawn, policy.tokenizer, asked), INFORMATION["answer_entropy"],
+            policy, score(drawn, policy.tokenizer, asked), recipe.information,
             config.early_exit(),
         )  # fmt: skip
-        weights = iapo(rollouts, 0.2, 0.05)
+        weights = iapo(rollouts, recipe.alpha, recipe.beta)
         lines: list[dict] = []
         one = TrainConfig(**config.settings() | {"eval_every": 0})
         for turn in range(turns + 1):

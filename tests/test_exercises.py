@@ -35,8 +35,7 @@ from iapo_mini.tools.course import check, passes
 SOLUTIONS = sorted((Path(__file__).parent.parent / "notebooks" / "solutions").glob("*.ipynb"))
 MODULES = (
     quickstart, foundations, verbosity, mutual_information, early_exit, estimates,
-    better_estimates, advantage,
-    length, four_bit, comparison, real_model, scaling,
+    better_estimates, advantage, length, four_bit, comparison, real_model, scaling,
 )  # fmt: skip
 CASES = {
     name: function

@@ -130,7 +130,7 @@ def test_early_exits_in_the_docs_are_the_committed_ones():
         "never", "agree")) < 0.05  # fmt: skip
 
 
-def test_numbersof_table1_in_the_text_are_computed_from_it(table1_results):
+def test_numbers_of_table1_in_the_text_are_computed_from_it(table1_results):
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     methods, clock = table1_results["methods"], table1_results["wall_clock"]
     iapo, grpo, start = (methods[name] for name in ("iapo", "grpo", "start"))

@@ -224,8 +224,7 @@ def tokens_of(texts: Sequence[str]) -> Tokens:
     """Kinds of the tokens of a completion ``<think>...</think>...``, from their texts alone."""
     whole = "".join(texts)
     first, last = len("<think>"), whole.rindex("</think>")
-    tags = ["tag"] * first, ["tag"] * (len(whole) - last)
-    kinds = token_kinds(texts, tags[0] + character_kinds(whole[first:last]) + tags[1])
+    kinds = token_kinds(texts, ["tag"] * first + character_kinds(whole[first:last]))
     breaks = [m.end() for m in _SENTENCE.finditer(whole, first, last)]
     rows: list[tuple[int, bool, bool, int]] = []
     start = 0

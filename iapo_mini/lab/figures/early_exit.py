@@ -6,13 +6,12 @@ As in :mod:`iapo_mini.plots`, the function returns a figure and does not show or
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from iapo_mini.plots import COLORS
+from iapo_mini.plots import COLORS, POLICY_LOOKS
 
 LABELS = {
     "uncalibrated": "uncalibrated",
@@ -20,17 +19,12 @@ LABELS = {
     "calibrated": "calibrated",
     "iapo": "embedded, trained by IAPO",
 }
-_LOOKS: dict[str, dict[str, Any]] = {
-    "uncalibrated": {"color": COLORS["start"], "marker": "s"},
-    "embedded": {"color": COLORS["dapo"], "marker": "v"},
-    "calibrated": {"color": COLORS["grpo"], "marker": "o"},
-    "iapo": {"color": COLORS["iapo"], "marker": "^"},
-}
+_LOOKS = POLICY_LOOKS | {"iapo": (COLORS["iapo"], "^")}
 
 
 def _draw(ax: Axes, name: str, rows: Sequence[Mapping], asking: bool) -> None:
     """Draw one policy's curve, its control, its agreement rule, and the chains left whole."""
-    look = _LOOKS.get(name, {"color": "black", "marker": "D"})
+    color, marker = _LOOKS.get(name, ("black", "P"))
 
     def points(part: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:
         tokens = np.array([row["length"][0] + asking * row["asking"][0] for row in part])
@@ -40,18 +34,18 @@ def _draw(ax: Axes, name: str, rows: Sequence[Mapping], asking: bool) -> None:
     x, y = points(numbers)
     error = np.abs(y[:, 1:] - y[:, :1]).T
     ax.errorbar(x, y[:, 0], error, ls="-", ms=5, lw=1.5, elinewidth=0.8, capsize=2,
-                label=LABELS.get(name, name), **look)  # fmt: skip
+                color=color, marker=marker, label=LABELS.get(name, name))  # fmt: skip
     for i in (0, len(numbers) - 1):
         ax.annotate(f"{numbers[i]['rule']:g}", (x[i], y[i, 0]), (4, -11),
-                    textcoords="offset points", fontsize=8, color=look["color"])  # fmt: skip
+                    textcoords="offset points", fontsize=8, color=color)  # fmt: skip
     for rule, size, filled in (("never", 12, True), ("agree", 9, False)):
         x, y = points([row for row in rows if row["rule"] == rule])
-        face = look["color"] if filled else "none"
-        ax.plot(x, y[:, 0], "*" if filled else "P", ms=size, color=look["color"], mfc=face, ls="")
+        face = color if filled else "none"
+        ax.plot(x, y[:, 0], "*" if filled else "P", ms=size, color=color, mfc=face, ls="")
     if all(row["random"] for row in numbers):
         random = [row["random"] | {"asking": [0.0]} for row in numbers]
         x, y = points(random)
-        ax.plot(x, y[:, 0], ls=":", lw=1.5, color=look["color"])
+        ax.plot(x, y[:, 0], ls=":", lw=1.5, color=color)
 
 
 def early_exit(results: Mapping) -> Figure:

@@ -189,7 +189,7 @@ def _stacked(question: str, blocks: Mapping[str, list[tuple[str, tuple]]]) -> tu
     return fig, ax
 
 
-def seeds_and_mean(
+def _seeds_and_mean(
     ax: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], style: str, **look: Any
 ) -> None:
     """Draw every seed as a thin line and their mean as a thick one.
@@ -224,7 +224,7 @@ def sweeps(results: Mapping) -> Figure:
         values = [point["value"] for point in results[weight]]
         for ax, (metric, label) in zip(row, panels.items()):
             seeds = list(zip(*(point[metric] for point in results[weight])))
-            seeds_and_mean(ax, values, seeds, "o-", color=COLORS["iapo"], label="IAPO", ms=4)
+            _seeds_and_mean(ax, values, seeds, "o-", color=COLORS["iapo"], label="IAPO", ms=4)
             ax.set_xscale("log")
             ax.set_xlabel(f"{weight} (log scale)")
             ax.set_ylabel(label)
@@ -256,7 +256,7 @@ def means(results: Mapping) -> Figure:
             style, hatch = looks[aggregation]
             color, label = COLORS[method], f"{LABELS[method]}, {aggregation} mean"
             steps = range(1, len(found["length_by_step"][0]) + 1)
-            seeds_and_mean(left, steps, found["length_by_step"], style, color=color, label=label)
+            _seeds_and_mean(left, steps, found["length_by_step"], style, color=color, label=label)
             mean = float(np.mean(found["pass@1"]))
             right.barh(y, mean, color=color, hatch=hatch, edgecolor="white", alpha=0.75, height=0.6)
             spread = y + np.linspace(-0.2, 0.2, len(found["pass@1"]))
