@@ -18,8 +18,9 @@ from numpy.typing import ArrayLike
 
 from iapo_mini.intervals import expected_calibration_error, mean_interval
 
-# Any two methods are at least 18 apart in CIELAB for every kind of colour blindness; the roles are
-# Okabe and Ito's palette. Line styles, markers or hatches repeat every distinction made by colour.
+# Any two methods, and any two roles, are at least 18 apart in CIELAB for every kind of colour
+# blindness, and a role never has a method's colour. Line styles, markers or hatches repeat every
+# distinction made by colour.
 COLORS = {
     "start": "#7F7F7F", "grpo": "#0072B2", "iapo": "#D55E00",
     "dapo": "#56B4E9", "gfpo": "#674CD5", "gtpo_iapo": "#A10489", "sgrpo": "#1F1388",
@@ -27,8 +28,8 @@ COLORS = {
     "iapo_sequence": "#962607",
     "iapo_ni": "#DEAC84", "iapo_ne": "#954B3D", "iapo_pmi": "#540507",
     "iapo_sentence": "#F99652",
-    "compute": "#009E73", "restate": "#56B4E9", "plan": "#E69F00", "check": "#CC79A7",
-    "hedge": "#F0E442", "conclude": "#0072B2", "format": "#bbbbbb", "other": "#000000",
+    "compute": "#009E73", "restate": "#AAEE88", "plan": "#BBAA00", "check": "#CC22BB",
+    "hedge": "#F0E442", "conclude": "#8811FF", "format": "#DDDDDD", "other": "#000000",
 }  # fmt: skip
 STYLES = {
     "start": ":", "grpo": "--", "iapo": "-", "dapo": "-.", "gfpo": ":", "gtpo_iapo": "--",

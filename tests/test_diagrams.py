@@ -217,6 +217,17 @@ def test_methods_are_told_apart_under_every_colour_blindness(blindness):
     assert close[near] >= 15, (near, close[near])
 
 
+@pytest.mark.parametrize("blindness", MACHADO)
+def test_roles_are_told_apart_and_a_role_is_not_a_method(blindness):
+    roles = [name for name in COLORS if name not in METHODS]
+    assert {"compute", "restate", "conclude", "format"} <= set(roles)
+    seen = {name: cielab(COLORS[name], blindness) for name in COLORS}
+    for a, b in itertools.combinations(roles, 2):
+        assert np.linalg.norm(seen[a] - seen[b]) >= 18, (a, b)
+    for role, method in itertools.product(roles, METHODS):
+        assert np.linalg.norm(seen[role] - seen[method]) >= 9, (role, method)
+
+
 def test_cielab_is_that_of_the_definition():
     assert cielab("#ffffff", "none") == pytest.approx([100, 0, 0], abs=0.01)
     assert cielab("#ff0000", "none") == pytest.approx([53.24, 80.09, 67.20], abs=0.05)
