@@ -76,7 +76,9 @@ def _bars(ax: Axes) -> list[str]:
         if len(sizes) == 1 and str(bars.get_label()).startswith("_"):
             single.append(float(sizes[0]))
             continue
-        if len(sizes) > 12:
+        if np.isnan(sizes).all():
+            told = f"{len(sizes)} without a value"
+        elif len(sizes) > 12:
             places = np.array([b.get_y() if across else b.get_x() for b in bars], dtype=float)
             top = int(np.nanargmax(sizes))
             told = (
@@ -95,6 +97,8 @@ def _intervals(ax: Axes) -> list[str]:
     for group in ax.containers:
         if isinstance(group, ErrorbarContainer) and group[0] is not None:
             x, y = (np.asarray(d, dtype=float) for d in group[0].get_data())
+            real = np.isfinite(x) & np.isfinite(y)
+            x, y = x[real], y[real]
             if len(x):
                 found.append(f"{_name(group, 'points with intervals')} {_series(x, y)}")
     return found

@@ -125,6 +125,16 @@ def test_alt_text_of_a_plot_tells_axes_series_and_extremes():
     assert "bars 'seeds': 1.5, 2.5" in told and "points: 2, x 0 to 1, y 3 to 4" in told
 
 
+@pytest.mark.parametrize("bars", [1, 3, 13])
+def test_alt_text_of_values_that_are_missing(bars):
+    figure = Figure()
+    ax = figure.subplots()
+    ax.bar(range(bars), [np.nan] * bars, label="empty")
+    ax.errorbar(range(bars), [np.nan] * bars, 1.0, label="nothing")
+    told = alt_text(figure)
+    assert f"bars 'empty': {bars} without a value" in told and "nothing" not in told
+
+
 def test_alt_texts_of_the_plots_tell_their_numbers():
     told = alt_text(DRAWN["comparison"]())
     assert "mean length (tokens); x: (start policy, IAPO); bars: 30.5, 30.5" in told

@@ -189,7 +189,7 @@ def test_another_model_is_run_once_for_each_rule(results, schooled_folder, monke
         "quick", out=folder / "runs", figures=folder / "other", untrained=True,
         model=schooled_folder,
     )  # fmt: skip
-    assert [row["rule"] for row in found["real"]] == list(study.OF_A_MODEL)
+    assert [row["rule"] for row in found["real"]] == list(study.RULES_OF_A_MODEL)
     assert found["real"][0]["asking"] == [0.0, 0.0, 0.0]
     assert found["real"][1]["asking"][0] > 0
     assert "/" not in found["model"] and f"| {found['model']} | never |" in early_exit_table(found)

@@ -25,7 +25,7 @@ space before it and ``</answer>`` after it. Any other model (``model``) is run w
                           "random": {"pass@1", "length": [mean, low, high]} or null}]
                  length and asking are tokens per completion: those written, and those forwarded
                  for asking; intervals are 95%, by bootstrap over stories
-      real       the same for ``model``, without "random"; null if there is none
+      real       the same for ``model`` on OF_A_MODEL's stories, without "random"; null without one
       stories, num_generations, seeds (of the trained policies), model, versions
 """
 
@@ -67,8 +67,10 @@ NEVER = "never"
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
 """Nats."""
 RULES: tuple[str | float, ...] = (NEVER, *THRESHOLDS, AGREE)
-OF_A_MODEL: tuple[str | float, ...] = (NEVER, 0.1, 0.5, AGREE)
+RULES_OF_A_MODEL: tuple[str | float, ...] = (NEVER, 0.1, 0.5, AGREE)
 """Rules with which another model is run."""
+OF_A_MODEL = (50, 4)
+"""Largest number of stories, and of completions of each, for another model."""
 SIZES = {
     "quick": (preset_of("quick").sweeps, 3, 2),
     "full": (Size(seeds=(0, 1, 2), max_steps=22, problems=200), 200, 8),
@@ -239,9 +241,11 @@ def _kept_chains(
 def _of_model(model: str, problems: Sequence[Problem], group: int, folder: Path) -> list[dict]:
     """The rows of another model, which is run once for each rule."""
     policy = load_policy(model, lora_rank=0)
+    most, largest_group = OF_A_MODEL
+    problems, group = problems[:most], min(group, largest_group)
     nothing: dict[str, Any] = {"asking": 0.0, "cut": 0.0, "intervals": {"asking": [0.0, 0.0]}}
     rows = []
-    for rule in OF_A_MODEL:
+    for rule in RULES_OF_A_MODEL:
         found = evaluate(
             policy, problems, ks=(1,), num_generations=group, save_to=folder / f"{rule}.jsonl",
             early_exit=None if rule == NEVER else Stopping(rule),

@@ -126,7 +126,7 @@ def _train(policy: Policy, lessons: Sequence[Worked], how: WarmStart, folder: Pa
         warmup_steps=max(1, how.steps // 10), weight_decay=0.0, max_grad_norm=1.0, seed=how.seed,
         logging_steps=min(10, how.steps), save_steps=how.save_every, save_total_limit=2,
         use_cpu=policy.device.type == "cpu", remove_unused_columns=False, report_to=[],
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=False, disable_tqdm=False,
     )  # fmt: skip
     # Its type names torch's Dataset, but any sequence serves.
     data: dict[str, Any] = {
