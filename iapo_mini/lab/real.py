@@ -181,10 +181,15 @@ def real(
     }  # fmt: skip
     stem = f"real_estimator_{name}" if name else "real_estimator"
     write_json(figures / "results" / f"{stem}.json", results)
+    draw(results, figures, stem)
+    return results
+
+
+def draw(results: dict, figures: Path, stem: str = "real_estimator") -> None:
+    """Draw the figures of a results file of :func:`real`."""
     drawn.estimator(results).savefig(figures / f"{stem}.png", dpi=150)
     drawn.exits(results).savefig(figures / f"{stem}_exits.png", dpi=150)
     drawn.heat_maps(results["maps"]).savefig(figures / f"{stem}_maps.png", dpi=150)
-    return results
 
 
 def real_table(results: dict) -> str:

@@ -14,7 +14,7 @@ The parts, each of which continues after a break:
 3. The runs of :data:`ROWS`, and the judgement of each on the test stream.
 
 How long it takes, for SmolLM2-135M and the preset ``full`` on two cores without AVX512, counted
-from 500 forward tokens a second on both cores: 40 minutes for the warm start, 25 minutes for the
+from 400 forward tokens a second on both cores: 20 minutes for the warm start, 30 minutes for the
 levels, one to two minutes a step and 40 minutes a judgement in each of two processes. With two
 seeds that is about eight hours. The command measures the speed of the machine and tells its own
 estimate before it begins.
@@ -90,7 +90,7 @@ SCALES = {
     "quick": Scale(Size((0,), 1, 2, 1, 2, (1, 2)), warm_steps=2, per_level=1, levels=LEVELS[:2]),
     "full": Scale(
         Size((0, 1), 30, 48, prompts_per_step=4, num_generations=32, ks=(1, 2, 4, 8, 16, 32)),
-        warm_steps=150, per_level=8,
+        warm_steps=60, per_level=8,
     ),
 }  # fmt: skip
 """Preset -> sizes."""

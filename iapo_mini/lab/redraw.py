@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from iapo_mini.files import read_json
-from iapo_mini.lab import ablation, estimators, sweeps, table1, theory
+from iapo_mini.lab import ablation, estimators, real, sweeps, table1, theory
 from iapo_mini.lab.figures import controls, early_exit, methods, oracle, selection
 from iapo_mini.lab.results import draw_comparison
 
@@ -35,6 +35,7 @@ DRAWN: Sequence[tuple[str, Callable[[dict, Path], None]]] = (
     ("oracle", _single("oracle", oracle.agreement)),
     ("selection", _single("selection", selection.selection)),
     ("early_exit", _single("early_exit", early_exit.early_exit)),
+    ("real_estimator", real.draw),
 )
 """Results files, and how figures are drawn from them into a folder."""
 

@@ -51,13 +51,13 @@ class WarmStart:
     """
 
     model: str
-    steps: int = 150
+    steps: int = 60
     batch_size: int = 8
     learning_rate: float = 5e-4
     lora_rank: int = 32
     levels: tuple[Level, ...] = LEVELS
     seed: int = 0
-    save_every: int = 25
+    save_every: int = 10
 
 
 def completion_tokens(policy: Policy, worked: Worked) -> list[int]:
