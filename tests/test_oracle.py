@@ -140,6 +140,8 @@ def test_the_experiment_at_its_smallest(tmp_path, monkeypatch):
     assert saved == json.loads(json.dumps(found))
     assert found["agreement"].keys() == {"embedded", "again"}
     assert found["agreement"]["embedded"] == found["agreement"]["again"]
+    monkeypatch.setattr(oracle, "agreement", lambda *_: pytest.fail("it was measured again"))
+    assert oracle._agreements("quick", tmp_path / "runs") == found["agreement"]
     assert found["training"].keys() == {"oracle", "vine", "iapo", "grpo"}
     assert len(oracle.oracle_table(found).splitlines()) == 4 + 3 + 4
     assert (tmp_path / "figures/oracle_quick.png").stat().st_size > 10_000

@@ -47,12 +47,12 @@ from iapo_mini.early_exit.question import AGREE, EVERY_PREFIX, Question, Stoppin
 from iapo_mini.early_exit.reading import logits_entropy
 from iapo_mini.early_exit.stopping import prefixes_to_ask
 from iapo_mini.evaluation import evaluate
-from iapo_mini.files import read_json, versions, write_json
+from iapo_mini.files import versions, write_json
 from iapo_mini.hub import check_in_reach
 from iapo_mini.information import encode_postfix
 from iapo_mini.intervals import bootstrap_interval, format_interval
 from iapo_mini.lab.figures import early_exit as drawn
-from iapo_mini.lab.results import check_options, results_path
+from iapo_mini.lab.results import check_options, kept, results_path
 from iapo_mini.lab.runs import make_jobs, run_all
 from iapo_mini.lab.sizes import COMPARED, Size, preset_of
 from iapo_mini.lab.starts import STARTS
@@ -231,11 +231,7 @@ def _kept_chains(
         "policy": fingerprint_of_weights(policy.model.named_parameters()),
         "stories": len(problems), "num_generations": num_generations,
     }  # fmt: skip
-    kept = read_json(path, {})
-    if kept.get("settings") != settings:
-        kept = {"settings": settings, "chains": chains_of(policy, problems, num_generations)}
-        write_json(path, kept)
-    return kept["chains"]
+    return kept(path, settings, lambda: chains_of(policy, problems, num_generations))
 
 
 def _of_model(model: str, problems: Sequence[Problem], group: int, folder: Path) -> list[dict]:

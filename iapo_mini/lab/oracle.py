@@ -20,6 +20,7 @@ a sample of p(y | q, o_<=t), without forcing an answer early. They give two quan
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from iapo_mini.adapters import fingerprint_of_weights
 from iapo_mini.chat import token_texts
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.early_exit.strides import sentence_ends, spread
@@ -42,7 +44,7 @@ from iapo_mini.information import (
 from iapo_mini.intervals import bootstrap_interval, format_interval, mean_interval, spearman
 from iapo_mini.lab.figures import oracle as drawn
 from iapo_mini.lab.ledger import ledger_path
-from iapo_mini.lab.results import check_options, file_stem, results_path
+from iapo_mini.lab.results import check_options, file_stem, kept, results_path
 from iapo_mini.lab.runs import collect, make_jobs, run_all
 from iapo_mini.lab.sizes import Size, preset_of
 from iapo_mini.lab.starts import STARTS
@@ -233,6 +235,21 @@ def agreement(policy: Policy, n_stories: int, k: int) -> dict:
     }
 
 
+def _agreements(preset: str, out: Path) -> dict[str, dict]:
+    """The agreement of every start policy; what ``out`` holds is not measured again."""
+    count, k = STORIES[preset], CONTINUATIONS["agreement"] if preset == "full" else 4
+    found = {}
+    for name, model in tqdm(STARTS.items(), desc="agreement", unit="policy"):
+        policy = load_policy(model, lora_rank=0)
+        weights = fingerprint_of_weights(policy.model.named_parameters())
+        found[name] = kept(
+            out / preset / "oracle" / f"agreement-{name}.json",
+            {"policy": weights, "stories": count, "continuations": k},
+            functools.partial(agreement, policy, count, k),
+        )
+    return found
+
+
 def oracle(
     preset: str = "full",
     *,
@@ -251,15 +268,11 @@ def oracle(
     methods = {"oracle": "oracle", "vine": "vine", "iapo": "iapo", "grpo": "oracle_grpo"}
     recipes = {name: {**best, "method": method} for name, method in methods.items()}
     jobs = make_jobs(size, out / preset / "oracle", recipes, methods=__name__)
-    kept = ledger_path(figures, file_stem("oracle", preset))
-    run_all(jobs, parallel, kept)
-    found = collect(jobs, size, kept)
-    asked = CONTINUATIONS["agreement"] if preset == "full" else 4
+    ledger = ledger_path(figures, file_stem("oracle", preset))
+    run_all(jobs, parallel, ledger)
+    found = collect(jobs, size, ledger)
     results = {
-        "agreement": {
-            name: agreement(load_policy(model, lora_rank=0), STORIES[preset], asked)
-            for name, model in tqdm(STARTS.items(), desc="agreement", unit="policy")
-        },
+        "agreement": _agreements(preset, out),
         "training": {
             name: {metric: found["methods"][name][metric] for metric in METRICS} for name in recipes
         },

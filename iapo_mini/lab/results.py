@@ -45,12 +45,23 @@ The name of a file contains ``<preset>`` unless it is ``full``; files of compare
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from iapo_mini import plots
 from iapo_mini.errors import MOST_THREADS, check_number
-from iapo_mini.files import writable_folder
+from iapo_mini.files import read_json, writable_folder, write_json
 from iapo_mini.intervals import format_interval
+
+
+def kept(path: Path, settings: dict, make: Callable[[], Any]) -> Any:
+    """The value in a file if it was made with these settings; else make it and keep it there."""
+    found = read_json(path, {})
+    if found.get("settings") != settings or "value" not in found:
+        found = {"settings": settings, "value": make()}
+        write_json(path, found)
+    return found["value"]
 
 
 def results_path(figures: Path, experiment: str, preset: str) -> Path:
