@@ -67,7 +67,7 @@ NEVER = "never"
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
 """Nats."""
 RULES: tuple[str | float, ...] = (NEVER, *THRESHOLDS, AGREE)
-RULES_OF_A_MODEL: tuple[str | float, ...] = (NEVER, 0.1, 0.5, AGREE)
+RULES_OF_A_MODEL: tuple[str | float, ...] = (NEVER, 0.1, 0.5, 1.0, AGREE)
 """Rules with which another model is run."""
 OF_A_MODEL = (50, 4)
 """Largest number of stories, and of completions of each, for another model."""
