@@ -230,6 +230,7 @@ BAD = [
     (["evaluate", "--early-exit", "1", "--early-exit-stride", "0"], "early_exit_stride must be 1"),
     (["evaluate", "--early-exit-stride", "5"], "early_exit must be given with early_exit_stride"),
     (["lab", "early-exit", "--adapter", "x", "--untrained"], "adapter must be empty with"),
+    (["lab", "early-exit", "--data-file", "x"], "model must be given with data_file, which is 'x'"),
     (["train", "--out", "x", "--data", "gsm8k"], "--data-file"),
     (["train", "--out", "x", "--data", "trivia"], "data must be one of"),
     (["train", "--out", "x", "--data", "math500"], "split must be one of"),

@@ -195,6 +195,26 @@ def test_another_model_is_run_once_for_each_rule(results, schooled_folder, monke
     assert "/" not in found["model"] and f"| {found['model']} | never |" in early_exit_table(found)
 
 
+def test_another_model_is_asked_problems_of_a_file(results, schooled_folder, monkeypatch):
+    _, folder = results
+    monkeypatch.setitem(study.SIZES, "quick", SMALL)
+    monkeypatch.setattr(study, "STARTS", {})
+    monkeypatch.setattr(study, "OF_A_MODEL", (2, 3))
+    monkeypatch.setattr(study, "RULES_OF_A_MODEL", ("never",))
+    asked, plain = [], study.evaluate
+    monkeypatch.setattr(study, "evaluate", lambda *a, **b: asked.append((a, b)) or plain(*a, **b))
+    path = folder / "own.jsonl"
+    rows = [{"question": f"What is {n} + 1?", "answer": f"So #### {n + 1}"} for n in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    study.early_exit(
+        "quick", out=folder / "file", figures=folder / "other", untrained=True,
+        model=schooled_folder, data_file=str(path),
+    )  # fmt: skip
+    ((_, problems), options) = asked[0]
+    assert [p.question for p in problems] == ["What is 0 + 1?", "What is 1 + 1?"]
+    assert options["num_generations"] == min(SMALL[2], 3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

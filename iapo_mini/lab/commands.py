@@ -72,6 +72,7 @@ def _add_early_exit(part: argparse.ArgumentParser) -> None:
     add("--adapter", default="", help="an adapter trained by IAPO (default: train three seeds)")
     add("--untrained", action="store_true", help="leave the trained policies out")
     add("--model", default="", help="another model to run as well, folder or hub id (slow)")
+    add("--data-file", default="", help="its problems, in GSM8K's form (default: stories)")
 
 
 def _add_real(parts: argparse._SubParsersAction) -> None:
@@ -184,7 +185,9 @@ def _experiment(args: argparse.Namespace) -> None:
     experiment = args.experiment.replace("-", "_")
     file = "tuning" if experiment == "tune" else experiment
     module = importlib.import_module(f"iapo_mini.lab.{file}")
-    names = ("preset", "out", "figures", "parallel", "adapter", "untrained", "model")
+    names = (
+        "preset", "out", "figures", "parallel", "adapter", "untrained", "model", "data_file"
+    )  # fmt: skip
     options = {name: getattr(args, name) for name in names if name in args}
     results = getattr(module, experiment)(**options)
     if experiment == "claims":

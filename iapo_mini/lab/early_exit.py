@@ -25,7 +25,8 @@ space before it and ``</answer>`` after it. Any other model (``model``) is run w
                           "random": {"pass@1", "length": [mean, low, high]} or null}]
                  length and asking are tokens per completion: those written, and those forwarded
                  for asking; intervals are 95%, by bootstrap over stories
-      real       the same for ``model`` on OF_A_MODEL's stories, without "random"; null without one
+      real       the same for ``model``, without "random", on at most OF_A_MODEL's problems; null
+                 without a model
       stories, num_generations, seeds (of the trained policies), model, versions
 """
 
@@ -57,6 +58,7 @@ from iapo_mini.lab.runs import make_jobs, run_all
 from iapo_mini.lab.sizes import COMPARED, Size, preset_of
 from iapo_mini.lab.starts import STARTS
 from iapo_mini.policy import Policy, load_policy
+from iapo_mini.problems.datasets import load_problems
 from iapo_mini.problems.stories import stories
 from iapo_mini.rewards import score
 from iapo_mini.rollouts import Rollouts
@@ -70,7 +72,7 @@ RULES: tuple[str | float, ...] = (NEVER, *THRESHOLDS, AGREE)
 RULES_OF_A_MODEL: tuple[str | float, ...] = (NEVER, 0.1, 0.5, 1.0, AGREE)
 """Rules with which another model is run."""
 OF_A_MODEL = (50, 4)
-"""Largest number of stories, and of completions of each, for another model."""
+"""Largest number of problems, and of completions of each, for another model."""
 SIZES = {
     "quick": (preset_of("quick").sweeps, 3, 2),
     "full": (Size(seeds=(0, 1, 2), max_steps=22, problems=200), 200, 8),
@@ -264,6 +266,7 @@ def early_exit(
     adapter: str = "",
     untrained: bool = False,
     model: str = "",
+    data_file: str = "",
 ) -> dict:
     """Measure every rule on every policy; train what is missing; write results file and figure.
 
@@ -271,6 +274,7 @@ def early_exit(
         adapter: folder of an adapter trained by IAPO, in place of training.
         untrained: leave the trained policies out.
         model: another model (folder or hub id) to run as well.
+        data_file: its problems, in GSM8K's form; default the first stories.
 
     The other arguments, and the errors, are those of :func:`iapo_mini.lab.table1.table1`.
     """
@@ -279,11 +283,14 @@ def early_exit(
         raise ValueError(f"adapter must be empty with untrained, got '{adapter}'")
     (size, n_stories, group), out, figures = SIZES[preset], Path(out), Path(figures)
     check_options(out, figures, parallel)
+    if data_file and not model:
+        raise ValueError(f"model must be given with data_file, which is '{data_file}'")
     if adapter:
         load_policy(adapter=adapter)  # refuses what is no adapter
     if model:
         check_in_reach(model)
     problems = list(itertools.islice(stories("test", seed=0), n_stories))
+    asked = load_problems("gsm8k", "all", data_file) if data_file else problems
     folder = out / preset / "early_exit"
     adapters = [adapter] if adapter else []
     if not adapters and not untrained:
@@ -302,7 +309,7 @@ def early_exit(
         policies["iapo"] = curve([chain for own in trained for chain in own])
     results = {
         "policies": policies,
-        "real": _of_model(model, problems, group, folder / Path(model).name) if model else None,
+        "real": _of_model(model, asked, group, folder / Path(model).name) if model else None,
         "stories": n_stories, "num_generations": group,
         "seeds": [] if untrained or adapter else list(size.seeds),
         "model": Path(model).name, "versions": versions(),
