@@ -200,7 +200,7 @@ def test_another_model_is_asked_problems_of_a_file(results, schooled_folder, mon
     monkeypatch.setitem(study.SIZES, "quick", SMALL)
     monkeypatch.setattr(study, "STARTS", {})
     monkeypatch.setattr(study, "OF_A_MODEL", (2, 3))
-    monkeypatch.setattr(study, "RULES_OF_A_MODEL", ("never",))
+    monkeypatch.setattr(study, "RULES_OF_A_MODEL", ("never", 0.5, "agree"))
     asked, plain = [], study.evaluate
     monkeypatch.setattr(study, "evaluate", lambda *a, **b: asked.append((a, b)) or plain(*a, **b))
     path = folder / "own.jsonl"
@@ -210,7 +210,7 @@ def test_another_model_is_asked_problems_of_a_file(results, schooled_folder, mon
         "quick", out=folder / "file", figures=folder / "other", untrained=True,
         model=schooled_folder, data_file=str(path),
     )  # fmt: skip
-    ((_, problems), options) = asked[0]
+    (_, problems), options = asked[0]
     assert [p.question for p in problems] == ["What is 0 + 1?", "What is 1 + 1?"]
     assert options["num_generations"] == min(SMALL[2], 3)
 
