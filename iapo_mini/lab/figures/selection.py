@@ -73,5 +73,5 @@ def selection(results: Mapping) -> Figure:
         ax.axhline(0, color="black", lw=0.8)
         ax.grid(axis="y", alpha=0.3)
     by_problems.legend(frameon=False, fontsize=8, title="chosen on")
-    gains.legend(frameon=False, fontsize=8)
+    gains.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return fig
