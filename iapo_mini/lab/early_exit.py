@@ -25,8 +25,8 @@ space before it and ``</answer>`` after it. Any other model (``model``) is run w
                           "random": {"pass@1", "length": [mean, low, high]} or null}]
                  length and asking are tokens per completion: those written, and those forwarded
                  for asking; intervals are 95%, by bootstrap over stories
-      real       the same for ``model``, without "random", on at most OF_A_MODEL's problems; null
-                 without a model
+      real       the same for ``model``, without "random", on at most OF_A_MODEL's problems, and
+                 "lenient pass@1", of answers in any format; null without a model
       stories, num_generations, seeds (of the trained policies), model, versions
 """
 
@@ -246,10 +246,10 @@ def _of_model(model: str, problems: Sequence[Problem], group: int, folder: Path)
     for rule in RULES_OF_A_MODEL:
         found = evaluate(
             policy, problems, ks=(1,), num_generations=group, save_to=folder / f"{rule}.jsonl",
-            early_exit=None if rule == NEVER else Stopping(rule),
+            early_exit=None if rule == NEVER else Stopping(rule), lenient=True,
         )  # fmt: skip
         of = {**nothing, **found, "intervals": {**nothing["intervals"], **found["intervals"]}}
-        names = ("pass@1", "length", "asking")
+        names = ("pass@1", "lenient pass@1", "length", "asking")
         rows.append(
             {"rule": rule, "cut": of["cut"], "random": None}
             | {name: [of[name], *of["intervals"][name]] for name in names}
