@@ -54,7 +54,7 @@ def early_exit(results: Mapping) -> Figure:
     Args:
         results: as written by ``lab.early_exit.early_exit``.
     """
-    fig = Figure(figsize=(11, 4.4), layout="constrained")
+    fig = Figure(figsize=(13, 4.4), layout="constrained")
     axes = fig.subplots(1, 2, sharey=True)
     real = {results["model"]: results["real"]} if results["real"] else {}
     for ax, asking in zip(axes, (False, True)):
@@ -68,7 +68,7 @@ def early_exit(results: Mapping) -> Figure:
     axes[0].plot([], [], "*", ms=12, label="whole chains", **other)
     axes[0].plot([], [], "P", ms=9, mfc="none", label="the answer agrees twice", **other)
     axes[0].plot([], [], ls=":", lw=1.5, color="black", label="as many cut at random")
-    axes[0].legend(frameon=False, fontsize=9)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     fig.suptitle(
         "Markers on a line: thresholds in nats; bars: 95% intervals over stories", fontsize=9
     )
