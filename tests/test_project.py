@@ -120,7 +120,9 @@ def test_results_of_better_starts_in_the_docs_are_the_committed_ones():
 
 def test_early_exits_in_the_docs_are_the_committed_ones():
     results = json.loads((ROOT / "figures/results/early_exit.json").read_text(encoding="utf-8"))
-    assert early_exit_table(results) in (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    tables = early_exit_table(results).split("\n\n")
+    assert len(tables) == 2 and [table for table in tables if table not in page] == []
     rows = {name: {row["rule"]: row for row in own} for name, own in results["policies"].items()}
     for name in ("embedded", "calibrated"):
         never, cut = rows[name]["never"], rows[name][0.5]

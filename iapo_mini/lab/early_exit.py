@@ -320,21 +320,34 @@ def early_exit(
     return results
 
 
+def _told(rule: str | float) -> str:
+    return rule if isinstance(rule, str) else f"below {rule:g} nats"
+
+
 def early_exit_table(results: Mapping) -> str:
-    """The results of :func:`early_exit` as a Markdown table."""
+    """The results of :func:`early_exit` as one Markdown table, or two if a model was run."""
     lines = ["| policy | rule | chains cut | Pass@1 | tokens written | tokens to ask "
              "| Pass@1, cut at random | tokens, cut at random |", "|---" * 8 + "|"]  # fmt: skip
-    real = {results["model"]: results["real"]} if results["real"] else {}
-    for name, rows in {**results["policies"], **real}.items():
+    for name, rows in results["policies"].items():
         for row in rows:
-            rule = f"below {row['rule']:g} nats" if row["rule"] not in (NEVER, AGREE) else None
             beside = row["random"] or {}
             cells = [
-                drawn.LABELS.get(name, name), rule or row["rule"], f"{row['cut']:.2f}",
+                drawn.LABELS.get(name, name), _told(row["rule"]), f"{row['cut']:.2f}",
                 format_interval(row["pass@1"]), format_interval(row["length"], 1),
                 f"{row['asking'][0]:.1f}",
                 format_interval(beside["pass@1"]) if beside else "",
                 f"{beside['length'][0]:.1f}" if beside else "",
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
+    if not results["real"]:
+        return "\n".join(lines)
+    lines += ["", "| model | rule | chains cut | Pass@1 | Pass@1, any format | tokens written "
+              "| tokens to ask |", "|---" * 7 + "|"]  # fmt: skip
+    for row in results["real"]:
+        cells = [
+            results["model"], _told(row["rule"]), f"{row['cut']:.2f}",
+            format_interval(row["pass@1"]), format_interval(row["lenient pass@1"]),
+            format_interval(row["length"], 1), f"{row['asking'][0]:.1f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
