@@ -132,6 +132,38 @@ def test_early_exits_in_the_docs_are_the_committed_ones():
         "never", "agree")) < 0.05  # fmt: skip
 
 
+def test_the_cost_of_watching_in_the_docs_is_the_measured_one():
+    results = json.loads((ROOT / "figures/results/watching.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+    for part, share in results["share"].items():
+        assert f"{100 * share:.1f}%" in page, part
+
+
+def test_selection_effects_in_the_docs_are_the_committed_ones():
+    results = json.loads((ROOT / "figures/results/selection.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/how_it_was_measured.md").read_text(encoding="utf-8")
+    commands = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+
+    def told(row, name, digits, scale=100):
+        return format_interval([min(1, x) * scale if scale == 1 else x * scale for x in row[name]],
+                               digits)  # fmt: skip
+
+    for rule in results["rules"]["1"].values():
+        low, high = (f"{100 * x:.1f}" for x in rule["ratio"]["spread"])
+        cells = (told(rule["pass"], "reported", 3, 1), told(rule["pass"], "value", 3, 1),
+                 told(rule["pass"], "share", 1), told(rule["ratio"], "share", 1),
+                 f"{low} to {high}")  # fmt: skip
+        assert " | ".join(cells) in page
+    flattered = results["ablation"]["4"]["test"]
+    shown = {f"{100 * x:.1f}" for part in ("apparent", "bias", "true") for x in flattered[part]}
+    shown |= {f"{100 * x:.1f}" for x in results["problems"]["100"]["test"]}
+    shown |= {f"{100 * x:.1f}" for x in results["rules"]["8"]["test"]["ratio"]["share"]}
+    assert [number for number in shown if number not in page] == []
+    assert "by 3.7% in Pass@1 and 4.9% in Ratio@1" in commands
+    chosen = results["rules"]["1"]["test"]
+    assert [f"{100 * chosen[m]['share'][0]:.1f}" for m in ("pass", "ratio")] == ["3.7", "4.9"]
+
+
 def test_numbers_of_table1_in_the_text_are_computed_from_it(table1_results):
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     methods, clock = table1_results["methods"], table1_results["wall_clock"]

@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from iapo_mini import diagrams
 from iapo_mini.alt_text import png
 from iapo_mini.lab.redraw import redraw
+from iapo_mini.plots import COLORS
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "figures"
@@ -32,6 +34,39 @@ def test_committed_figures_are_drawn_by_todays_code(tmp_path):
     old = {p.stem: apart(p, FIGURES / p.name) for p in drawn}
     # Fonts and processors move a few pixels; another colour or another number moves more.
     assert {stem: share for stem, share in old.items() if share > 0.005} == {}
+
+
+SHOWN = {  # call in a cell -> names whose colours its picture must have
+    "role_composition(": ("compute", "restate", "plan", "format"),
+    "training_curves(": ("iapo", "grpo"),
+    "token_heatmap(": ("compute", "format"),
+}
+
+
+def test_pictures_in_notebooks_have_todays_colours():
+    """Their numbers are the reader's, so they can't be drawn again here; their colours can."""
+    old, seen = [], set()
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            kept = [o["data"]["image/png"] for o in cell.get("outputs", ())
+                    if "image/png" in o.get("data", {})]  # fmt: skip
+            for call, names in SHOWN.items():
+                if call not in source or not kept or "def " in source:
+                    continue
+                pixels = np.concatenate([
+                    np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), int)
+                    .reshape(-1, 3)
+                    for png in kept
+                ])  # fmt: skip
+                near = [
+                    bool((abs(pixels - [round(255 * x) for x in to_rgb(COLORS[name])]).max(1) < 9)
+                         .any()) for name in names
+                ]  # fmt: skip
+                wanted = any if call == "training_curves(" else all  # one method may stand alone
+                old += [(path.name, call)] * (not wanted(near))
+                seen.add(call)
+    assert old == [] and seen == SHOWN.keys()
 
 
 def test_diagrams_in_notebooks_are_drawn_by_todays_code():
