@@ -31,6 +31,12 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def share_interval(interval: Sequence[float]) -> tuple[float, float, float]:
+    """The same ``(mean, low, high)`` with ends from 0 to 1, which a t-interval may leave."""
+    mean, low, high = interval
+    return mean, max(low, 0.0), min(high, 1.0)
+
+
 def p_above(values: Sequence[float], border: float) -> float:
     """One-sided p-value of Student's t-test that the mean over seeds is above ``border``.
 

@@ -16,7 +16,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from iapo_mini.intervals import expected_calibration_error, mean_interval
+from iapo_mini.intervals import expected_calibration_error, mean_interval, share_interval
 
 # Any two methods, and any two roles, are at least 18 apart in CIELAB for every kind of colour
 # blindness, and a role never has a method's colour. Line styles, markers or hatches repeat every
@@ -185,8 +185,8 @@ def interval_of(result: Mapping, name: str) -> tuple[float, float, float]:
     mean, low, high = mean_interval(values)
     if len(values) == 1:
         low, high = result["intervals"][0][name]
-    # Student's t-interval may leave the range of a share, 0 to 1.
-    return (mean, max(low, 0.0), min(high, 1.0)) if name.startswith("pass") else (mean, low, high)
+    interval = mean, low, high
+    return share_interval(interval) if name.startswith("pass") else interval
 
 
 def role_composition(methods: Mapping[str, Mapping[str, float | Sequence[float]]]) -> Figure:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from iapo_mini.config import TrainConfig
-from iapo_mini.intervals import format_interval, mean_interval
+from iapo_mini.intervals import format_interval, mean_interval, share_interval
 from iapo_mini.lab import verdicts
 from iapo_mini.lab.choices import choices_table
 from iapo_mini.lab.claims import _talk, of_table1, report_of_files
@@ -144,15 +144,14 @@ def test_selection_effects_in_the_docs_are_the_committed_ones():
     page = (ROOT / "docs/how_it_was_measured.md").read_text(encoding="utf-8")
     commands = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
 
-    def told(row, name, digits, scale=100):
-        return format_interval([min(1, x) * scale if scale == 1 else x * scale for x in row[name]],
-                               digits)  # fmt: skip
+    def percent(interval):
+        return format_interval([100 * x for x in interval], 1)
 
     for rule in results["rules"]["1"].values():
         low, high = (f"{100 * x:.1f}" for x in rule["ratio"]["spread"])
-        cells = (told(rule["pass"], "reported", 3, 1), told(rule["pass"], "value", 3, 1),
-                 told(rule["pass"], "share", 1), told(rule["ratio"], "share", 1),
-                 f"{low} to {high}")  # fmt: skip
+        cells = [format_interval(share_interval(rule["pass"][x])) for x in ("reported", "value")]
+        cells += [percent(rule[metric]["share"]) for metric in ("pass", "ratio")]
+        cells += [f"{low} to {high}"]
         assert " | ".join(cells) in page
     flattered = results["ablation"]["4"]["test"]
     shown = {f"{100 * x:.1f}" for part in ("apparent", "bias", "true") for x in flattered[part]}

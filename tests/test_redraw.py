@@ -36,6 +36,12 @@ def test_committed_figures_are_drawn_by_todays_code(tmp_path):
     assert {stem: share for stem, share in old.items() if share > 0.005} == {}
 
 
+def pictures(cell):
+    """The images that a notebook's cell shows, as files."""
+    shown = [output.get("data", {}).get("image/png") for output in cell.get("outputs", ())]
+    return [io.BytesIO(base64.b64decode(image)) for image in shown if image]
+
+
 SHOWN = {  # call in a cell -> names whose colours its picture must have
     "role_composition(": ("compute", "restate", "plan", "format"),
     "training_curves(": ("iapo", "grpo"),
@@ -49,20 +55,14 @@ def test_pictures_in_notebooks_have_todays_colours():
     for path in NOTEBOOKS:
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             source = "".join(cell["source"])
-            kept = [o["data"]["image/png"] for o in cell.get("outputs", ())
-                    if "image/png" in o.get("data", {})]  # fmt: skip
-            for call, names in SHOWN.items():
-                if call not in source or not kept or "def " in source:
-                    continue
-                pixels = np.concatenate([
-                    np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), int)
-                    .reshape(-1, 3)
-                    for png in kept
-                ])  # fmt: skip
-                near = [
-                    bool((abs(pixels - [round(255 * x) for x in to_rgb(COLORS[name])]).max(1) < 9)
-                         .any()) for name in names
-                ]  # fmt: skip
+            calls = [call for call in SHOWN if call in source and "def " not in source]
+            shown = [Image.open(file).convert("RGB") for file in pictures(cell)] if calls else []
+            if not shown:
+                continue
+            pixels = np.concatenate([np.asarray(image, int).reshape(-1, 3) for image in shown])
+            for call in calls:
+                colors = [255 * np.array(to_rgb(COLORS[name])) for name in SHOWN[call]]
+                near = [(abs(pixels - color).max(1) < 9).any() for color in colors]
                 wanted = any if call == "training_curves(" else all  # one method may stand alone
                 old += [(path.name, call)] * (not wanted(near))
                 seen.add(call)
@@ -75,8 +75,8 @@ def test_diagrams_in_notebooks_are_drawn_by_todays_code():
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             asked = re.fullmatch(r"diagrams\.(\w+)\(\)", "".join(cell["source"]).strip())
             if asked:
-                kept = base64.b64decode(cell["outputs"][0]["data"]["image/png"])
-                drawn = png(getattr(diagrams, asked[1])())
-                old += [(path.name, asked[1])] * (apart(*map(io.BytesIO, (kept, drawn))) > 0.005)
+                (kept,) = pictures(cell)
+                drawn = io.BytesIO(png(getattr(diagrams, asked[1])()))
+                old += [(path.name, asked[1])] * (apart(kept, drawn) > 0.005)
                 seen += 1
     assert old == [] and seen >= len(diagrams.DIAGRAMS)

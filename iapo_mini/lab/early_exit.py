@@ -281,10 +281,10 @@ def early_exit(
     preset_of(preset)  # refuses an unknown preset
     if adapter and untrained:
         raise ValueError(f"adapter must be empty with untrained, got '{adapter}'")
-    (size, n_stories, group), out, figures = SIZES[preset], Path(out), Path(figures)
-    check_options(out, figures, parallel)
     if data_file and not model:
         raise ValueError(f"model must be given with data_file, which is '{data_file}'")
+    (size, n_stories, group), out, figures = SIZES[preset], Path(out), Path(figures)
+    check_options(out, figures, parallel)
     if adapter:
         load_policy(adapter=adapter)  # refuses what is no adapter
     if model:

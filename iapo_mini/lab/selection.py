@@ -52,7 +52,7 @@ from pathlib import Path
 import numpy as np
 
 from iapo_mini.files import versions, write_json
-from iapo_mini.intervals import format_interval
+from iapo_mini.intervals import format_interval, share_interval
 from iapo_mini.lab.best_of import METRICS, RULES, Reports, bias_of, measures, repeat, untuned
 from iapo_mini.lab.figures import selection as drawn
 from iapo_mini.lab.ledger import ledger_path
@@ -198,15 +198,14 @@ def selection_table(results: Mapping) -> str:
 
     lines = ["| chosen on | metric | reported | held out | bias (%) | 95% of draws (%) |",
              "|---" * 6 + "|"]  # fmt: skip
-    most = {"pass": 1.0}  # the interval of a share ends at 1
     for k, rules in results["rules"].items():
         for rule, metrics in rules.items():
             for metric, row in metrics.items():
                 unit, digits = {"pass": (1, 3), "length": (1, 1), "ratio": (1000, 2)}[metric]
-                cells = [
-                    format_interval([unit * min(x, most.get(metric, x)) for x in row[name]], digits)
-                    for name in ("reported", "value")
-                ]
+                means = [row[name] for name in ("reported", "value")]
+                if metric == "pass":
+                    means = list(map(share_interval, means))
+                cells = [format_interval([unit * x for x in mean], digits) for mean in means]
                 low, high = (f"{100 * x:.1f}" for x in row["spread"])
                 name = f"{metric.capitalize()}@{k}" + (" (1/1000 tokens)" if unit > 1 else "")
                 cells += [percent(row["share"]), f"{low} to {high}"]
