@@ -24,6 +24,8 @@ roles (``roles_...``).
                   of IAPO or GRPO
       payment     name -> {"length", "pass@1", "ratio@1": [one per seed]}
       seeds, config, versions
+
+Controls under the token mean have more seeds than those under the sequence mean and the payments.
 """
 
 from __future__ import annotations
@@ -181,8 +183,10 @@ PAYMENTS = ("spread", "first", "to_go", "roles_spread", "roles_first", "roles_to
 METRICS = ("length", "pass@1", "ratio@1")
 SIZES = {
     "quick": preset_of("quick").sweeps,
-    "full": Size(seeds=(0, 1, 2, 3, 4), max_steps=22, problems=200),
+    "full": Size(seeds=(0, 1, 2), max_steps=22, problems=200),
 }
+MORE_SEEDS = {"quick": (), "full": (3, 4)}
+"""Further seeds of the controls under the token mean, the loss of the paper's authors."""
 
 
 def rows_of(settings: Mapping[str, Mapping]) -> dict[str, dict]:
@@ -214,7 +218,11 @@ def controls(
     size, out, figures = SIZES[preset], Path(out), Path(figures)
     check_options(out, figures, parallel)
     recipes = rows_of(tuned(preset, out, figures, parallel, NEEDED))
-    jobs = make_jobs(size, out / preset / "controls", recipes, methods=__name__)
+    runs = out / preset / "controls"
+    further = replace(size, seeds=MORE_SEEDS[preset])
+    with_token_mean = {name: recipe for name, recipe in recipes.items() if name.endswith("-token")}
+    jobs = make_jobs(size, runs, recipes, methods=__name__)
+    jobs += make_jobs(further, runs, with_token_mean, methods=__name__)
     kept = ledger_path(figures, file_stem("controls", preset))
     run_all(jobs, parallel, kept)
     found = collect(jobs, size, kept)
