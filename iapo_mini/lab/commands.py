@@ -16,7 +16,7 @@ EXPERIMENTS = {
     "ablation": "Fig. 5: IAPO without parts of its advantage, from the runs of table1",
     "sweeps": "Fig. 6: IAPO with other weights alpha and beta; three seeds",
     "departures": "departures of the released code from the paper, one at a time; three seeds",
-    "controls": "IAPO with other informativeness, and with other times of payment; five seeds",
+    "controls": "IAPO with other informativeness, and with other times of payment; 3 to 5 seeds",
     "choices": "how much each term favours computing over talk at sentence starts; no training",
     "oracle": "s and value from real continuations: agreement with early exits, and training",
     "selection": "bias of a number by which the checkpoint was chosen; six runs of IAPO",
