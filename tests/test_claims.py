@@ -178,14 +178,10 @@ def cut(results):
 
 
 def test_one_seed_without_a_right_answer_gives_no_verdict():
-    table, ablated, swept, theory, departed = (
-        read_json(results_path(FIGURES, name, "full"))
-        for name in ("table1", "ablation", "sweeps", "theory", "departures")
-    )
-    config = {"config": table["config"]}
-    text = claims.report(
-        cut(table) | config, cut(ablated), cut(swept), theory, cut(departed), "quick"
-    )
+    found = {name: read_json(results_path(FIGURES, name, "full")) for name in claims.FILES}
+    one = {name: results if name == "theory" else cut(results) for name, results in found.items()}
+    one["table1"]["config"] = found["table1"]["config"]
+    text = claims.report(one, "quick")
     for section in text.split("\n## ")[1:]:
         found = re.findall(r"\*\*(.+?)\*\* \|\n", section)
         assert len(found) >= 3
@@ -214,7 +210,7 @@ def test_claims_runs_every_experiment_and_judges_every_claim(tmp_path):
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "figures/claims_quick.md").read_text(encoding="utf-8")
     assert text.strip() in done.stdout
-    for section in ("Table 1", "Fig. 5", "Fig. 6", "Theory", "released code"):
+    for section in ("Table 1", "Fig. 5", "Fig. 6", "Theory", "released code", "Controls", "Better"):
         assert section in text
     rows = [line for line in text.splitlines() if line.startswith("| ") and "claim |" not in line]
     assert len(rows) > 30
@@ -222,9 +218,10 @@ def test_claims_runs_every_experiment_and_judges_every_claim(tmp_path):
         assert row.count("|") == 5
         verdicts = ("holds", "does not hold", "cannot tell", "cannot be tested")
         assert any(f"**{v}**" in row for v in verdicts), row
-    for name in ("tuning", "table1", "ablation", "sweeps", "departures", "theory"):
+    for name in ("tuning", *claims.FILES, *claims.LATER_FILES):
         assert (tmp_path / f"figures/results/{name}_quick.json").is_file()
-    for name in ("table1", "table1_quick_tradeoff", "ablation", "sweeps", "departures"):
+    drawn = ("table1", "table1_quick_tradeoff", "ablation", "sweeps", "departures", "controls")
+    for name in (*drawn, "oracle"):
         name = name if "quick" in name else f"{name}_quick"
         assert (tmp_path / f"figures/{name}.png").stat().st_size > 10_000
     # A second call makes no runs and gives the same text.

@@ -13,6 +13,7 @@ from iapo_mini.config import TrainConfig
 from iapo_mini.early_exit.question import EVERY_PREFIX
 from iapo_mini.lab import controls
 from iapo_mini.lab.sizes import Size
+from iapo_mini.lab.verdicts import judge
 from iapo_mini.policy import load_policy
 from iapo_mini.recipes import RECIPES as LIBRARY
 from iapo_mini.recipes import use_methods
@@ -171,3 +172,22 @@ def test_the_experiment_at_its_smallest(tmp_path, monkeypatch):
     assert (tmp_path / "figures/controls_quick.png").stat().st_size > 10_000
     for name in controls.RECIPES:
         LIBRARY.pop(name, None)
+
+
+def test_every_control_is_judged_by_whether_iapo_is_shorter():
+    assert set(controls.WHAT) == set(controls.CONTROLS) - {"iapo"}
+    same = {"length": [30.0, 31.0, 32.0], "pass@1": [0.8, 0.8, 0.8]}
+    longer = {"length": [60.0, 61.5, 62.0], "pass@1": [0.7, 0.7, 0.7]}
+    shorter = {"length": [20.0, 20.5, 22.5], "pass@1": [0.8, 0.8, 0.8]}
+    rows = {name: {"token": longer, "sequence": same} for name in controls.CONTROLS}
+    rows["iapo"] = {"token": same, "sequence": same}
+    rows["roles"] = {"token": same, "sequence": shorter}
+    judged = {
+        row[0].split(" gives")[0]: row[2:] for row in judge(controls.control_claims({"rows": rows}))
+    }
+    told, verdict = judged["token mean: s shuffled within the completion"]
+    assert told.startswith("30.2 [") and told.endswith("; -0.100 [-0.100, -0.100]")
+    assert verdict == "holds"
+    assert judged["token mean: the known roles for s"][1] == "cannot tell"
+    assert judged["sequence mean: the known roles for s"][1] == "does not hold"
+    assert len(judged) == 2 * len(controls.WHAT)

@@ -11,6 +11,7 @@ from helpers import run_here, written
 from iapo_mini.early_exit.question import EVERY_PREFIX
 from iapo_mini.lab import oracle
 from iapo_mini.lab.sizes import Size
+from iapo_mini.lab.verdicts import judge
 from iapo_mini.policies import EMBEDDED
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import stories
@@ -147,3 +148,16 @@ def test_the_experiment_at_its_smallest(tmp_path, monkeypatch):
     assert (tmp_path / "figures/oracle_quick.png").stat().st_size > 10_000
     for name in oracle.RECIPES:
         LIBRARY.pop(name, None)
+
+
+def test_better_information_is_judged_by_length_and_by_right_answers_per_token():
+    estimate = {"length": [32.0, 33.0, 34.0], "ratio@1": [0.025, 0.025, 0.026]}
+    better = {"length": [30.0, 31.1, 32.0], "ratio@1": [0.025, 0.025, 0.026]}
+    rows = {
+        "iapo": estimate,
+        "oracle": better,
+        "vine": {**estimate, "ratio@1": [0.02, 0.021, 0.021]},
+    }
+    found = judge(oracle.oracle_claims({"training": rows}))
+    assert [row[3] for row in found] == ["holds", "cannot tell", "cannot tell", "does not hold"]
+    assert found[0][2].startswith("2.0 [") and found[3][2].startswith("-4.67 [")

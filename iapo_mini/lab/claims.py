@@ -14,7 +14,9 @@ from pathlib import Path
 from iapo_mini.files import read_json, replace_text
 from iapo_mini.intervals import format_interval, mean_interval
 from iapo_mini.lab.ablation import ablation
+from iapo_mini.lab.controls import control_claims, controls
 from iapo_mini.lab.departures import departures
+from iapo_mini.lab.oracle import oracle, oracle_claims
 from iapo_mini.lab.results import results_path
 from iapo_mini.lab.sizes import preset_of
 from iapo_mini.lab.sweeps import sweeps
@@ -265,6 +267,13 @@ def _theory(preset: str, figures: Path) -> dict:
     return read_json(path, {}, needs) or theory(preset, figures=figures)
 
 
+STUDIES = (ablation, sweeps, departures, controls, oracle)
+"""The studies behind the claims, apart from the theory; the first makes Table 1 too."""
+FILES = ("table1", "ablation", "sweeps", "theory", "departures")
+LATER_FILES = ("controls", "oracle")
+"""Results files without which the page is made too, but lacks their sections."""
+
+
 def claims(
     preset: str = "full",
     *,
@@ -274,17 +283,16 @@ def claims(
 ) -> str:
     """Write ``claims.md``: every claim, the paper's number, our interval and the verdict.
 
-    Missing runs of Table 1, ablation, sweeps, departures and theory are made first. Arguments and
-    errors are those of :func:`iapo_mini.lab.table1.table1`.
+    Missing runs of every study and the theory are made first. Arguments and errors are those of
+    :func:`iapo_mini.lab.table1.table1`.
 
     Returns:
         The text of the file.
     """
     preset_of(preset)
-    ablation(preset, out=out, figures=figures, parallel=parallel)  # Table 1 with it
-    sweeps(preset, out=out, figures=figures, parallel=parallel)
+    for study in STUDIES:
+        study(preset, out=out, figures=figures, parallel=parallel)
     _theory(preset, Path(figures))
-    departures(preset, out=out, figures=figures, parallel=parallel)
     text = report_of_files(preset, figures)
     name = "claims.md" if preset == "full" else f"claims_{preset}.md"
     replace_text(Path(figures) / name, text)
@@ -295,31 +303,27 @@ def report_of_files(preset: str = "full", figures: str | Path = "figures") -> st
     """The text of ``claims.md`` from the results files, without any training.
 
     Raises:
-        ValueError: for a file that is missing or damaged.
+        ValueError: for a file that is damaged, or missing and not one of ``LATER_FILES``.
     """
-    table, ablated, swept, found, departed = (
-        read_json(results_path(Path(figures), name, preset))
-        for name in ("table1", "ablation", "sweeps", "theory", "departures")
-    )
-    return report(table, ablated, swept, found, departed, preset)
+    paths = {name: results_path(Path(figures), name, preset) for name in FILES + LATER_FILES}
+    wanted = {name: p for name, p in paths.items() if name in FILES or p.is_file()}
+    return report({name: read_json(path) for name, path in wanted.items()}, preset)
 
 
-def report(
-    table: Mapping,
-    ablated: Mapping,
-    swept: Mapping,
-    theory: Mapping,
-    departed: Mapping,
-    preset: str = "full",
-) -> str:
-    """The text of ``claims.md`` from the contents of the results files with these names."""
+def report(results: Mapping[str, Mapping], preset: str = "full") -> str:
+    """The text of ``claims.md`` from the contents of results files, by their names."""
+    table, swept = results["table1"], results["sweeps"]
     sections = {
         "Fewer tokens at equal accuracy (Table 1)": judge(of_table1(table)),
-        "What each part is worth (Fig. 5)": judge(of_ablation(ablated)),
+        "What each part is worth (Fig. 5)": judge(of_ablation(results["ablation"])),
         "The weights (Fig. 6)": judge(_of_sweeps(swept, table)),
-        "Theory": _of_theory(theory),
-        "The released code": judge(_of_departures(departed)),
+        "Theory": _of_theory(results["theory"]),
+        "The released code": judge(_of_departures(results["departures"])),
     }
+    if "controls" in results:
+        sections["Controls: is it the information?"] = judge(control_claims(results["controls"]))
+    if "oracle" in results:
+        sections["Better information"] = judge(oracle_claims(results["oracle"]))
     lines = ["# The paper's claims, remade", "", *_head(table, swept, preset)]
     for title, rows in sections.items():
         lines += ["", f"## {title}", "", "| claim | paper | ours | verdict |", "|---|---|---|---|"]

@@ -49,6 +49,7 @@ from iapo_mini.lab.runs import collect, make_jobs, run_all
 from iapo_mini.lab.sizes import Size, preset_of
 from iapo_mini.lab.starts import STARTS
 from iapo_mini.lab.tuning import tuned
+from iapo_mini.lab.verdicts import Claim
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.stories import stories
 from iapo_mini.problems.verify import equal_answers
@@ -299,3 +300,21 @@ def oracle_table(results: Mapping) -> str:
             f"| {format_interval(mean_interval(row['pass@1']))} |"
         )
     return "\n".join(lines)
+
+
+def oracle_claims(results: Mapping) -> list[Claim]:
+    """Whether better information than IAPO's estimate trains better, to be judged together."""
+    claims, trained = [], results["training"]
+    for name, what in (("oracle", "the distribution of real continuations"),
+                       ("vine", "the value of prefixes (VinePPO)")):  # fmt: skip
+        fewer, gained = (
+            [sign * (a - b) for a, b in zip(trained["iapo"][metric], trained[name][metric])]
+            for metric, sign in (("length", 1), ("ratio@1", -1000))
+        )
+        claims += [
+            Claim(f"with {what} instead of the estimate completions are shorter (tokens)", "-",
+                  format_interval(mean_interval(fewer), 1), fewer, low=0.0),
+            Claim(f"with {what} instead of the estimate Ratio@1 is higher (per 1,000 tokens)", "-",
+                  format_interval(mean_interval(gained), 2), gained, low=0.0),
+        ]  # fmt: skip
+    return claims
