@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from helpers import PATIENCE
 
 from iapo_mini.config import TrainConfig
 from iapo_mini.files import read_json
-from iapo_mini.lab import claims
+from iapo_mini.lab import claims, table1
 from iapo_mini.lab.results import results_path
+from iapo_mini.lab.runs import START
 from iapo_mini.lab.sizes import PRESETS
 from iapo_mini.lab.tuning import OTHER_WEIGHTS, ROWS, choose, first_trials, last_trials
 from iapo_mini.lab.verdicts import Claim, judge
@@ -163,8 +165,25 @@ def test_last_trials_lie_on_both_sides_of_the_usual_weight():
 
 def test_trials_and_reported_runs_share_no_seed():
     for preset in PRESETS.values():
-        assert not set(preset.tuning.seeds) & set(preset.table1.seeds)
-        assert not set(preset.tuning.seeds) & set(preset.sweeps.seeds)
+        reported = {*preset.table1.seeds, *preset.more_seeds, *preset.deciding_seeds}
+        reported |= set(preset.sweeps.seeds)
+        assert not set(preset.tuning.seeds) & reported
+
+
+def test_rows_that_decide_have_ten_seeds_and_the_first_seeds_are_trained_longer(tmp_path):
+    jobs = table1._jobs(PRESETS["full"], tmp_path, {START: None, "sgrpo": {}, "iapo": {}})
+    seeds, steps = defaultdict(list), defaultdict(list)
+    for job in jobs:
+        name = Path(job["run"]).name.rsplit("-", 1)[0]
+        seeds[name].append(job["seed"])
+        if job["config"]:
+            steps[name].append((job["config"]["max_steps"], job["evaluation"]["primary"]))
+    # Rows are paired by the order of their seeds.
+    assert seeds == {START: [*range(5)], "sgrpo": [*range(5)], "iapo": [*range(10)]}
+    assert steps["sgrpo"] == [(60, 22)] * 3 + [(22, 0)] * 2
+    assert steps["iapo"] == [(60, 22)] * 3 + [(22, 0)] * 7
+    assert jobs[-1]["evaluation"]["on_the_way"] == [22]
+    assert jobs[0]["evaluation"]["on_the_way"] == [22, 40, 60]
 
 
 def cut(results):

@@ -333,10 +333,12 @@ def report(results: Mapping[str, Mapping], preset: str = "full") -> str:
 
 def _head(table: Mapping, swept: Mapping, preset: str) -> list[str]:
     size = table["config"]["evaluation"]
+    counts = {len(row["length"]) for row in table["methods"].values()}
+    seeds = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
     command = "iapo-mini lab claims" + ("" if preset == "full" else f" --preset {preset}")
     return [
         f"`{command}` makes this page from the files in `results`. Our numbers are for the "
-        f"embedded policy in the story world, with {len(table['seeds'])} seeds and "
+        f"embedded policy in the story world, with {seeds} seeds and "
         f"{size['problems']} test stories of {size['num_generations']} completions each. (The "
         f"sweeps and departures have {len(swept['seeds'])} seeds and "
         f"{swept['config']['evaluation']['problems']} stories.) Each is a mean with a 95% interval "

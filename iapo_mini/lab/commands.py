@@ -12,7 +12,7 @@ from iapo_mini.policies import EMBEDDED
 
 EXPERIMENTS = {
     "tune": "trials of every method on the tune stream, which choose the settings of table1",
-    "table1": "Table 1: all methods, five seeds; Pass@k, Length@k, Ratio@k, wall clock, Fig. 7",
+    "table1": "Table 1: all methods, 5 to 10 seeds; Pass@k, Length@k, Ratio@k, wall clock, Fig. 7",
     "ablation": "Fig. 5: IAPO without parts of its advantage, from the runs of table1",
     "sweeps": "Fig. 6: IAPO with other weights alpha and beta; three seeds",
     "departures": "departures of the released code from the paper, one at a time; three seeds",

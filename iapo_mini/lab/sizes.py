@@ -62,8 +62,9 @@ class Preset:
     Attributes:
         trials: how many of the seven trials of each row are made: all, or only the first.
         tuning: size of the trials, on the tune stream.
-        table1: size of Table 1 and the ablation.
-        more_seeds: further seeds of the rows that decide; their runs end at the primary step.
+        table1: size of Table 1 and the ablation, whose runs go on after the primary step.
+        more_seeds: further seeds of every row; their runs end at the primary step.
+        deciding_seeds: the same for the rows that decide.
         sweeps: size of the runs for each weight, and of the departures.
         timed: number of stories of the wall-clock measurement, with eight completions each.
     """
@@ -72,6 +73,7 @@ class Preset:
     tuning: Size
     table1: Size
     more_seeds: tuple[int, ...]
+    deciding_seeds: tuple[int, ...]
     sweeps: Size
     timed: int
 
@@ -83,14 +85,16 @@ PRESETS = {
         tuning=Size(seeds=(100,), max_steps=1, problems=2, prompts_per_step=1),
         table1=Size((0,), 2, 4, 2, 4, (1, 4), primary=1, on_the_way=(1, 2)),
         more_seeds=(1,),
+        deciding_seeds=(2,),
         sweeps=Size((0,), 1, 2, 1, 4, (1, 4)),
         timed=2,
     ),
     "full": Preset(
         trials=7,
         tuning=Size(seeds=(100, 101), max_steps=22, problems=100),
-        table1=Size((0, 1, 2, 3, 4), 60, 500, 12, 32, _KS, primary=22, on_the_way=(22, 40, 60)),
-        more_seeds=(5, 6, 7, 8, 9),
+        table1=Size((0, 1, 2), 60, 300, 12, 32, _KS, primary=22, on_the_way=(22, 40, 60)),
+        more_seeds=(3, 4),
+        deciding_seeds=(5, 6, 7, 8, 9),
         sweeps=Size((0, 1, 2), 22, 100, 12, 32, _KS),
         timed=100,
     ),

@@ -1,7 +1,7 @@
 """Table 1: every method and the start policy, with equal budgets.
 
-Training of every row continues after the reported step, and policies are judged along the way. The
-rows that decide have more seeds, whose runs end at the reported step.
+Training of the first seeds continues after the reported step, and policies are judged along the
+way. The runs of other seeds end at the reported step; the rows that decide have most of them.
 """
 
 from __future__ import annotations
@@ -91,14 +91,16 @@ def draw(results: dict, figures: Path, preset: str = "full") -> None:
 
 
 def _jobs(sizes: Preset, out: Path, recipes: Mapping[str, dict | None]) -> list[dict]:
-    """The jobs of every row, and the jobs of further seeds of the rows that decide."""
+    """The long runs of every row, then its other seeds, then further seeds of deciding rows."""
     size = sizes.table1
     to_primary = tuple(step for step in size.on_the_way if step <= size.primary)
-    further = replace(
-        size, seeds=sizes.more_seeds, max_steps=size.primary, primary=0, on_the_way=to_primary
-    )
+    shorter = replace(size, max_steps=size.primary, primary=0, on_the_way=to_primary)
     deciding = {name: recipe for name, recipe in recipes.items() if name in DECIDING}
-    return make_jobs(size, out, recipes) + make_jobs(further, out, deciding)
+    return [
+        *make_jobs(size, out, recipes),
+        *make_jobs(replace(shorter, seeds=sizes.more_seeds), out, recipes),
+        *make_jobs(replace(shorter, seeds=sizes.deciding_seeds), out, deciding),
+    ]
 
 
 def _of(jobs: Sequence[dict], names: Sequence[str], seeds: Sequence[int]) -> list[dict]:
