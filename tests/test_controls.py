@@ -168,7 +168,7 @@ def test_the_experiment_at_its_smallest(tmp_path, monkeypatch):
     means = [sum(found["rows"][name]["token"]["length"]) / 2 for name in ("constant", "iapo")]
     assert gap == pytest.approx(means[0] - means[1])
     lines = controls.controls_table(found).splitlines()
-    assert len(lines) == 2 + 2 * 4 + 4 and all(line.count("|") == 6 for line in lines)
+    assert len(lines) == 2 + 2 * 4 + 3 and all(line.count("|") == 7 for line in lines)
     assert (tmp_path / "figures/controls_quick.png").stat().st_size > 10_000
     for name in controls.RECIPES:
         LIBRARY.pop(name, None)

@@ -13,6 +13,7 @@ from iapo_mini.intervals import format_interval, mean_interval, share_interval
 from iapo_mini.lab import verdicts
 from iapo_mini.lab.choices import choices_table
 from iapo_mini.lab.claims import _talk, of_table1, report_of_files
+from iapo_mini.lab.controls import control_claims, controls_table
 from iapo_mini.lab.departures import departures_table
 from iapo_mini.lab.early_exit import early_exit_table
 from iapo_mini.lab.estimators import ESTIMATORS, POLICIES, speed_table, study_table
@@ -20,6 +21,7 @@ from iapo_mini.lab.results import comparison_table
 from iapo_mini.lab.sizes import COMPARED, preset_of
 from iapo_mini.lab.starts import starts_table
 from iapo_mini.lab.tuning import ROWS, choose, finished_trials, tuning_table
+from iapo_mini.lab.verdicts import judge
 from iapo_mini.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -132,6 +134,31 @@ def test_early_exits_in_the_docs_are_the_committed_ones():
         "never", "agree")) < 0.05  # fmt: skip
 
 
+def test_controls_in_the_docs_are_the_committed_ones():
+    results = json.loads((ROOT / "figures/results/controls.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    rows = {name: row["token"] for name, row in results["rows"].items()}
+    assert controls_table(results) in page
+
+    def less(name, metric, scale=1):
+        """IAPO's value minus that of a control, as text."""
+        pairs = zip(rows["iapo"][metric], rows[name][metric])
+        return format_interval(mean_interval([scale * (a - b) for a, b in pairs]), 1)
+
+    for name in ("grpo_kimi", "grpo_efficient"):
+        assert less(name, "length") in page
+    for name in ("grpo", "shuffled", "random", "constant"):
+        assert less(name, "ratio@1", 1000) in page
+    short = {name: sum(n < 34 for n in row["length"]) for name, row in rows.items()}
+    told = [short[name] for name in ("shuffled", "random", "constant", "grpo")]
+    assert told == [2, 4, 3, 1] and short["iapo"] == 5
+    assert "2, 4, 3 and 1 of 5 end below 34 tokens" in page
+    collapsed = {name: sum(p == 0 for p in row["pass@1"]) for name, row in rows.items()}
+    assert (collapsed["numeric"], collapsed["roles"], collapsed["iapo"]) == (2, 3, 0)
+    verdicts = [row[3] for row in judge(control_claims(results))]
+    assert len(verdicts) == 20 and verdicts.count("holds") == 1
+
+
 def test_the_cost_of_watching_in_the_docs_is_the_measured_one():
     results = json.loads((ROOT / "figures/results/watching.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
@@ -225,8 +252,8 @@ def test_table_of_the_verifier_is_the_committed_result():
     assert benchmark.verdict_table(results) in docs
     assert results["references"] == 500 and f"{results['pairs']:,} pairs" in docs
     assert f"agree on {results['agreement']:.3f}" in docs
-    for judge in ("ours", "strings"):
-        assert f"{results['accuracy'][judge]:.3f}" in docs
+    for way in ("ours", "strings"):
+        assert f"{results['accuracy'][way]:.3f}" in docs
     # The counts of the table follow from the present judges.
     assert benchmark.by_strings("\\dfrac12", "\\frac{1}{2}") and benchmark.by_strings("50\\%", "50")
     assert not benchmark.by_strings("72.0", "72")

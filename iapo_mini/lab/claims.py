@@ -325,6 +325,8 @@ def report(results: Mapping[str, Mapping], preset: str = "full") -> str:
     if "oracle" in results:
         sections["Better information"] = judge(oracle_claims(results["oracle"]))
     lines = ["# The paper's claims, remade", "", *_head(table, swept, preset)]
+    if later := [name for name in LATER_FILES if name in results]:
+        lines += ["", _later([results[name] for name in later], later)]
     for title, rows in sections.items():
         lines += ["", f"## {title}", "", "| claim | paper | ours | verdict |", "|---|---|---|---|"]
         lines += [f"| {row[0]} | {row[1]} | {row[2]} | **{row[3]}** |" for row in rows]
@@ -364,6 +366,20 @@ def _head(table: Mapping, swept: Mapping, preset: str) -> list[str]:
     ]
 
 
+def _later(found: Sequence[Mapping], names: Sequence[str]) -> str:
+    """A sentence on the sizes of the later studies, which were made with the present recipes."""
+    told = []
+    for name, results in zip(names, found):
+        size, seeds = results["config"]["evaluation"], len(results["seeds"])
+        told.append(
+            f"the {name} with at least {seeds} seeds and {size['problems']} test stories of "
+            f"{size['num_generations']} completions"
+        )
+    return (
+        f"Made with the present recipes, token mean unless a row says otherwise: {'; '.join(told)}."
+    )
+
+
 def _losses(table: Mapping) -> str:
     """A sentence on the mean of the loss in the rows of Table 1, with the usual one first."""
     means = {name: row["aggregation"] for name, row in table["methods"].items()
@@ -371,4 +387,4 @@ def _losses(table: Mapping) -> str:
     usual = Counter(means.values()).most_common(1)[0][0]
     others = [f"{LABELS[name]}: {mean} mean" for name, mean in means.items() if mean != usual]
     but = f" ({', '.join(others)})" if others else ""
-    return f"These results were made with the *{usual} mean* of the loss{but}."
+    return f"Table 1, its ablation and the sweeps used the *{usual} mean* of the loss{but}."

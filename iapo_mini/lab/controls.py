@@ -43,7 +43,7 @@ from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.early_exit.strides import sentence_ends
 from iapo_mini.files import versions, write_json
 from iapo_mini.information import INFORMATION, Information, answer_surprisals, informativeness
-from iapo_mini.intervals import format_interval, mean_interval
+from iapo_mini.intervals import format_interval, mean_interval, share_interval
 from iapo_mini.lab.figures import controls as drawn
 from iapo_mini.lab.ledger import ledger_path
 from iapo_mini.lab.results import check_options, file_stem, results_path
@@ -256,22 +256,30 @@ def controls(
 
 
 def controls_table(results: Mapping) -> str:
-    """Results of :func:`controls` as a Markdown table, with means and 95% intervals over seeds."""
-    lines = ["| control | loss | length (tokens) | minus IAPO's | Pass@1 |", "|---" * 5 + "|"]
-    for name, row in results["rows"].items():
-        for how, values in row.items():
-            cells = (
-                format_interval(mean_interval(values["length"]), 1),
-                format_interval(results["difference"][name][how]["iapo"], 1),
-                format_interval(mean_interval(values["pass@1"])),
-            )
-            lines.append(f"| {name} | {how} mean | " + " | ".join(cells) + " |")
-    for name, values in results["payment"].items():
+    """Results of :func:`controls` as a Markdown table, with means and 95% intervals over seeds.
+
+    The length of every seed is shown too, since the seeds of many rows fall into two groups.
+    """
+    lines = [
+        "| control | loss | length (tokens) | each seed | minus IAPO's | Pass@1 |",
+        "|---" * 6 + "|",
+    ]
+
+    def line(what: str, how: str, values: Mapping, difference: str = "") -> str:
         cells = (
-            format_interval(mean_interval(values["length"]), 1), "",
-            format_interval(mean_interval(values["pass@1"])),
+            what, f"{how} mean", format_interval(mean_interval(values["length"]), 1),
+            ", ".join(f"{length:.0f}" for length in values["length"]), difference,
+            format_interval(share_interval(mean_interval(values["pass@1"]))),
         )  # fmt: skip
-        lines.append(f"| paid: {name} | token mean | " + " | ".join(cells) + " |")
+        return "| " + " | ".join(cells) + " |"
+
+    for how in AGGREGATIONS:
+        for name, row in results["rows"].items():
+            gap = format_interval(results["difference"][name][how]["iapo"], 1)
+            lines.append(line(drawn.label(name), how, row[how], "" if name == "iapo" else gap))
+    for name, values in results["payment"].items():
+        if name != "token":  # IAPO itself
+            lines.append(line(drawn.label(name), "token", values))
     return "\n".join(lines)
 
 

@@ -70,8 +70,17 @@ def controls(results: Mapping) -> Figure:
             shown = {name: values[metric] for name, values in rows.items()}
             dots(ax, shown, "token" if "token" in rows else "iapo")
             ax.set_xlabel(label)
+            if metric == "length":  # between 30 and 224 tokens, and intervals can reach below 0
+                ax.set_xscale("log")
+                ax.set_xlim(20, 300)
+                ax.set_xticks((20, 30, 50, 100, 200), ("20", "30", "50", "100", "200"))
+                ax.minorticks_off()
+            else:
+                ax.set_xlim(-0.03, 1.03)
         column[0].set_title(title, fontsize=11)
-    fig.suptitle("Dots are seeds, bars above them means with 95% intervals", fontsize=9)
+    fig.suptitle(
+        "Dots are seeds; bars above them are means with 95% intervals, cut at the edges", fontsize=9
+    )
     return fig
 
 
