@@ -16,7 +16,7 @@ from iapo_mini.files import read_json
 from iapo_mini.lab import claims, table1
 from iapo_mini.lab.results import results_path
 from iapo_mini.lab.runs import START
-from iapo_mini.lab.sizes import PRESETS
+from iapo_mini.lab.sizes import PRESETS, Size
 from iapo_mini.lab.tuning import OTHER_WEIGHTS, ROWS, choose, first_trials, last_trials
 from iapo_mini.lab.verdicts import Claim, judge
 
@@ -186,6 +186,11 @@ def test_rows_that_decide_have_ten_seeds_and_the_first_seeds_are_trained_longer(
     assert jobs[0]["evaluation"]["on_the_way"] == [22, 40, 60]
 
 
+def test_a_size_asks_for_no_more_completions_than_it_samples():
+    with pytest.raises(ValueError, match=r"ks must be at most num_generations = 2, got \(1, 4\)"):
+        Size((0,), 1, problems=2, num_generations=2, ks=(1, 4))
+
+
 def cut(results):
     """Results of the first seed only, without any right answers."""
     if isinstance(results, dict):
@@ -211,6 +216,17 @@ def test_one_seed_without_a_right_answer_gives_no_verdict():
     assert "(one seed)" in text
 
 
+def test_a_study_that_was_run_adds_its_section():
+    files = {name: read_json(results_path(FIGURES, name, "full")) for name in claims.FILES}
+    without = claims.report(files)
+    controls = {"controls": read_json(results_path(FIGURES, "controls", "full"))}
+    text = claims.report(files | controls)
+    assert "Controls" not in without and without.startswith(text.split("\n\nMade with")[0])
+    assert "the controls with at least 3 seeds and 200 test stories of 8 completions." in text
+    (section,) = (part for part in text.split("\n## ") if part.startswith("Controls"))
+    assert section.count("gives longer completions than IAPO") == 20
+
+
 def run(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "iapo_mini", *map(str, arguments)],
@@ -229,7 +245,7 @@ def test_claims_runs_every_experiment_and_judges_every_claim(tmp_path):
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "figures/claims_quick.md").read_text(encoding="utf-8")
     assert text.strip() in done.stdout
-    for section in ("Table 1", "Fig. 5", "Fig. 6", "Theory", "released code", "Controls", "Better"):
+    for section in ("Table 1", "Fig. 5", "Fig. 6", "Theory", "released code"):
         assert section in text
     rows = [line for line in text.splitlines() if line.startswith("| ") and "claim |" not in line]
     assert len(rows) > 30
@@ -237,10 +253,9 @@ def test_claims_runs_every_experiment_and_judges_every_claim(tmp_path):
         assert row.count("|") == 5
         verdicts = ("holds", "does not hold", "cannot tell", "cannot be tested")
         assert any(f"**{v}**" in row for v in verdicts), row
-    for name in ("tuning", *claims.FILES, *claims.LATER_FILES):
+    for name in ("tuning", *claims.FILES):
         assert (tmp_path / f"figures/results/{name}_quick.json").is_file()
-    drawn = ("table1", "table1_quick_tradeoff", "ablation", "sweeps", "departures", "controls")
-    for name in (*drawn, "oracle"):
+    for name in ("table1", "table1_quick_tradeoff", "ablation", "sweeps", "departures"):
         name = name if "quick" in name else f"{name}_quick"
         assert (tmp_path / f"figures/{name}.png").stat().st_size > 10_000
     # A second call makes no runs and gives the same text.

@@ -14,9 +14,9 @@ from pathlib import Path
 from iapo_mini.files import read_json, replace_text
 from iapo_mini.intervals import format_interval, mean_interval
 from iapo_mini.lab.ablation import ablation
-from iapo_mini.lab.controls import control_claims, controls
+from iapo_mini.lab.controls import control_claims
 from iapo_mini.lab.departures import departures
-from iapo_mini.lab.oracle import oracle, oracle_claims
+from iapo_mini.lab.oracle import oracle_claims
 from iapo_mini.lab.results import results_path
 from iapo_mini.lab.sizes import preset_of
 from iapo_mini.lab.sweeps import sweeps
@@ -267,11 +267,9 @@ def _theory(preset: str, figures: Path) -> dict:
     return read_json(path, {}, needs) or theory(preset, figures=figures)
 
 
-STUDIES = (ablation, sweeps, departures, controls, oracle)
-"""The studies behind the claims, apart from the theory; the first makes Table 1 too."""
 FILES = ("table1", "ablation", "sweeps", "theory", "departures")
-LATER_FILES = ("controls", "oracle")
-"""Results files without which the page is made too, but lacks their sections."""
+MORE_FILES = ("controls", "oracle")
+"""Results files of studies that :func:`claims` does not run; they add a section if they exist."""
 
 
 def claims(
@@ -283,14 +281,14 @@ def claims(
 ) -> str:
     """Write ``claims.md``: every claim, the paper's number, our interval and the verdict.
 
-    Missing runs of every study and the theory are made first. Arguments and errors are those of
-    :func:`iapo_mini.lab.table1.table1`.
+    Missing runs of Table 1, ablation, sweeps, departures and theory are made first. Arguments and
+    errors are those of :func:`iapo_mini.lab.table1.table1`.
 
     Returns:
         The text of the file.
     """
     preset_of(preset)
-    for study in STUDIES:
+    for study in (ablation, sweeps, departures):  # the first makes Table 1 too
         study(preset, out=out, figures=figures, parallel=parallel)
     _theory(preset, Path(figures))
     text = report_of_files(preset, figures)
@@ -303,9 +301,9 @@ def report_of_files(preset: str = "full", figures: str | Path = "figures") -> st
     """The text of ``claims.md`` from the results files, without any training.
 
     Raises:
-        ValueError: for a file that is damaged, or missing and not one of ``LATER_FILES``.
+        ValueError: for a file that is damaged, or missing and not one of ``MORE_FILES``.
     """
-    paths = {name: results_path(Path(figures), name, preset) for name in FILES + LATER_FILES}
+    paths = {name: results_path(Path(figures), name, preset) for name in FILES + MORE_FILES}
     wanted = {name: p for name, p in paths.items() if name in FILES or p.is_file()}
     return report({name: read_json(path) for name, path in wanted.items()}, preset)
 
@@ -325,8 +323,8 @@ def report(results: Mapping[str, Mapping], preset: str = "full") -> str:
     if "oracle" in results:
         sections["Better information"] = judge(oracle_claims(results["oracle"]))
     lines = ["# The paper's claims, remade", "", *_head(table, swept, preset)]
-    if later := [name for name in LATER_FILES if name in results]:
-        lines += ["", _later([results[name] for name in later], later)]
+    if more := [name for name in MORE_FILES if name in results]:
+        lines += ["", _of_more([results[name] for name in more], more)]
     for title, rows in sections.items():
         lines += ["", f"## {title}", "", "| claim | paper | ours | verdict |", "|---|---|---|---|"]
         lines += [f"| {row[0]} | {row[1]} | {row[2]} | **{row[3]}** |" for row in rows]
@@ -366,8 +364,8 @@ def _head(table: Mapping, swept: Mapping, preset: str) -> list[str]:
     ]
 
 
-def _later(found: Sequence[Mapping], names: Sequence[str]) -> str:
-    """A sentence on the sizes of the later studies, which were made with the present recipes."""
+def _of_more(found: Sequence[Mapping], names: Sequence[str]) -> str:
+    """A sentence on the sizes of further studies, which were made with the present recipes."""
     told = []
     for name, results in zip(names, found):
         size, seeds = results["config"]["evaluation"], len(results["seeds"])

@@ -188,7 +188,7 @@ RECIPES = {
 }
 METRICS = ("length", "pass@1", "ratio@1")
 SIZES = {
-    "quick": Size(seeds=(0,), max_steps=1, problems=2, prompts_per_step=1, num_generations=2),
+    "quick": Size((0,), 1, problems=2, prompts_per_step=1, num_generations=2, ks=(1, 2)),
     "full": Size(seeds=(0, 1, 2), max_steps=22, problems=200),
 }
 STORIES = {"quick": 2, "full": 60}

@@ -39,6 +39,12 @@ class Size:
     on_the_way: tuple[int, ...] = ()
     pools: tuple[tuple[str, int], ...] = ()
 
+    def __post_init__(self) -> None:
+        if max(self.ks) > self.num_generations:
+            raise ValueError(
+                f"ks must be at most num_generations = {self.num_generations}, got {self.ks}"
+            )
+
 
 COMPARE: dict[str, Size] = {
     "quick": Size(seeds=(0,), max_steps=2, problems=4, prompts_per_step=2),
