@@ -204,6 +204,11 @@ def rows_of(settings: Mapping[str, Mapping]) -> dict[str, dict]:
     return rows
 
 
+def _gap(rows: Mapping[str, Mapping], name: str, other: str, how: str, metric: str) -> list[float]:
+    """The metric of one control minus that of another, one number for each seed."""
+    return [a - b for a, b in zip(rows[name][how][metric], rows[other][how][metric])]
+
+
 def controls(
     preset: str = "full",
     *,
@@ -236,14 +241,12 @@ def controls(
         "difference": {
             name: {
                 how: {
-                    other: mean_interval([
-                        a - b for a, b in zip(row[how]["length"], rows[other][how]["length"])
-                    ])
+                    other: mean_interval(_gap(rows, name, other, how, "length"))
                     for other in ("iapo", "grpo")
                 }
                 for how in AGGREGATIONS
             }
-            for name, row in rows.items()
+            for name in rows
         },
         "payment": {name: measured[f"payment_{name}"] for name in PAYMENTS}
         | {"token": rows["iapo"]["token"], "roles_token": rows["roles"]["token"]},
@@ -301,10 +304,8 @@ def control_claims(results: Mapping) -> list[Claim]:
     """Whether IAPO writes fewer tokens than each control, to be judged together."""
     claims = []
     for (name, what), how in itertools.product(WHAT.items(), AGGREGATIONS):
-        control, iapo = results["rows"][name][how], results["rows"]["iapo"][how]
         more, right = (
-            [a - b for a, b in zip(control[metric], iapo[metric])]
-            for metric in ("length", "pass@1")
+            _gap(results["rows"], name, "iapo", how, metric) for metric in ("length", "pass@1")
         )
         told = f"{format_interval(mean_interval(more), 1)}; {format_interval(mean_interval(right))}"
         claims.append(Claim(
