@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from iapo_mini.devices import full_precision
 from iapo_mini.errors import first_line
 from iapo_mini.files import read_json
 
@@ -156,10 +157,11 @@ def check_merge(model: Any, merged: Any, dtype: torch.dtype) -> None:
     ids = torch.arange(3, 19)[None] * 7 % vocabulary
     training = model.training
     model.eval()
-    before, after = (
-        m(ids.to(next(m.parameters()).device), use_cache=False).logits.float().cpu()
-        for m in (model, merged)
-    )
+    with full_precision():
+        before, after = (
+            m(ids.to(next(m.parameters()).device), use_cache=False).logits.float().cpu()
+            for m in (model, merged)
+        )
     model.train(training)
     if not before.isfinite().all():
         return  # an error about such weights is raised where they are used

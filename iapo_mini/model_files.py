@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from iapo_mini.attention import model_mask, positions_of
+from iapo_mini.devices import full_precision
 from iapo_mini.errors import first_line
 from iapo_mini.policies import EMBEDDED, SHIPPED, looks_local
 
@@ -225,9 +226,10 @@ def check_forward(model: str, causal_lm: Any) -> None:
     ids = ids * 7 % causal_lm.get_input_embeddings().weight.shape[0]
     kind = f"model is '{model}', whose architecture ({causal_lm.config.model_type})"
     try:
-        whole = causal_lm(ids, use_cache=False).logits[0].float()
-        alone = causal_lm(ids[:, :4], use_cache=False).logits[0, -1].float()
-        ours = _behind_a_cache(causal_lm, ids).float()
+        with full_precision():
+            whole = causal_lm(ids, use_cache=False).logits[0].float()
+            alone = causal_lm(ids[:, :4], use_cache=False).logits[0, -1].float()
+            ours = _behind_a_cache(causal_lm, ids).float()
     except Exception as error:  # an architecture may raise anything; it can't be used here
         raise ValueError(
             f"{kind} can't be run with the padding, positions and key-value cache used here "

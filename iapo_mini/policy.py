@@ -33,7 +33,7 @@ from iapo_mini.adapters import (
     write_base,
 )
 from iapo_mini.chat import end_of_turn
-from iapo_mini.devices import chosen_device, compute_dtype
+from iapo_mini.devices import chosen_device, compute_dtype, has_room_for_copy
 from iapo_mini.errors import MOST_RANK, check_number, first_line
 from iapo_mini.four_bit import (
     check_four_bit,
@@ -51,11 +51,6 @@ from iapo_mini.model_files import (
     of_repository,
 )
 from iapo_mini.policies import EMBEDDED
-
-# Up to this many parameters, a second, merged copy of the weights pays on a CPU (2.4 GB in fp32).
-# Sampling and the estimator run about twice as fast on it as through the adapter's extra layers.
-# A GPU has less memory to spare, so the limit is a tenth of this there.
-_MERGED_COPY_LIMIT = 600_000_000
 
 
 @dataclass
@@ -145,9 +140,9 @@ class Policy:
         self.model.eval()
         if not self.uses_lora:
             return self.model
-        spare = 1 if self.device.type == "cpu" else 0.1
-        small = self.model.num_parameters() <= spare * _MERGED_COPY_LIMIT
-        if not small or self.dtype != torch.float32 or not is_plain_lora(self.model):
+        if self.dtype != torch.float32 or not is_plain_lora(self.model):
+            return self.model
+        if not has_room_for_copy(self.device, self.model.num_parameters()):
             return self.model
         if self._merged is None:
             self._merged = self.merged()

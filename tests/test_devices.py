@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 import iapo_mini
 from iapo_mini.cli import main
 from iapo_mini.config import TrainConfig
-from iapo_mini.devices import chosen_device
+from iapo_mini.devices import chosen_device, full_precision, has_room_for_copy
 from iapo_mini.policy import load_policy
 
 
@@ -81,3 +82,40 @@ def test_every_array_is_made_from_a_cpu_tensor():
                 assert moved and before.func.attr == "cpu", f"{path.name}, line {node.lineno}"
                 found += 1
     assert found >= 3
+
+
+def test_checks_of_a_model_multiply_in_fp32_even_where_a_user_allows_tf32(tiny_folder, monkeypatch):
+    """With TF32 two right ways to compute the same logits differ by more than the checks allow."""
+    used = []
+    forward = torch.nn.functional.linear
+
+    def recorded(*given):
+        used.append(torch.get_float32_matmul_precision())
+        return forward(*given)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        monkeypatch.setattr(torch.nn.functional, "linear", recorded)
+        load_policy(tiny_folder, lora_rank=4).merged()
+        assert used and set(used) == {"highest"}
+        assert torch.get_float32_matmul_precision() == "high"
+        with pytest.raises(RuntimeError), full_precision():
+            raise RuntimeError
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "parameters", "room"),
+    [(16, 135e6, True), (16, 494e6, False), (80, 494e6, True), (80, 1.5e9, False)],
+)
+def test_a_card_has_room_for_a_merged_copy_of_a_twentieth_of_its_memory(
+    monkeypatch, memory_gb, parameters, room
+):
+    card = SimpleNamespace(total_memory=memory_gb * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert has_room_for_copy(torch.device("cuda:0"), int(parameters)) is room
+    assert has_room_for_copy(torch.device("cpu"), 500_000_000)
+    assert not has_room_for_copy(torch.device("cpu"), 700_000_000)

@@ -23,7 +23,7 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iapo_mini import policy as policy_module
+from iapo_mini import devices
 from iapo_mini.early_exit import flat, prefixes
 from iapo_mini.early_exit.prefixes import ask
 from iapo_mini.early_exit.question import EarlyExit, Question
@@ -233,7 +233,7 @@ def test_tested_architectures(tokenizer, name, attention):
 def test_the_adapter_is_used(lora_policy, monkeypatch, way, merged):
     """Entropies are those of the policy with its adapter, not of the base model."""
     if not merged:
-        monkeypatch.setattr(policy_module, "_MERGED_COPY_LIMIT", 0)
+        monkeypatch.setattr(devices, "COPY_LIMIT", 0)
     assert (lora_policy.for_inference() is lora_policy.model) != merged
     rollouts = make_rollouts([4, 9], [5, 1, 3, 6], group=2)
     before = entropies_by(way, lora_policy, rollouts)

@@ -21,7 +21,7 @@ from helpers import (
 from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM
 
-from iapo_mini import policy as policy_module
+from iapo_mini import devices
 from iapo_mini.devices import compute_dtype
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.four_bit import reads_back
@@ -171,7 +171,7 @@ def test_merging_names_the_weights_as_the_architecture_does(tokenizer, tmp_path,
 @pytest.mark.parametrize("kept", [False, True])
 def test_the_estimator_asks_the_quantised_policy(policy, way, kept, monkeypatch):
     """It goes through the adapter's layers, as for a model that is too large to be merged."""
-    monkeypatch.setattr(policy_module, "_MERGED_COPY_LIMIT", 0)
+    monkeypatch.setattr(devices, "COPY_LIMIT", 0)
     assert policy.for_inference() is policy.model
     problems = [Problem("1 + 1?", "2"), Problem("How many fingers?", "5")]
     rollouts = sample(policy, problems, num_generations=2, max_completion_length=6, keep_cache=kept)

@@ -122,8 +122,12 @@ def test_no_single_level_suits_better_than_the_chosen_ones(pairs):
 def test_the_estimate_of_time_grows_with_the_work(base_policy, monkeypatch):
     assert forward_speed(base_policy) > 0
     monkeypatch.setattr(module, "forward_speed", lambda policy: 500.0)
-    quick, full = (expected_seconds(base_policy, s.runs, s) for s in SCALES.values())
-    assert quick < 300 < 3 * 3600 < full < 24 * 3600
+    quick, laptop, full = (
+        expected_seconds(base_policy, SCALES[name].runs, SCALES[name])
+        for name in ("quick", "laptop", "full")
+    )
+    assert quick < 300 < 3 * 3600 < laptop < 24 * 3600
+    assert laptop < full  # more worked stories
 
 
 @pytest.mark.parametrize(
@@ -138,8 +142,9 @@ def test_durations_in_words(seconds, words):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--preset", "large"], "preset must be one of quick, full, got 'large'"),
-        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--preset", "large"], "preset must be one of quick, laptop, full, got 'large'"),
+        (["--seeds", "-1"], "seeds must be at least 0, got -1"),
+        (["--so-far"], "settings.json"),
         (["--learning-rate", "0"], "learning_rate must be above 0, got 0"),
         (["--parallel", "0"], "parallel must be at least 1, got 0"),
         (["--model", "no/such/folder"], "no/such/folder"),
@@ -156,5 +161,26 @@ def test_bad_options_are_refused_before_any_work(tmp_path, capsys, options, sent
 
 def test_another_study_in_the_same_folder_is_refused(study):
     folder, _ = study
-    with pytest.raises(ValueError, match=r"learning_rate is 0.5, but the study in .* with 0.0001"):
+    with pytest.raises(ValueError, match=r"learning_rate is 0.5, but the study in .* with 0.0003"):
         real_training("quick", out=folder / "runs", figures=folder / "figures", learning_rate=0.5)
+
+
+def test_a_finished_study_can_be_told_as_far_as_it_is(study, capsys):
+    folder, results = study
+    where = ["--out", str(folder / "runs"), "--figures", str(folder / "figures")]
+    main(["lab", "real-training", "--preset", "quick", "--so-far", *where])
+    path = folder / "figures/results/real_training_so_far_quick.json"
+    told = json.loads(path.read_text(encoding="utf-8"))
+    assert list(told["runs"]) == list(ROWS) and told["common"] == 1
+    assert {name: told[name] for name in ("model", "device", "start", "levels", "chosen")} == {
+        name: results[name] for name in ("model", "device", "start", "levels", "chosen")
+    }
+    for row, (one,) in told["runs"].items():
+        curve = results["curves"][row][0]
+        assert one["length"] == curve["length"] and one["accuracy"] == curve["accuracy"]
+        assert one["judged"]["problems"] == SCALES["quick"].runs.problems
+        assert one["judged"]["pass@1"] == pytest.approx(results["methods"][row]["pass@1"][0])
+        start = results["methods"]["start"]["length"][0]
+        assert one["judged"]["start length"] == pytest.approx(start)
+    assert path.name in capsys.readouterr().out
+    assert (folder / "figures" / f"{path.stem}.png").is_file()

@@ -147,10 +147,16 @@ def _add_real_studies(parts: argparse._SubParsersAction) -> None:
     training.add_argument(
         "--parallel", type=whole, help="number of processes at a time (default: one per core)"
     )
-    training.add_argument("--seeds", type=whole, default=2, help="number of seeds (%(default)s)")
     training.add_argument(
-        "--learning-rate", type=number, default=1e-4, help="of every run (%(default)s)"
+        "--seeds", type=whole, default=0, help="number of seeds (default: that of the preset)"
     )
+    training.add_argument(
+        "--learning-rate", type=number, default=3e-4, help="of every run (%(default)s)"
+    )
+    training.add_argument(
+        "--so-far", dest="unfinished", action="store_true",
+        help="make nothing; tell what the runs of an unfinished study say",
+    )  # fmt: skip
     for part in (calibration, training):
         part.set_defaults(run_command=_real_study)
         part.add_argument("--model", default=EMBEDDED, help="model folder or hub id (%(default)s)")
@@ -175,6 +181,7 @@ def _real_study(args: argparse.Namespace) -> None:
     }  # fmt: skip
     results = getattr(module, name)(args.preset, **options)
     print(getattr(module, f"{name}_table")(results) + "\n")
+    name += "_so_far" if options.get("unfinished") else ""
     print(f"Every number: {results_path(Path(args.figures), name, args.preset)}")
 
 

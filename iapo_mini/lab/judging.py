@@ -18,9 +18,6 @@ from iapo_mini.tasks import Problem
 PRIMARY = "primary"
 """Folder of a run with the adapter of the reported step, if training continues after it."""
 
-_TOGETHER = 16
-"""Stories of the reported evaluation that are sampled at once, with all their completions. Wider
-batches are faster on a CPU, but other batches mean other random numbers."""
 _WAY_BATCH = 512
 """Completions that are sampled at once during training."""
 
@@ -86,7 +83,7 @@ def judge(policy: Policy, job: Mapping) -> None:
     result = evaluate(
         policy, problems,
         ks=size["ks"], num_generations=size["num_generations"], seed=job["seed"], progress=False,
-        batch_size=_TOGETHER * size["num_generations"], save_to=run / "completions.jsonl",
+        batch_size=size["together"] * size["num_generations"], save_to=run / "completions.jsonl",
     )  # fmt: skip
     completions = result.pop("completions")
     counts: Counter[str] = Counter()

@@ -48,7 +48,9 @@ from iapo_mini.sampling import sample
 
 SETS = ("worked", "own")
 TRIES = 20
-"""Largest number of completions that are sampled for each chain of the model's own."""
+"""Largest number of completions that are sampled for each chain of the model's own. A model of
+which fewer have a thought and an answer, among as many completions as chains are wanted, is not
+asked further."""
 _BATCH = 16
 
 
@@ -83,7 +85,8 @@ def own_chains(
         while True:
             kept = [row for row in found if row["text"] is not None]
             bar.update(min(len(kept), wanted) - bar.n)
-            if len(kept) >= wanted or len(found) >= TRIES * wanted:
+            rare = len(found) >= wanted and TRIES * len(kept) < len(found)
+            if len(kept) >= wanted or len(found) >= TRIES * wanted or rare:
                 return len(found)
             at = [n % len(solutions) for n in range(len(found), len(found) + _BATCH)]
             problems = [solutions[n].problem for n in at]

@@ -39,17 +39,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from iapo_mini.errors import MOST_REAL, MOST_SEED, check_choice, check_number
 from iapo_mini.evaluation import evaluate
-from iapo_mini.files import read_json, same_settings, write_json
+from iapo_mini.files import read_json, same_settings, versions, write_json
+from iapo_mini.lab.figures.real import progress
 from iapo_mini.lab.ledger import ledger_path
 from iapo_mini.lab.pace import LEARN, REFER, SAMPLE, duration, forward_speed
+from iapo_mini.lab.real_progress import BASE, progress_table, so_far
 from iapo_mini.lab.results import check_options, file_stem, results_path
 from iapo_mini.lab.runs import START, collect, finished, make_jobs, run_all
 from iapo_mini.lab.school import LEVELS, Level, worked_stories, write_worked
 from iapo_mini.lab.sizes import Size
 from iapo_mini.lab.warm_start import WarmStart, warm_start
-from iapo_mini.policies import EMBEDDED
+from iapo_mini.policies import EMBEDDED, looks_local
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.rewards import parse_answer
 
@@ -64,6 +68,7 @@ ROWS: dict[str, dict] = {
 WANTED = {"format": (0.9, 1.0), "pass@1": (0.3, 0.7), "pass@32": (0.5, 0.9)}
 """Ranges in which the start policy should lie."""
 
+_KS = (1, 2, 4, 8, 16, 32)
 _TRIES = 32  # completions by which a level is judged
 _TRAIN_PROBLEMS = 1000
 _PROMPT, _COMPLETION = 210, 90  # mean tokens of a story in SmolLM2, for the estimate of time
@@ -76,21 +81,29 @@ class Scale:
     Attributes:
         runs: size of training and judgement.
         warm_steps: steps of the warm start.
+        warm_batch: worked stories in each of them;  warm_rate: its peak learning rate.
         per_level: tune problems by which a level is judged.
         levels: levels of difficulty to choose from.
     """
 
     runs: Size
     warm_steps: int
+    warm_batch: int
     per_level: int
+    warm_rate: float = 5e-4
     levels: tuple[Level, ...] = LEVELS
 
 
 SCALES = {
-    "quick": Scale(Size((0,), 1, 2, 1, 2, (1, 2)), warm_steps=2, per_level=1, levels=LEVELS[:2]),
+    "quick": Scale(
+        Size((0,), 1, 2, 1, 2, (1, 2)), warm_steps=2, warm_batch=8, per_level=1, levels=LEVELS[:2],
+    ),
+    "laptop": Scale(
+        Size((0, 1), 30, 48, 4, 32, _KS), warm_steps=60, warm_batch=8, per_level=8,
+    ),
     "full": Scale(
-        Size((0, 1), 30, 48, prompts_per_step=4, num_generations=32, ks=(1, 2, 4, 8, 16, 32)),
-        warm_steps=60, per_level=8,
+        Size((0, 1), 30, 32, 4, 32, _KS, together=8),
+        warm_steps=160, warm_batch=64, warm_rate=1e-3, per_level=8,
     ),
 }  # fmt: skip
 """Preset -> sizes."""
@@ -103,8 +116,9 @@ def real_training(
     out: str | Path = "runs/science",
     figures: str | Path = "figures",
     parallel: int | None = None,
-    seeds: int = 2,
-    learning_rate: float = 1e-4,
+    seeds: int = 0,
+    learning_rate: float = 3e-4,
+    unfinished: bool = False,
 ) -> dict:
     """Warm-start a model, train it with every method of :data:`ROWS`, and judge the results.
 
@@ -114,8 +128,10 @@ def real_training(
         out: folder of the runs. What is finished there, or in the ledger, is not made again.
         figures: folder of the results file and the ledger.
         parallel: number of processes; default one per core.
-        seeds: number of seeds, from 0 on (``full`` only); more can be added later.
+        seeds: number of seeds, from 0 on; 0 is the preset's number. More can be added later.
         learning_rate: peak learning rate of every run.
+        unfinished: make nothing, and tell what the runs of an unfinished study say
+            (:mod:`iapo_mini.lab.real_progress`).
 
     Returns:
         The content of the results file.
@@ -124,27 +140,32 @@ def real_training(
         ValueError: for an argument out of range, or a folder with another study.
     """
     check_choice("preset", preset, SCALES)
-    check_number("seeds", seeds, 1, MOST_SEED)
+    check_number("seeds", seeds, 0, MOST_SEED)
     check_number("learning_rate", learning_rate, above=0, most=MOST_REAL)
     out, figures = Path(out), Path(figures)
     check_options(out, figures, parallel)
     scale = SCALES[preset]
-    size = scale.runs if preset == "quick" else replace(scale.runs, seeds=tuple(range(seeds)))
+    size = replace(scale.runs, seeds=tuple(range(seeds))) if seeds else scale.runs
     folder = out / preset / "real_training"
+    if unfinished:
+        return _told_so_far(folder, scale, figures, preset)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"model": model, "learning_rate": learning_rate, "preset": preset}
     same_settings(folder / "settings.json", "study", settings)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    machine = {"device": device, "versions": versions()}
+    write_json(folder / "machine.json", machine)
     told = expected_seconds(load_policy(model, lora_rank=0), size, scale)
     print(f"All of it takes {duration(told)} on this machine as fast as it is now; the same "
           "command continues after a break.", flush=True)  # fmt: skip
-    made = warm_start(folder / "start", WarmStart(model, scale.warm_steps, levels=scale.levels))
+    made = warm_start(folder / "start", warm_settings(model, scale))
     start = folder / "start" / "model"
     measured = levels_of(start, folder / "levels", scale)
     chosen = chosen_levels(measured)
     train_file, test_file = _files(folder / "data", [scale.levels[i] for i in chosen], size)
     shared = {
         "model": start.as_posix(), "data": "gsm8k", "data_file": train_file.as_posix(),
-        "split": "all", "learning_rate": learning_rate, "micro_batch_size": 8, "save_steps": 5,
+        "split": "all", "learning_rate": learning_rate, "micro_batch_size": 4, "save_steps": 10,
     }  # fmt: skip
     recipes: dict[str, dict | None] = {START: None}
     recipes |= {name: shared | row for name, row in ROWS.items()}
@@ -153,20 +174,51 @@ def real_training(
     )
     kept = ledger_path(figures, file_stem("real_training", preset))
     run_all(jobs, parallel, kept)
-    expected = _mean_of(measured, chosen)
-    results = collect(jobs, size, kept) | {
-        "model": model, "start": made, "levels": measured, "chosen": chosen,
-        "expected": expected, "within": _distance(expected) == 0, **_costs(jobs, kept),
-    }  # fmt: skip
+    results = collect(jobs, size, kept) | _about(model, made, measured) | _costs(jobs, kept)
+    results["device"] = device
     write_json(results_path(figures, "real_training", preset), results)
     return results
+
+
+def _about(model: str, made: Mapping, measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a study knows beside its runs; a model in a folder is called by the folder's name."""
+    name = Path(model).name if looks_local(model) else model
+    chosen = chosen_levels(measured)
+    expected = _mean_of(measured, chosen)
+    return {
+        "model": name, "start": {**made, "settings": {**made["settings"], "model": name}},
+        "levels": list(measured), "chosen": chosen, "expected": expected,
+        "within": _distance(expected) == 0,
+    }  # fmt: skip
+
+
+def _told_so_far(folder: Path, scale: Scale, figures: Path, preset: str) -> dict:
+    settings = read_json(folder / "settings.json", needs=("model", "learning_rate"))
+    made = read_json(folder / "start" / "warm_start.json", needs=("settings", "minutes", "loss"))
+    measured = read_json(folder / "levels" / "levels.json", needs=("levels",))["levels"]
+    study = _about(settings["model"], made, measured)
+    study["learning_rate"] = settings["learning_rate"]
+    results = so_far(folder, tuple(ROWS), study)
+    path = results_path(figures, "real_training_so_far", preset)
+    write_json(path, results)
+    if BASE in results["runs"]:
+        progress(results).savefig(figures / f"{path.stem}.png", dpi=150)
+    return results
+
+
+def warm_settings(model: str, scale: Scale) -> WarmStart:
+    """The warm start of a study."""
+    return WarmStart(
+        model, scale.warm_steps, scale.warm_batch, scale.warm_rate, levels=scale.levels,
+        save_every=max(10, scale.warm_steps // 4),
+    )  # fmt: skip
 
 
 def expected_seconds(policy: Policy, size: Size, scale: Scale) -> float:
     """Seconds of the whole study, from the speed of one pass (:mod:`iapo_mini.lab.pace`)."""
     group, tokens = 8, _COMPLETION
     rows = size.prompts_per_step * group
-    warm = scale.warm_steps * WarmStart("").batch_size * (_PROMPT + tokens) * LEARN
+    warm = scale.warm_steps * scale.warm_batch * (_PROMPT + tokens) * LEARN
     levels = len(scale.levels) * scale.per_level * _TRIES * tokens * SAMPLE
     step = rows * tokens * (SAMPLE + LEARN + REFER)
     step += size.prompts_per_step * _PROMPT * (1 + LEARN + REFER)
@@ -178,28 +230,39 @@ def expected_seconds(policy: Policy, size: Size, scale: Scale) -> float:
 
 
 def levels_of(start: Path, folder: Path, scale: Scale) -> list[dict[str, Any]]:
-    """Format, Pass@1 and Pass@32 of the start policy on tune problems of every level."""
+    """Format, Pass@1, Pass@32 and length of the start policy on tune problems of every level."""
     folder.mkdir(parents=True, exist_ok=True)
-    found: list[dict[str, Any]] = []
-    policy: Policy | None = None
-    for number, level in enumerate(scale.levels):
-        path = folder / f"{number}.json"
-        if not path.is_file():
-            policy = policy or load_policy(str(start), lora_rank=0)
-            write_json(path, _judged(policy, level, scale.per_level, folder / f"{number}.jsonl"))
-        found.append(read_json(path, needs=("level", *WANTED)))
-    return found
+    path = folder / "levels.json"
+    if not path.is_file():
+        count = scale.per_level * len(scale.levels)
+        problems = [
+            w.problem for w in itertools.islice(worked_stories("tune", 0, scale.levels), count)
+        ]
+        policy = load_policy(str(start), lora_rank=0)
+        result = evaluate(
+            policy, problems, ks=(1, _TRIES), num_generations=_TRIES,
+            batch_size=_TRIES * (8 if policy.device.type == "cpu" else 64),
+            save_to=folder / "completions.jsonl",
+        )  # fmt: skip
+        write_json(path, {"levels": [
+            {"level": list(level)} | _of_level(result["completions"], number, len(scale.levels))
+            for number, level in enumerate(scale.levels)
+        ]})  # fmt: skip
+    return read_json(path, needs=("levels",))["levels"]
 
 
-def _judged(policy: Policy, level: Level, count: int, save_to: Path) -> dict[str, Any]:
-    worked = itertools.islice(worked_stories("tune", 0, [level]), count)
-    result = evaluate(
-        policy, [w.problem for w in worked], ks=(1, _TRIES), num_generations=_TRIES,
-        save_to=save_to,
-    )  # fmt: skip
-    formed = [parse_answer(c["text"]) is not None for c in result["completions"]]
-    told = {"level": list(level), "format": statistics.fmean(formed)}
-    return told | {name: result[name] for name in ("pass@1", "pass@32", "length")}
+def _of_level(completions: Sequence[Mapping], number: int, levels: int) -> dict[str, float]:
+    """Metrics of one level; the problems are of each level in turn."""
+    own = [c for c in completions if c["problem"] % levels == number]
+    solved = {c["problem"]: False for c in own}
+    for c in own:
+        solved[c["problem"]] |= c["correct"]
+    return {
+        "format": statistics.fmean(parse_answer(c["text"]) is not None for c in own),
+        "pass@1": statistics.fmean(c["correct"] for c in own),
+        f"pass@{_TRIES}": statistics.fmean(solved.values()),
+        "length": statistics.fmean(c["tokens"] for c in own),
+    }
 
 
 def _mean_of(measured: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> dict[str, float]:
@@ -257,9 +320,14 @@ def _costs(jobs: Sequence[dict], kept: Path) -> dict[str, dict[str, list]]:
 
 
 def real_training_table(results: Mapping) -> str:
-    """The rows as :func:`iapo_mini.lab.results.comparison_table` shows them, with their costs."""
+    """The rows as :func:`iapo_mini.lab.results.comparison_table` shows them, with their costs.
+
+    Of an unfinished study: :func:`iapo_mini.lab.real_progress.progress_table`.
+    """
     from iapo_mini.lab.results import comparison_table
 
+    if "runs" in results:
+        return progress_table(results)
     lines = comparison_table(dict(results)).splitlines()
     lines[0] += " training (minutes) | training (1000 tokens) |"
     lines[1] += "---|---|"

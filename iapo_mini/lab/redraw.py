@@ -13,6 +13,7 @@ from pathlib import Path
 from iapo_mini.files import read_json
 from iapo_mini.lab import ablation, estimators, real, sweeps, table1, theory
 from iapo_mini.lab.figures import controls, early_exit, methods, oracle, selection
+from iapo_mini.lab.figures import real as real_figures
 from iapo_mini.lab.results import draw_comparison
 
 
@@ -36,6 +37,7 @@ DRAWN: Sequence[tuple[str, Callable[[dict, Path], None]]] = (
     ("selection", _single("selection", selection.selection)),
     ("early_exit", _single("early_exit", early_exit.early_exit)),
     ("real_estimator", real.draw),
+    ("real_training_so_far", _single("real_training_so_far", real_figures.progress)),
 )
 """Results files, and how figures are drawn from them into a folder."""
 

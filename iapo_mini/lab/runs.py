@@ -69,7 +69,8 @@ def make_jobs(
     Returns:
         One dict for each job, with ``run`` (a folder), ``config`` (fields of TrainConfig, or None),
         ``seed``, ``split``, ``methods``, ``start``, ``test_file`` and ``evaluation`` (a dict with
-        ``problems``, ``num_generations``, ``ks``, ``primary``, ``on_the_way`` and ``pools``).
+        ``problems``, ``num_generations``, ``ks``, ``primary``, ``on_the_way``, ``pools`` and
+        ``together``).
     """
     if methods:
         use_methods(methods)
@@ -84,7 +85,9 @@ def make_jobs(
                 "threads": 1,
             }
             config = TrainConfig(**settings | recipe).settings()
-        measured = ("problems", "num_generations", "ks", "primary", "on_the_way", "pools")
+        measured = (
+            "problems", "num_generations", "ks", "primary", "on_the_way", "pools", "together"
+        )  # fmt: skip
         job = {
             "run": str(out / f"{name}-{seed}"),
             "config": config,
@@ -281,7 +284,8 @@ def _as_now(saved: dict, run: str) -> dict:
     Its folder may have been moved, or may be named in another way.
     """
     config = saved["config"] and with_defaults(saved["config"])
-    evaluation = {"primary": 0, "on_the_way": [], "pools": []} | saved["evaluation"]
+    since_then = {"primary": 0, "on_the_way": [], "pools": [], "together": 16}
+    evaluation = since_then | saved["evaluation"]
     since = {"start": EMBEDDED, "test_file": ""}
     return since | saved | {"run": run, "config": config, "evaluation": evaluation}
 

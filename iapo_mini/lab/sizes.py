@@ -27,6 +27,8 @@ class Size:
         pools: pairs ``(stream, stories)``. If given, the policy is judged at those steps on these
             stories instead, with ``num_generations`` completions each, and the correctness and
             length of every completion are kept. One stream must be that of the evaluation.
+        together: stories of the evaluation that are sampled at once, with all their completions.
+            Wider batches are faster on a CPU, but other batches mean other random numbers.
     """
 
     seeds: tuple[int, ...]
@@ -38,6 +40,7 @@ class Size:
     primary: int = 0
     on_the_way: tuple[int, ...] = ()
     pools: tuple[tuple[str, int], ...] = ()
+    together: int = 16
 
     def __post_init__(self) -> None:
         if max(self.ks) > self.num_generations:

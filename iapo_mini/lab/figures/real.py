@@ -11,8 +11,10 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from iapo_mini.plots import draw_tokens
+from iapo_mini.plots import COLORS, MARKERS, STYLES, draw_tokens
+from iapo_mini.plots import LABELS as LABELS_OF_METHODS
 
 LABELS = {
     "entropy": "answer entropy\n(paper)", "pointwise": "pointwise\ninformation",
@@ -123,4 +125,39 @@ def heat_maps(maps: Sequence[Mapping], columns: int = 96) -> Figure:
     )  # fmt: skip
     bar.set_label("drop of the answer entropy at a token, or over a sentence (nats): blue lowers "
                   "it, red raises it")  # fmt: skip
+    return fig
+
+
+def progress(results: Mapping) -> Figure:
+    """Plot the curves of an unfinished training study, less those of GRPO on the same prompts.
+
+    Every curve is a trailing mean of five steps of one seed; odd seeds have hollow markers.
+
+    Args:
+        results: content of ``results/real_training_so_far.json``.
+    """
+    fig = Figure(figsize=(10, 3.8), layout="constrained")
+    axes = fig.subplots(1, 2)
+    base = {one["seed"]: one for one in results["runs"]["grpo"]}
+    titles = ("length minus GRPO's (tokens)", "accuracy minus GRPO's")
+    for ax, metric, title in zip(axes, ("length", "accuracy"), titles):
+        for row, some in results["runs"].items():
+            for number, one in enumerate(some):
+                other = base.get(one["seed"])
+                if row == "grpo" or other is None:
+                    continue
+                less = np.array([a - b for a, b in zip(one[metric], other[metric])])
+                sums = np.cumsum(np.insert(less, 0, 0.0))
+                ax.plot(
+                    np.arange(5, len(less) + 1), (sums[5:] - sums[:-5]) / 5, STYLES.get(row, "-."),
+                    color=COLORS.get(row, "black"), marker=MARKERS.get(row, "o"), markevery=4,
+                    fillstyle="none" if one["seed"] % 2 else "full",
+                    label=None if number else LABELS_OF_METHODS.get(row, row),
+                )  # fmt: skip
+        ax.axhline(0, color="black", lw=0.8)
+        ax.set_xlabel("step (trailing mean of five)")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_ylabel(title)
+        ax.grid(alpha=0.3)
+    axes[0].legend(frameon=False, fontsize=8)
     return fig
