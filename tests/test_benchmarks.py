@@ -1,14 +1,20 @@
 """Run the benchmarks with a tiny shape on a CPU, to know that they work."""
 
+import argparse
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import PATIENCE
+
+from iapo_mini.cli import _parser
+from iapo_mini.policy import load_policy
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -129,3 +135,108 @@ def test_without_a_gpu_they_say_so(script):
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(script) and "CUDA device" in line
+
+
+@pytest.fixture(scope="module")
+def one_gpu():
+    spec = importlib.util.spec_from_file_location("one_gpu", BENCHMARKS / "one_gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_one_gpu_has_begun_it_continues_until_everything_is_finished(
+    one_gpu, tmp_path, monkeypatch, capsys
+):
+    """The first call has no time for a step of the two runs; the second makes all of them."""
+    solved = {"question": "Ann has 3 figs and buys 4. How many?", "answer": "3 + 4 = 7\n#### 7"}
+    data = tmp_path / "train.jsonl"
+    data.write_text(json.dumps(solved) + "\n", encoding="utf-8")
+    folders = ("--out", tmp_path / "runs", "--figures", tmp_path / "figures")
+    sizes = ("--tiny", "--device", "cpu", "--model", "embedded", "--steps", 2)
+    options = (*sizes, *folders, "--data-file", data, "--parts", "gsm8k")
+
+    def called(*more):
+        monkeypatch.setattr(sys, "argv", ["one_gpu.py", *map(str, (*options, *more))])
+        with pytest.raises(SystemExit) as ended:
+            one_gpu.main()
+        return ended.value.code, capsys.readouterr().out
+
+    code, told = called()
+    assert code == 3 and "waits for the start policy" in told
+    load_policy(lora_rank=0).save(tmp_path / "runs/quick/real_training/start/model")
+    code, told = called("--minutes", 0.02)
+    assert code == 3 and '{"finished": false}' in told
+    code, told = called()
+    assert code == 0 and '{"finished": true}' in told and "| GRPO |" in told
+    path = tmp_path / "figures" / "results" / "one_gpu.json"
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    assert {row: len(one["length"]) for row, (one,) in runs.items()} == {"grpo": 2, "iapo": 2}
+    # Both methods begin with the same policy, prompts and random numbers.
+    assert runs["grpo"][0]["length"][0] == runs["iapo"][0]["length"][0]
+
+
+def test_the_study_of_one_gpu_is_the_command_for_its_model(one_gpu, tmp_path):
+    args = argparse.Namespace(
+        tiny=False, model="some/model", out=tmp_path, figures=tmp_path, parallel=3, device="cpu"
+    )
+    python, _, _, *given = one_gpu.study_command(args)
+    told = _parser().parse_args(given)
+    assert python == sys.executable and told.experiment == "real-training"
+    assert (told.preset, told.model, told.parallel) == ("full", "some/model", 3)
+    assert one_gpu.start_of(args) == tmp_path / "full" / "real_training" / "start" / "model"
+    path = tmp_path / "results" / "real_training.json"
+    path.parent.mkdir()
+    path.write_text("{}", encoding="utf-8")
+    assert one_gpu.commands_of("study", args) == []
+
+
+def test_a_part_that_takes_too_long_is_asked_to_stop(one_gpu, tmp_path):
+    saved = tmp_path / "saved"
+    patient = (
+        "import pathlib, signal, sys, time\n"
+        f"def stop(*_): pathlib.Path({str(saved)!r}).touch(); sys.exit(0)\n"
+        "for name in ('SIGINT', 'SIGTERM'): signal.signal(getattr(signal, name), stop)\n"
+        "time.sleep(60)"
+    )
+    began = time.monotonic()
+    assert not one_gpu.together([[sys.executable, "-c", patient]], began + 3)
+    assert time.monotonic() - began < 30
+    if sys.platform != "win32":
+        assert saved.is_file()
+    assert one_gpu.together([[sys.executable, "-c", "pass"]], time.monotonic() + 60)
+    assert not one_gpu.together(
+        [[sys.executable, "-c", "raise SystemExit(1)"]], time.monotonic() + 60
+    )
+
+
+def test_only_shapes_that_this_device_has_not_measured_are_left(one_gpu, tmp_path):
+    path = tmp_path / "results" / "memory.json"
+    path.parent.mkdir()
+    rows = [{"shape": "tiny", "device": "cpu"}, {"shape": "qwen2.5-7b", "device": "another card"}]
+    path.write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    assert one_gpu.measured(path, "tiny", "cpu")
+    assert not one_gpu.measured(path, "qwen2.5-7b", "cpu")
+    assert not one_gpu.measured(tmp_path / "none.json", "tiny", "cpu")
+    args = argparse.Namespace(tiny=True, device="cpu", figures=tmp_path)
+    assert one_gpu.commands_of("memory", args) == []
+    (((*_, out),),) = one_gpu.commands_of("sampling", args)
+    assert out == str(tmp_path / "results" / "sampling.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ((), "device is cuda, but real shapes need a CUDA device"),
+        (("--tiny", "--device", "cpu", "--minutes", "0"), "must be above 0, got 0 and 200"),
+        (("--tiny", "--device", "cpu", "--steps", "0"), "must be above 0, got 25 and 0"),
+        (("--parts", "speed"), "invalid choice: 'speed'"),
+    ],
+)
+def test_one_gpu_refuses_what_it_can_not_do(one_gpu, monkeypatch, capsys, options, sentence):
+    monkeypatch.setattr(sys, "argv", ["one_gpu.py", *options])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        one_gpu.main()
+    out, error = capsys.readouterr()
+    assert ended.value.code == 2 and sentence in error and not out

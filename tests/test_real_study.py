@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from iapo_mini.early_exit.strides import sentence_ends
+from iapo_mini.files import replace_text
 from iapo_mini.information import answer_entropies, answer_surprisals
 from iapo_mini.lab import real as study
 from iapo_mini.lab import real_chains
@@ -208,15 +209,27 @@ def test_a_stopped_study_goes_on_to_the_same_numbers(data_file, tmp_path, monkey
     assert second == first
 
 
-def test_completions_without_a_thought_are_not_measured(policy, data_file, tmp_path):
-    """With a limit of three tokens no thought ends: the search stops."""
+def test_a_model_that_hardly_ever_writes_a_thought_is_not_asked_further(
+    policy, data_file, tmp_path
+):
+    """With a limit of three tokens no thought ends: one batch is enough to see it."""
     path = tmp_path / "completions.jsonl"
     solutions = worked_solutions(data_file)
     sampled = own_chains(policy, solutions, 2, path, longest=3)
-    assert sampled >= study.TRIES * 2
+    assert 2 <= sampled < study.TRIES * 2
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == sampled and all(row["text"] is None for row in rows)
     assert own_chains(policy, solutions, 2, path, longest=3) == sampled
+
+
+def test_a_model_that_writes_a_thought_now_and_then_is_asked_on(policy, data_file, tmp_path):
+    """One of 16 has a thought, which is not too rare."""
+    path = tmp_path / "completions.jsonl"
+    row = {"problem": 0, "text": None, "answer": None}
+    replace_text(path, "".join(json.dumps(x) + "\n" for x in [row | {"text": "so"}, *[row] * 15]))
+    sampled = own_chains(policy, worked_solutions(data_file), 2, path, longest=3)
+    # Then two of 32 would be enough, but one of 32 is too rare.
+    assert sampled == 32
 
 
 @pytest.mark.parametrize(
