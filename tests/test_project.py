@@ -17,6 +17,7 @@ from iapo_mini.lab.controls import control_claims, controls_table
 from iapo_mini.lab.departures import departures_table
 from iapo_mini.lab.early_exit import early_exit_table
 from iapo_mini.lab.estimators import ESTIMATORS, POLICIES, speed_table, study_table
+from iapo_mini.lab.real_progress import progress_table
 from iapo_mini.lab.results import comparison_table
 from iapo_mini.lab.sizes import COMPARED, preset_of
 from iapo_mini.lab.starts import starts_table
@@ -132,6 +133,29 @@ def test_early_exits_in_the_docs_are_the_committed_ones():
         assert 3 <= never["length"][0] - cut["length"][0] <= 5 and 14 < cut["asking"][0] < 16
     assert max(row["pass@1"][0] for h, row in rows["uncalibrated"].items() if h not in (
         "never", "agree")) < 0.05  # fmt: skip
+
+
+def test_unfinished_training_of_a_real_model_in_the_docs_is_the_committed_one():
+    path = ROOT / "figures/results/real_training_so_far.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    page = (ROOT / "docs/real_models.md").read_text(encoding="utf-8")
+    assert progress_table(results) in page
+    levels = {tuple(level["level"]): level for level in results["levels"]}
+    told = levels[1, 99]["pass@1"], levels[4, 999]["pass@1"]
+    assert "Pass@1 then fell from {:.2f} for one operation below 100 to {:.2f} for".format(
+        *told
+    ) in page.replace("\n", " ")
+    chosen = [results["levels"][i]["level"] for i in results["chosen"]]
+    assert chosen == [[1, 99], [4, 9999]] and results["within"]
+    assert "Pass@1 {pass@1:.2f} and Pass@32 {pass@32:.2f}".format(**results["expected"]) in page
+    start = results["start"]
+    told = f"{start['settings']['steps']} steps of {start['settings']['batch_size']} worked stories"
+    assert f"{told}, {start['minutes']:.1f} minutes" in page
+    steps = [len(one["length"]) for some in results["runs"].values() for one in some]
+    assert f"after {min(steps)} to {max(steps)} steps" in page
+    judged = [one["judged"] for one in results["runs"]["grpo_efficient"]]
+    lost = [one["start pass@1"] - one["pass@1"] for one in judged]
+    assert "within 0.04 of the start's" in page and 0 < max(lost) < 0.045
 
 
 def test_controls_in_the_docs_are_the_committed_ones():
