@@ -17,6 +17,7 @@ from iapo_mini.lab.controls import control_claims, controls_table
 from iapo_mini.lab.departures import departures_table
 from iapo_mini.lab.early_exit import early_exit_table
 from iapo_mini.lab.estimators import ESTIMATORS, POLICIES, speed_table, study_table
+from iapo_mini.lab.real import real_table
 from iapo_mini.lab.real_progress import progress_table
 from iapo_mini.lab.results import comparison_table
 from iapo_mini.lab.sizes import COMPARED, preset_of
@@ -156,6 +157,47 @@ def test_unfinished_training_of_a_real_model_in_the_docs_is_the_committed_one():
     judged = [one["judged"] for one in results["runs"]["grpo_efficient"]]
     lost = [one["start pass@1"] - one["pass@1"] for one in judged]
     assert "within 0.04 of the start's" in page and 0 < max(lost) < 0.045
+
+
+@pytest.mark.parametrize("name", ["real_estimator", "real_estimator_warm_start"])
+def test_estimators_on_a_real_model_in_the_docs_are_the_committed_ones(name):
+    path = ROOT / f"figures/results/{name}.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    page = (ROOT / "docs/real_models.md").read_text(encoding="utf-8")
+    assert real_table(results) in page
+    entropy, sentence, whole = (
+        results["token"]["entropy"], results["sentence"]["entropy"], results["whole"]
+    )  # fmt: skip
+    told = [
+        f"{results['problems']['worked']} of GSM8K's worked solutions",
+        f"None of {results['sampled']} completions",
+        f"standard deviation {entropy['words_sd']:.2f}",
+        f"rise* by {-entropy['result_mean']:.2f} nats",
+        f"right in {100 * results['accuracy_by_tenth'][-1]:.0f}% of the chains",
+        f"({whole['end']['first']:.1f} nats against {whole['start']['first']:.1f})",
+        f"{whole['auc'][0]:.2f} against {whole['first_auc'][0]:.2f} by sentence",
+        f"although {100 * whole['left']:.0f}% of the probability",
+        f"{results['postfix']['natural']['auc'][0]:.2f} against "
+        f"{results['postfix']['paper']['auc'][0]:.2f} by token",
+        f"({whole['start']['whole']:.1f} against {whole['start']['first']:.1f} nats",
+    ]  # fmt: skip
+    if name.endswith("warm_start"):
+        own = results["own"]
+        told = [
+            f"{results['problems']['worked']} worked stories",
+            f"the AUC is {sentence['auc'][0]:.2f}",
+            f"by {sentence['computing']['mean']:.2f} nats, the others by "
+            f"{sentence['other']['mean']:.2f}",
+            f"{100 * results['confidence_by_tenth'][0]:.0f}% confidence before the first word",
+            f"a calibration error of {results['ece']:.2f}",
+            f"({own['sentence']['entropy']['auc'][0]:.2f} by sentence, calibration error "
+            f"{own['ece']:.2f})",
+            f"({whole['auc'][0]:.2f} and {whole['first_auc'][0]:.2f})",
+            f"{whole['start']['whole']:.1f} against {whole['start']['first']:.1f} after",
+        ]
+        assert results["accuracy_by_tenth"][0] == 0 and own["right"] == 0.5
+    for part in told:
+        assert part in page, part
 
 
 def test_controls_in_the_docs_are_the_committed_ones():

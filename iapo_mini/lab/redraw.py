@@ -37,6 +37,10 @@ DRAWN: Sequence[tuple[str, Callable[[dict, Path], None]]] = (
     ("selection", _single("selection", selection.selection)),
     ("early_exit", _single("early_exit", early_exit.early_exit)),
     ("real_estimator", real.draw),
+    (
+        "real_estimator_warm_start",
+        lambda results, out: real.draw(results, out, "real_estimator_warm_start"),
+    ),
     ("real_training_so_far", _single("real_training_so_far", real_figures.progress)),
 )
 """Results files, and how figures are drawn from them into a folder."""
