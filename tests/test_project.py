@@ -18,6 +18,7 @@ from iapo_mini.lab.departures import departures_table
 from iapo_mini.lab.early_exit import early_exit_table
 from iapo_mini.lab.estimators import ESTIMATORS, POLICIES, speed_table, study_table
 from iapo_mini.lab.real import real_table
+from iapo_mini.lab.real_calibration import real_calibration_table
 from iapo_mini.lab.real_progress import progress_table
 from iapo_mini.lab.results import comparison_table
 from iapo_mini.lab.sizes import COMPARED, preset_of
@@ -197,6 +198,20 @@ def test_estimators_on_a_real_model_in_the_docs_are_the_committed_ones(name):
         ]
         assert results["accuracy_by_tenth"][0] == 0 and own["right"] == 0.5
     for part in told:
+        assert part in page, part
+
+
+def test_calibration_of_a_real_model_in_the_docs_is_the_committed_one():
+    path = ROOT / "figures/results/real_calibration.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    page = (ROOT / "docs/real_models.md").read_text(encoding="utf-8")
+    assert real_calibration_table(results) in page
+    before, after = results["before"], results["after"]
+    for part in (
+        f"from {before['ece']:.2f} to {after['ece']:.2f}",
+        f"from {before['auc_sentence'][0]:.2f} to {after['auc_sentence'][0]:.2f} by sentence",
+        f"from {before['entropy_by_tenth'][0]:.1f} to {after['entropy_by_tenth'][0]:.1f} nats",
+    ):
         assert part in page, part
 
 
