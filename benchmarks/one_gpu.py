@@ -29,8 +29,9 @@ from pathlib import Path
 
 import torch
 
-from iapo_mini.files import read_json, versions, write_json
+from iapo_mini.files import read_json, versions, whole_records, write_json
 from iapo_mini.lab.real_progress import progress_table, so_far
+from iapo_mini.policies import shown_name
 
 HERE = Path(__file__).parent
 SHAPES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b")
@@ -92,12 +93,8 @@ def commands_of(part: str, args: argparse.Namespace) -> list[list[list[str]]]:
         return [] if done.is_file() else [[study_command(args)]]
     return [[
         train_command(args, method) for method in METHODS
-        if len(_lines(args.out / "gsm8k" / f"{method}-0" / "train" / "metrics.jsonl")) < args.steps
+        if len(whole_records(run_of(args, method) / "metrics.jsonl")) < args.steps
     ]]  # fmt: skip
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def study_command(args: argparse.Namespace, *more: str) -> list[str]:
@@ -113,9 +110,14 @@ def start_of(args: argparse.Namespace) -> Path:
     return args.out / ("quick" if args.tiny else "full") / "real_training" / "start" / "model"
 
 
+def run_of(args: argparse.Namespace, method: str) -> Path:
+    """Folder of a method's run on GSM8K."""
+    return args.out / "gsm8k" / f"{method}-0" / "train"
+
+
 def train_command(args: argparse.Namespace, method: str) -> list[str]:
     """The command of a run on GSM8K, which continues one that was begun."""
-    run = args.out / "gsm8k" / f"{method}-0" / "train"
+    run = run_of(args, method)
     data = ["--data-file", str(args.data_file)] if args.data_file else []
     size = ["--prompts-per-step", "1", "--num-generations", "2", "--max-completion-length", "16"]
     card = [*size, "--split", "all"] if args.tiny else ["--card", "t4", "--learning-rate", "1e-4"]
@@ -128,9 +130,9 @@ def train_command(args: argparse.Namespace, method: str) -> list[str]:
 def tell(args: argparse.Namespace) -> None:
     """Write and print what the runs on GSM8K say, if they have begun."""
     folder = args.out / "gsm8k"
-    if not any(_lines(path) for path in folder.glob("*/train/metrics.jsonl")):
+    if not any(whole_records(path) for path in folder.glob("*/train/metrics.jsonl")):
         return
-    told = {"model": Path(args.model).name, "device": device_name(args.device)}
+    told = {"model": shown_name(args.model), "device": device_name(args.device)}
     results = so_far(folder, METHODS, {**told, "versions": versions()})
     write_json(args.figures / "results" / "one_gpu.json", results)
     print(progress_table(results))

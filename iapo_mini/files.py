@@ -109,6 +109,17 @@ def read_json(path: Path, default: dict | None = None, needs: Iterable[str] = ()
     return dict(found)
 
 
+def whole_records(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file with one on each line, up to a line that a stop has cut; [] if none."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
 def same_settings(path: Path, what: str, settings: dict[str, Any]) -> None:
     """Keep the settings of long work in a JSON file, so only the same work continues.
 

@@ -1,6 +1,7 @@
 """Simple, slow computations that the tests compare the library with."""
 
 import contextlib
+import importlib.util
 import json
 import os
 from dataclasses import replace
@@ -26,6 +27,14 @@ PATIENCE = 1800
 
 REAL_DATA = "IAPO_TEST_DATA"
 """Environment variable: a folder with gsm8k_test.jsonl and math500_test.json."""
+
+
+def load_script(path):
+    """The module of a script that is in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def real_problems(name):

@@ -1,7 +1,6 @@
 """Run the benchmarks with a tiny shape on a CPU, to know that they work."""
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PATIENCE
+from helpers import PATIENCE, load_script
 
 from iapo_mini.cli import _parser
 from iapo_mini.policy import load_policy
@@ -139,10 +138,7 @@ def test_without_a_gpu_they_say_so(script):
 
 @pytest.fixture(scope="module")
 def one_gpu():
-    spec = importlib.util.spec_from_file_location("one_gpu", BENCHMARKS / "one_gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(BENCHMARKS / "one_gpu.py")
 
 
 def test_what_one_gpu_has_begun_it_continues_until_everything_is_finished(

@@ -1,12 +1,12 @@
 """The texts of the project agree with its files."""
 
-import importlib.util
 import json
 import re
 import statistics
 from pathlib import Path
 
 import pytest
+from helpers import load_script
 
 from iapo_mini.config import TrainConfig
 from iapo_mini.intervals import format_interval, mean_interval, share_interval
@@ -325,9 +325,7 @@ def test_table1_has_every_method_and_five_seeds(table1_results):
 
 
 def test_table_of_the_verifier_is_the_committed_result():
-    spec = importlib.util.spec_from_file_location("rewards", ROOT / "benchmarks/rewards.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    benchmark = load_script(ROOT / "benchmarks/rewards.py")
     results = json.loads((ROOT / "figures/results/rewards.json").read_text(encoding="utf-8"))
     docs = (ROOT / "docs/data.md").read_text(encoding="utf-8")
     assert benchmark.verdict_table(results) in docs

@@ -1,6 +1,5 @@
 """What a visitor meets first: workflows, templates, citation, changelog, the project's address."""
 
-import importlib.util
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import load_script
 
 import iapo_mini
 
@@ -180,10 +180,7 @@ def test_every_committed_result_has_the_command_that_remakes_it():
 
 @pytest.fixture(scope="module")
 def repository():
-    spec = importlib.util.spec_from_file_location("repository", ROOT / ".ci/repository.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / ".ci/repository.py")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-from helpers import PATIENCE
+from helpers import PATIENCE, load_script
 
 from iapo_mini.advantages import grpo, iapo
 from iapo_mini.information import informativeness
@@ -34,14 +34,7 @@ BROWSER = next(
 )
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"site_{name}", ROOT / "site" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-BUILD, EXPORT = load("build"), load("export_stories")
+BUILD, EXPORT = (load_script(ROOT / f"site/{name}.py") for name in ("build", "export_stories"))
 SCENES = json.loads((STATIC / "explorer.json").read_text(encoding="utf-8"))["scenes"]
 SHOWN = [(scene, completion) for scene in SCENES for completion in scene["completions"]]
 

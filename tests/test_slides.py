@@ -1,17 +1,15 @@
 """Slides made from the committed notebooks."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import load_script
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("nbconvert")
-_SPEC = importlib.util.spec_from_file_location("slides", ROOT / "site" / "slides.py")
-slides = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(slides)
+slides = load_script(ROOT / "site" / "slides.py")
 PNG = "iVBORw0KGgo="
 
 

@@ -35,11 +35,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from iapo_mini.errors import MOST_PROBLEMS, MOST_TOKENS, check_number
-from iapo_mini.files import replace_text, versions, write_json
+from iapo_mini.files import replace_text, versions, whole_records, write_json
 from iapo_mini.lab.figures import real as drawn
 from iapo_mini.lab.real_chains import Chain, heat_maps, measure
 from iapo_mini.lab.real_statistics import summary
 from iapo_mini.lab.results import check_options
+from iapo_mini.policies import shown_name
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.verify import equal_answers
 from iapo_mini.problems.worked import Solution, character_kinds, worked_solutions
@@ -52,17 +53,6 @@ TRIES = 20
 which fewer have a thought and an answer, among as many completions as chains are wanted, is not
 asked further."""
 _BATCH = 16
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file of records; a line that a stop has cut is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return found
 
 
 def thought_of(completion: str) -> str | None:
@@ -80,7 +70,7 @@ def own_chains(
     A problem is asked again only when every problem was asked as often. Returns the number of
     completions that were sampled.
     """
-    found = _lines(path)
+    found = whole_records(path)
     with tqdm(total=wanted, desc="completions", unit="chain") as bar:
         while True:
             kept = [row for row in found if row["text"] is not None]
@@ -102,7 +92,7 @@ def own_chains(
 
 
 def _own(solutions: list[Solution], path: Path, wanted: int) -> list[Chain]:
-    rows = [row for row in _lines(path) if row["text"] is not None][:wanted]
+    rows = [row for row in whole_records(path) if row["text"] is not None][:wanted]
     return [
         Chain(
             (problem := solutions[row["problem"]].problem), row["text"],
@@ -115,7 +105,7 @@ def _own(solutions: list[Solution], path: Path, wanted: int) -> list[Chain]:
 
 def _measured(policy: Policy, chains: list[Chain], path: Path) -> list[dict[str, Any]]:
     """Records of all chains; those that the file holds are not measured again."""
-    found = _lines(path)[: len(chains)]
+    found = whole_records(path)[: len(chains)]
     replace_text(path, "".join(json.dumps(record) + "\n" for record in found))
     for chain in tqdm(
         chains[len(found) :], initial=len(found), total=len(chains), desc=path.stem, unit="chain"
@@ -173,7 +163,7 @@ def real(
     sampled = own_chains(policy, solutions, problems, kept, longest)
     own = _own(solutions, kept, problems)
     records["own"] = _measured(policy, own, folder / "own.jsonl")
-    shown = Path(model).name if Path(model).is_dir() else model
+    shown = shown_name(model)
     results = {
         "model": shown, "weights": weights,
         "problems": {part: len(records[part]) for part in SETS}, "sampled": sampled,

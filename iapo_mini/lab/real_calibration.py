@@ -66,7 +66,7 @@ from iapo_mini.lab.results import results_path
 from iapo_mini.lab.school import Worked, read_worked
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.metrics import LOG, whole_log
-from iapo_mini.policies import EMBEDDED, looks_local
+from iapo_mini.policies import EMBEDDED, shown_name
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.datasets import cut, fingerprint
 from iapo_mini.problems.worked import character_kinds, token_kinds
@@ -153,7 +153,7 @@ def real_calibration(
     after = _once(folder / "after.json", lambda: judged(policy, test, scale, folder / "after"))
     rows = whole_log(folder / "calibration" / LOG, scale.steps)
     results = {
-        "model": Path(model).name if looks_local(model) else model,
+        "model": shown_name(model),
         "problems": len(test), "steps": scale.steps, "before": before, "after": after,
         "minutes": sum(row["seconds"] for row in rows) / 60, "losses": losses,
         "config": {**asdict(scale), "threads": threads, "lora_rank": 16},

@@ -17,14 +17,13 @@ one run; it says nothing of other seeds.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from iapo_mini import plots
-from iapo_mini.files import read_json
+from iapo_mini.files import read_json, whole_records
 from iapo_mini.intervals import format_interval, mean_interval
 from iapo_mini.lab.runs import START
 from iapo_mini.metrics import LOG
@@ -34,14 +33,6 @@ BASE = "grpo"
 WINDOW = 10
 """Number of steps of the comparison."""
 METRICS = ("length", "accuracy")
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file; the last one may still be written."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def runs_of(folder: Path, rows: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
@@ -54,7 +45,7 @@ def runs_of(folder: Path, rows: Sequence[str]) -> dict[str, list[dict[str, Any]]
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         for run in sorted(folder.glob(f"{row}-*"), key=lambda p: int(p.name.rsplit("-", 1)[1])):
-            steps = _rows(run / "train" / LOG)
+            steps = whole_records(run / "train" / LOG)
             if not steps:
                 continue
             seed = int(run.name.rsplit("-", 1)[1])
@@ -66,7 +57,7 @@ def runs_of(folder: Path, rows: Sequence[str]) -> dict[str, list[dict[str, Any]]
 
 
 def _judged(run: Path, start: Path) -> dict[str, float] | None:
-    own, before = (_rows(x / "completions.jsonl") for x in (run, start))
+    own, before = (whole_records(x / "completions.jsonl") for x in (run, start))
     problems = {c["problem"] for c in own}
     before = [c for c in before if c["problem"] in problems]
     if not own or not before:

@@ -53,7 +53,7 @@ from iapo_mini.lab.runs import START, collect, finished, make_jobs, run_all
 from iapo_mini.lab.school import LEVELS, Level, worked_stories, write_worked
 from iapo_mini.lab.sizes import Size
 from iapo_mini.lab.warm_start import WarmStart, warm_start
-from iapo_mini.policies import EMBEDDED, looks_local
+from iapo_mini.policies import EMBEDDED, shown_name
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.rewards import parse_answer
 
@@ -182,7 +182,7 @@ def real_training(
 
 def _about(model: str, made: Mapping, measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a study knows beside its runs; a model in a folder is called by the folder's name."""
-    name = Path(model).name if looks_local(model) else model
+    name = shown_name(model)
     chosen = chosen_levels(measured)
     expected = _mean_of(measured, chosen)
     return {

@@ -19,6 +19,11 @@ SHIPPED = {
 """Name of each shipped policy -> its folder."""
 
 
+def shown_name(model: str) -> str:
+    """What a results file calls a model: a hub id as it is, a folder by its name without a path."""
+    return Path(model).name if looks_local(model) else model
+
+
 def looks_local(model: str) -> bool:
     """Whether a name is a shipped model or a folder, and not a hub id."""
     path = Path(model)
