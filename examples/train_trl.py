@@ -57,3 +57,4 @@ if __name__ == "__main__":
     trainer.train()
     trainer.save_model()
     trainer.save_state()  # writes the log to trainer_state.json
+    trainer.accelerator.end_training()  # else a process may abort while it exits

@@ -54,3 +54,5 @@ if trainer.accelerator.is_main_process:
     told = {key: log[key] for key in ("reward", "informativeness") if key in log}
     processes = trainer.accelerator.num_processes
     torch.save({"start": start, "end": end, "processes": processes, **told}, out)
+# Without it, gloo's threads may touch tensors while the interpreter ends, which aborts the process.
+trainer.accelerator.end_training()
