@@ -186,6 +186,27 @@ def test_rows_that_decide_have_ten_seeds_and_the_first_seeds_are_trained_longer(
     assert jobs[0]["evaluation"]["on_the_way"] == [22, 40, 60]
 
 
+def test_rows_that_decide_are_tuned_and_trained_before_the_others(tmp_path, monkeypatch):
+    done = []
+
+    def tuned(preset, out, figures, parallel, rows):
+        done.append(("tuned", set(rows)))
+        return {row: {} for row in rows}
+
+    def run_all(jobs, parallel, kept):
+        done.append(("trained", {Path(job["run"]).name.rsplit("-", 1)[0] for job in jobs}))
+        if len(done) == 4:
+            raise InterruptedError
+
+    monkeypatch.setattr(table1, "tuned", tuned)
+    monkeypatch.setattr(table1, "run_all", run_all)
+    with pytest.raises(InterruptedError):
+        table1.table1("quick", out=tmp_path / "runs", figures=tmp_path / "figures")
+    few, every = set(table1.DECIDING), set(ROWS)
+    assert done == [("tuned", few), ("trained", few | {START}),
+                    ("tuned", every), ("trained", every | {START})]  # fmt: skip
+
+
 def test_a_size_asks_for_no_more_completions_than_it_samples():
     with pytest.raises(ValueError, match=r"ks must be at most num_generations = 2, got \(1, 4\)"):
         Size((0,), 1, problems=2, num_generations=2, ks=(1, 4))

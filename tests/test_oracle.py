@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,3 +163,39 @@ def test_better_information_is_judged_by_length_and_by_right_answers_per_token()
     found = judge(oracle.oracle_claims({"training": rows}))
     assert [row[3] for row in found] == ["holds", "cannot tell", "cannot tell", "does not hold"]
     assert found[0][2].startswith("2.0 [") and found[3][2].startswith("-4.67 [")
+
+
+def test_rows_by_quality_come_from_three_studies(tmp_path):
+    """Every value says where it comes from: start policy, row and metric."""
+
+    def told(*where):
+        return {metric: [*where, metric] for metric in ("length", "pass@1")}
+
+    token = ("grpo", "shuffled", "roles")
+    found = {
+        "controls": {"rows": {name: {"token": told(name), "sequence": {}} for name in token}},
+        "starts": {"starts": {
+            start: {row: told(start, row) for row in ("iapo", "iapo_sentence")}
+            for start in oracle.STARTS
+        }},
+        "oracle": {"training": {"oracle": told("oracle")}},
+    }  # fmt: skip
+    rows = oracle.by_quality(**found)
+    assert [row["length"][:-1] for row in rows.values()] == [
+        ["grpo"], ["shuffled"], ["uncalibrated", "iapo"], ["embedded", "iapo"],
+        ["calibrated", "iapo"], ["embedded", "iapo_sentence"], ["calibrated", "iapo_sentence"],
+        ["oracle"], ["roles"],
+    ]  # fmt: skip
+
+
+def test_rows_by_quality_are_drawn_once_all_three_studies_are_there(tmp_path):
+    results = Path(__file__).parent.parent / "figures/results"
+    (tmp_path / "results").mkdir()
+    for name in ("controls", "starts"):
+        shutil.copy(results / f"{name}.json", tmp_path / "results")
+        oracle.draw_quality(tmp_path, tmp_path)
+        assert not (tmp_path / "quality.png").exists()
+    training = {"training": {"oracle": {"length": [30.0, 31.0], "pass@1": [0.8, 0.9]}}}
+    (tmp_path / "results/oracle.json").write_text(json.dumps(training), encoding="utf-8")
+    oracle.draw_quality(tmp_path, tmp_path)
+    assert (tmp_path / "quality.png").stat().st_size > 10_000

@@ -34,7 +34,7 @@ from iapo_mini.adapters import fingerprint_of_weights
 from iapo_mini.chat import token_texts
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.early_exit.strides import sentence_ends, spread
-from iapo_mini.files import versions, write_json
+from iapo_mini.files import read_json, versions, write_json
 from iapo_mini.information import (
     answer_entropies,
     answer_in,
@@ -283,7 +283,38 @@ def oracle(
     path = results_path(figures, "oracle", preset)
     write_json(path, results)
     drawn.agreement(results).savefig(figures / f"{path.stem}.png", dpi=150)
+    if preset == "full":
+        draw_quality(figures, figures)
     return results
+
+
+def by_quality(controls: Mapping, starts: Mapping, oracle: Mapping) -> dict[str, Mapping]:
+    """Results of training with an s of rising quality: name -> metric -> one value per seed.
+
+    All rows use the settings tuned for IAPO, the token mean and the embedded policy unless named
+    otherwise. The arguments are results of the studies with these names.
+    """
+    token = {name: row["token"] for name, row in controls["rows"].items()}
+    trained = starts["starts"]
+    return {
+        "no token term": token["grpo"],
+        "estimate, shuffled": token["shuffled"],
+        "estimate, uncalibrated policy": trained["uncalibrated"]["iapo"],
+        drawn.ESTIMATE: trained["embedded"]["iapo"],
+        "estimate, calibrated policy": trained["calibrated"]["iapo"],
+        "estimate by sentence, embedded policy": trained["embedded"]["iapo_sentence"],
+        "estimate by sentence, calibrated policy": trained["calibrated"]["iapo_sentence"],
+        "continuations": oracle["training"]["oracle"],
+        "known roles": token["roles"],
+    }
+
+
+def draw_quality(figures: Path, out: Path) -> None:
+    """Draw :func:`by_quality` into ``out`` from the three files, if ``figures`` has them all."""
+    paths = [results_path(figures, name, "full") for name in ("controls", "starts", "oracle")]
+    if all(path.is_file() for path in paths):
+        rows = by_quality(*map(read_json, paths))
+        drawn.quality(rows).savefig(out / "quality.png", dpi=150)
 
 
 def oracle_table(results: Mapping) -> str:

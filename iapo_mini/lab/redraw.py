@@ -14,6 +14,7 @@ from iapo_mini.files import read_json
 from iapo_mini.lab import ablation, estimators, real, sweeps, table1, theory
 from iapo_mini.lab.figures import controls, early_exit, methods, oracle, selection
 from iapo_mini.lab.figures import real as real_figures
+from iapo_mini.lab.oracle import draw_quality
 from iapo_mini.lab.results import draw_comparison
 
 
@@ -66,4 +67,5 @@ def redraw(figures: str | Path = "figures", out: str | Path = "") -> list[Path]:
         path = figures / "results" / f"{name}.json"
         if path.is_file():
             draw(read_json(path), out)
+    draw_quality(figures, out)
     return [p for p in sorted(out.glob("*.png")) if p.stat().st_mtime_ns != before.get(p)]

@@ -24,7 +24,7 @@ from iapo_mini.lab.ledger import ledger_path
 from iapo_mini.lab.results import check_options, draw_comparison, file_stem, results_path
 from iapo_mini.lab.runs import START, collect, finished, make_jobs, run_all
 from iapo_mini.lab.sizes import Preset, preset_of
-from iapo_mini.lab.tuning import tuned
+from iapo_mini.lab.tuning import ROWS, tuned
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import stories
 from iapo_mini.sampling import from_texts, sample
@@ -50,10 +50,11 @@ def table1(
     """
     sizes, out, figures = preset_of(preset), Path(out), Path(figures)
     check_options(out, figures, parallel)
-    recipes = tuned(preset, out, figures, parallel)
-    jobs = _jobs(sizes, out / preset / "table1", {START: None, **recipes})
     kept = ledger_path(figures, file_stem("table1", preset))
-    run_all(jobs, parallel, kept)
+    for rows in (DECIDING, tuple(ROWS)):  # a run takes minutes, so what decides comes first
+        recipes = tuned(preset, out, figures, parallel, rows)
+        jobs = _jobs(sizes, out / preset / "table1", {START: None, **recipes})
+        run_all(jobs, parallel, kept)
     results = collect(jobs, sizes.table1, kept)
     results |= of_curves(results)
     path = results_path(figures, "table1", preset)

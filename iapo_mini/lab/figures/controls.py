@@ -50,6 +50,14 @@ def dots(ax: Axes, rows: Mapping[str, Sequence[float]], highlight: str = "") -> 
     ax.set_axisbelow(True)
 
 
+def show_all_lengths(ax: Axes) -> None:
+    """A log scale for lengths: they lie between 30 and 224 tokens, intervals can reach below 0."""
+    ax.set_xscale("log")
+    ax.set_xlim(20, 300)
+    ax.set_xticks((20, 30, 50, 100, 200), ("20", "30", "50", "100", "200"))
+    ax.minorticks_off()
+
+
 def controls(results: Mapping) -> Figure:
     """Plot length and Pass@1 of every control with both means, and of every kind of payment.
 
@@ -70,11 +78,8 @@ def controls(results: Mapping) -> Figure:
             shown = {name: values[metric] for name, values in rows.items()}
             dots(ax, shown, "token" if "token" in rows else "iapo")
             ax.set_xlabel(label)
-            if metric == "length":  # between 30 and 224 tokens, and intervals can reach below 0
-                ax.set_xscale("log")
-                ax.set_xlim(20, 300)
-                ax.set_xticks((20, 30, 50, 100, 200), ("20", "30", "50", "100", "200"))
-                ax.minorticks_off()
+            if metric == "length":
+                show_all_lengths(ax)
             else:
                 ax.set_xlim(-0.03, 1.03)
         column[0].set_title(title, fontsize=11)

@@ -9,7 +9,10 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from iapo_mini.lab.figures.controls import dots
+from iapo_mini.lab.figures.controls import dots, show_all_lengths
+
+ESTIMATE = "estimate, embedded policy"
+"""The row of the paper's s, estimated with the embedded policy."""
 
 
 def agreement(results: Mapping) -> Figure:
@@ -35,4 +38,22 @@ def agreement(results: Mapping) -> Figure:
     ):
         dots(ax, {name: row[metric] for name, row in results["training"].items()}, "iapo")
         ax.set_xlabel(label)
+    return fig
+
+
+def quality(rows: Mapping[str, Mapping]) -> Figure:
+    """Plot length and Pass@1 after training with an s of rising quality.
+
+    Args:
+        rows: from ``oracle.by_quality``.
+    """
+    fig = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = fig.subplots(1, 2, sharey=True)
+    for ax, metric, label in (
+        (left, "length", "mean length (tokens)"), (right, "pass@1", "Pass@1"),
+    ):  # fmt: skip
+        dots(ax, {name: row[metric] for name, row in rows.items()}, ESTIMATE)
+        ax.set_xlabel(label)
+    show_all_lengths(left)
+    right.set_xlim(-0.03, 1.03)
     return fig
