@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,8 +38,17 @@ def check_window(model: torch.nn.Module, length: int) -> None:
         )
 
 
+def most_positions(model: torch.nn.Module) -> float:
+    """Number of positions that a model has or was trained on; infinite if its config names none."""
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    most = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    stretched = rope.get("factor") if isinstance(rope, dict) else None
+    return most * max(1.0, stretched or 1.0) if isinstance(most, int) and most > 0 else math.inf
+
+
 def check_positions(model: torch.nn.Module, length: int) -> None:
-    """Refuse sequences longer than the positions that a model has or was trained on.
+    """Refuse sequences longer than :func:`most_positions`.
 
     Args:
         length: number of tokens of the longest prompt, completion and forced answer together.
@@ -46,14 +56,11 @@ def check_positions(model: torch.nn.Module, length: int) -> None:
     Raises:
         ValueError: naming both numbers.
     """
-    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    most = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    stretched = rope.get("factor") if isinstance(rope, dict) else None
-    if isinstance(most, int) and 0 < most * max(1.0, stretched or 1.0) < length:
+    most = most_positions(model)
+    if most < length:
         raise ValueError(
-            f"the model has {most} positions, but prompt, completion and forced answer are up to "
-            f"{length} tokens; lower max_completion_length, or take a model with more positions."
+            f"the model has {int(most)} positions, but prompt, completion and forced answer are "
+            f"up to {length} tokens; lower max_completion_length, or take a model with more positions."
         )
 
 

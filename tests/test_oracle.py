@@ -86,6 +86,18 @@ def test_continuations_are_those_of_the_prefix(policy, problem):
     assert abs(shares[0] - shares[1]) < 4 * math.sqrt(2 * 0.25 / n)
 
 
+@pytest.mark.parametrize("sentences", [50, 70])
+def test_a_prefix_near_the_models_last_position_is_continued_as_far_as_that(
+    policy, problem, sentences
+):
+    """A completion that was cut at its limit of 224 tokens has such prefixes."""
+    rollouts = from_texts(policy, [problem], ["<think>" + " It is cold." * sentences])
+    asked, answers = oracle.continuations(policy, rollouts, k=2, seed=0)
+    width = int(rollouts.prompt_mask.sum() + asked[0].nonzero()[-2, 0])
+    assert width + oracle._LONGEST > policy.model.config.max_position_embeddings > width
+    assert len(answers[0]) == sentences + 2 and answers[0][-1] == [None]
+
+
 def told(monkeypatch, answers):
     """A row of 6 tokens in sentences of 2, 1 and 3, with given answers after each."""
     asked = torch.tensor([[True, False, True, True, False, False, True]])

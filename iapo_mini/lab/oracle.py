@@ -31,6 +31,7 @@ import torch
 from tqdm.auto import tqdm
 
 from iapo_mini.adapters import fingerprint_of_weights
+from iapo_mini.attention import most_positions
 from iapo_mini.chat import token_texts
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.early_exit.strides import sentence_ends, spread
@@ -96,8 +97,10 @@ def continuations(
         width = max(map(len, prefixes))
         real = torch.stack([torch.arange(width) >= width - len(ids) for ids in prefixes])
         ids = torch.stack([torch.nn.functional.pad(x, (width - len(x), 0)) for x in prefixes])
+        # A completion that was cut at its limit leaves fewer positions than that.
+        room = int(max(1, min(_LONGEST, most_positions(policy.model) - width)))
         found = sample_after(
-            policy, ids, real.to(ids.device), num_generations=k, max_completion_length=_LONGEST,
+            policy, ids, real.to(ids.device), num_generations=k, max_completion_length=room,
             seed=seed + number,
         )  # fmt: skip
         texts = found.texts(policy.tokenizer)
