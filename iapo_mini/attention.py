@@ -60,7 +60,8 @@ def check_positions(model: torch.nn.Module, length: int) -> None:
     if most < length:
         raise ValueError(
             f"the model has {int(most)} positions, but prompt, completion and forced answer are "
-            f"up to {length} tokens; lower max_completion_length, or take a model with more positions."
+            f"up to {length} tokens; lower max_completion_length, or take a model with more "
+            "positions."
         )
 
 
