@@ -200,14 +200,17 @@ def test_rows_by_quality_come_from_three_studies(tmp_path):
     ]  # fmt: skip
 
 
-def test_rows_by_quality_are_drawn_once_all_three_studies_are_there(tmp_path):
+def test_rows_by_quality_are_drawn_once_all_three_studies_used_the_token_mean(tmp_path):
     results = Path(__file__).parent.parent / "figures/results"
     (tmp_path / "results").mkdir()
-    for name in ("controls", "starts"):
+    for name in ("controls", "oracle"):
         shutil.copy(results / f"{name}.json", tmp_path / "results")
         oracle.draw_quality(tmp_path, tmp_path)
+    trained = json.loads((results / "starts.json").read_text(encoding="utf-8"))
+    for mean, made in (("sequence", False), ("token", True)):
         assert not (tmp_path / "quality.png").exists()
-    training = {"training": {"oracle": {"length": [30.0, 31.0], "pass@1": [0.8, 0.9]}}}
-    (tmp_path / "results/oracle.json").write_text(json.dumps(training), encoding="utf-8")
-    oracle.draw_quality(tmp_path, tmp_path)
+        trained["config"]["embedded-iapo"]["aggregation"] = mean
+        (tmp_path / "results/starts.json").write_text(json.dumps(trained), encoding="utf-8")
+        oracle.draw_quality(tmp_path, tmp_path)
+        assert (tmp_path / "quality.png").exists() == made
     assert (tmp_path / "quality.png").stat().st_size > 10_000

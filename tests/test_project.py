@@ -17,6 +17,7 @@ from iapo_mini.lab.controls import control_claims, controls_table
 from iapo_mini.lab.departures import departures_table
 from iapo_mini.lab.early_exit import early_exit_table
 from iapo_mini.lab.estimators import ESTIMATORS, POLICIES, speed_table, study_table
+from iapo_mini.lab.oracle import oracle_claims, oracle_table
 from iapo_mini.lab.real import real_table
 from iapo_mini.lab.real_calibration import real_calibration_table
 from iapo_mini.lab.real_progress import progress_table
@@ -238,6 +239,30 @@ def test_controls_in_the_docs_are_the_committed_ones():
     assert (collapsed["numeric"], collapsed["roles"], collapsed["iapo"]) == (2, 3, 0)
     verdicts = [row[3] for row in judge(control_claims(results))]
     assert len(verdicts) == 20 and verdicts.count("holds") == 1
+
+
+def test_real_continuations_in_the_docs_are_the_committed_ones():
+    results = json.loads((ROOT / "figures/results/oracle.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert [part for part in oracle_table(results).split("\n\n") if part not in page] == []
+    trained = results["training"]
+
+    def less(one, other, metric, scale=1.0):
+        return [scale * (a - b) for a, b in zip(trained[one][metric], trained[other][metric])]
+
+    shorter = less("iapo", "oracle", "length")
+    assert f"a difference within a seed of {format_interval(mean_interval(shorter), 1)}" in page
+    assert [gap > 0 for gap in less("iapo", "oracle", "pass@1")].count(True) == 2
+    more = less("iapo", "vine", "ratio@1", 1000)
+    assert f"1,000 tokens are {format_interval(mean_interval(more), 1)} below IAPO's" in page
+    assert all(1 < gap < 7 for gap in less("vine", "grpo", "length"))
+    for name in ("embedded", "calibrated"):
+        gaps = [(place, early - real) for place, early, real
+                in results["agreement"][name]["by_place"]]  # fmt: skip
+        assert all(gap > 1 for place, gap in gaps if place < 0.8) and 0 < gaps[-1][1] < 1
+        assert f"{results['agreement'][name]['correlation'][0]:.2f}" == "0.41"
+    # "Not certain after Holm's correction", and neither is anything else of this study.
+    assert {row[3] for row in judge(oracle_claims(results))} == {"cannot tell"}
 
 
 def test_the_cost_of_watching_in_the_docs_is_the_measured_one():

@@ -42,8 +42,15 @@ from iapo_mini.information import (
     final_answers,
     informativeness,
 )
-from iapo_mini.intervals import bootstrap_interval, format_interval, mean_interval, spearman
+from iapo_mini.intervals import (
+    bootstrap_interval,
+    format_interval,
+    mean_interval,
+    share_interval,
+    spearman,
+)
 from iapo_mini.lab.figures import oracle as drawn
+from iapo_mini.lab.figures.controls import label
 from iapo_mini.lab.ledger import ledger_path
 from iapo_mini.lab.results import check_options, file_stem, kept, results_path
 from iapo_mini.lab.runs import collect, make_jobs, run_all
@@ -313,10 +320,13 @@ def by_quality(controls: Mapping, starts: Mapping, oracle: Mapping) -> dict[str,
 
 
 def draw_quality(figures: Path, out: Path) -> None:
-    """Draw :func:`by_quality` into ``out`` from the three files, if ``figures`` has them all."""
+    """Draw :func:`by_quality` into ``out``, if ``figures`` has all three files of one mean."""
     paths = [results_path(figures, name, "full") for name in ("controls", "starts", "oracle")]
-    if all(path.is_file() for path in paths):
-        rows = by_quality(*map(read_json, paths))
+    if not all(path.is_file() for path in paths):
+        return
+    controls, starts, oracle = map(read_json, paths)
+    if starts["config"]["embedded-iapo"]["aggregation"] == "token":  # not so in older files
+        rows = by_quality(controls, starts, oracle)
         drawn.quality(rows).savefig(out / "quality.png", dpi=150)
 
 
@@ -327,11 +337,12 @@ def oracle_table(results: Mapping) -> str:
     for name, row in results["agreement"].items():
         cells = [format_interval(row[m], 2) for m in ("correlation", "rank", "bias")]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "| trained with | length (tokens) | Pass@1 |", "|---" * 3 + "|"]
+    lines += ["", "| trained with | each seed | length (tokens) | Pass@1 |", "|---" * 4 + "|"]
     for name, row in results["training"].items():
         lines.append(
-            f"| {name} | {format_interval(mean_interval(row['length']), 1)} "
-            f"| {format_interval(mean_interval(row['pass@1']))} |"
+            f"| {label(name)} | {', '.join(f'{x:.0f}' for x in row['length'])} "
+            f"| {format_interval(mean_interval(row['length']), 1)} "
+            f"| {format_interval(share_interval(mean_interval(row['pass@1'])))} |"
         )
     return "\n".join(lines)
 

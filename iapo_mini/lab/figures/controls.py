@@ -19,6 +19,7 @@ NAMES = {
     "reference": "IAPO, s of the reference", "grpo": "no token term",
     "token": "estimate, at its token", "spread": "estimate, spread over its sentence",
     "first": "estimate, at the sentence's first token", "to_go": "estimate, reward to go",
+    "oracle": "IAPO, s from continuations", "vine": "gain in value (VinePPO)",
     "roles_token": "roles, at the token", "roles_spread": "roles, spread over the sentence",
     "roles_first": "roles, at the sentence's first token", "roles_to_go": "roles, reward to go",
 }  # fmt: skip
