@@ -177,7 +177,7 @@ def test_better_information_is_judged_by_length_and_by_right_answers_per_token()
     assert found[0][2].startswith("2.0 [") and found[3][2].startswith("-4.67 [")
 
 
-def test_rows_by_quality_come_from_three_studies(tmp_path):
+def test_rows_by_quality_come_from_three_studies():
     """Every value says where it comes from: start policy, row and metric."""
 
     def told(*where):

@@ -51,12 +51,25 @@ def dots(ax: Axes, rows: Mapping[str, Sequence[float]], highlight: str = "") -> 
     ax.set_axisbelow(True)
 
 
-def show_all_lengths(ax: Axes) -> None:
-    """A log scale for lengths: they lie between 30 and 224 tokens, intervals can reach below 0."""
-    ax.set_xscale("log")
-    ax.set_xlim(20, 300)
-    ax.set_xticks((20, 30, 50, 100, 200), ("20", "30", "50", "100", "200"))
-    ax.minorticks_off()
+def outcome(ax: Axes, rows: Mapping[str, Mapping], metric: str, highlight: str) -> None:
+    """Draw the :func:`dots` of ``"length"`` or ``"pass@1"``, on a scale that shows every run.
+
+    Args:
+        ax: axes to draw on.
+        rows: name -> metric -> one value per seed.
+        metric: the metric to draw.
+        highlight: the row that is drawn in IAPO's colour.
+    """
+    dots(ax, {name: values[metric] for name, values in rows.items()}, highlight)
+    if metric == "length":  # between 30 and 224 tokens, and intervals can reach below 0
+        ax.set_xlabel("mean length (tokens)")
+        ax.set_xscale("log")
+        ax.set_xlim(20, 300)
+        ax.set_xticks((20, 30, 50, 100, 200), ("20", "30", "50", "100", "200"))
+        ax.minorticks_off()
+    else:
+        ax.set_xlabel("Pass@1")
+        ax.set_xlim(-0.03, 1.03)
 
 
 def controls(results: Mapping) -> Figure:
@@ -73,16 +86,8 @@ def controls(results: Mapping) -> Figure:
     ]
     blocks.append(("when to pay, token mean", results["payment"]))
     for column, (title, rows) in zip(axes.T, blocks):
-        for ax, (metric, label) in zip(
-            column, (("length", "mean length (tokens)"), ("pass@1", "Pass@1"))
-        ):
-            shown = {name: values[metric] for name, values in rows.items()}
-            dots(ax, shown, "token" if "token" in rows else "iapo")
-            ax.set_xlabel(label)
-            if metric == "length":
-                show_all_lengths(ax)
-            else:
-                ax.set_xlim(-0.03, 1.03)
+        for ax, metric in zip(column, ("length", "pass@1")):
+            outcome(ax, rows, metric, "token" if "token" in rows else "iapo")
         column[0].set_title(title, fontsize=11)
     fig.suptitle(
         "Dots are seeds; bars above them are means with 95% intervals, cut at the edges", fontsize=9

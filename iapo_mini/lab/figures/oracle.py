@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from iapo_mini.lab.figures.controls import dots, show_all_lengths
+from iapo_mini.lab.figures.controls import dots, outcome
 
 ESTIMATE = "estimate, embedded policy"
 """The row of the paper's s, estimated with the embedded policy."""
@@ -48,12 +48,6 @@ def quality(rows: Mapping[str, Mapping]) -> Figure:
         rows: from ``oracle.by_quality``.
     """
     fig = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = fig.subplots(1, 2, sharey=True)
-    for ax, metric, label in (
-        (left, "length", "mean length (tokens)"), (right, "pass@1", "Pass@1"),
-    ):  # fmt: skip
-        dots(ax, {name: row[metric] for name, row in rows.items()}, ESTIMATE)
-        ax.set_xlabel(label)
-    show_all_lengths(left)
-    right.set_xlim(-0.03, 1.03)
+    for ax, metric in zip(fig.subplots(1, 2, sharey=True), ("length", "pass@1")):
+        outcome(ax, rows, metric, ESTIMATE)
     return fig
