@@ -101,7 +101,7 @@ PRESETS = {
     "full": Preset(
         trials=7,
         tuning=Size(seeds=(100, 101), max_steps=22, problems=100),
-        table1=Size((0, 1, 2), 60, 300, 12, 32, _KS, primary=22, on_the_way=(22, 40, 60)),
+        table1=Size((0, 1, 2), 60, 500, 12, 32, _KS, primary=22, on_the_way=(22, 40, 60)),
         more_seeds=(3, 4),
         deciding_seeds=(5, 6, 7, 8, 9),
         sweeps=Size((0, 1, 2), 22, 100, 12, 32, _KS),
