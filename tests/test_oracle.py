@@ -11,6 +11,7 @@ import torch
 from helpers import run_here, written
 
 from iapo_mini.early_exit.question import EVERY_PREFIX
+from iapo_mini.intervals import mean_interval
 from iapo_mini.lab import oracle
 from iapo_mini.lab.sizes import Size
 from iapo_mini.lab.verdicts import judge
@@ -21,6 +22,7 @@ from iapo_mini.recipes import RECIPES as LIBRARY
 from iapo_mini.sampling import encode_prompts, from_texts, sample, sample_after
 
 CHAIN = "<think> That makes 14 + 7 = 21 stamps. 21 / 3 = 7.</think><answer> 7</answer>"
+RESULTS = Path(__file__).parent.parent / "figures/results"
 TINY = Size(seeds=(0, 1), max_steps=1, problems=2, prompts_per_step=1, num_generations=2, ks=(1, 2))
 
 
@@ -200,17 +202,25 @@ def test_rows_by_quality_come_from_three_studies():
     ]  # fmt: skip
 
 
-def test_rows_by_quality_are_drawn_once_all_three_studies_used_the_token_mean(tmp_path):
-    results = Path(__file__).parent.parent / "figures/results"
+def test_rows_by_quality_are_drawn_once_all_three_studies_are_there(tmp_path):
     (tmp_path / "results").mkdir()
-    for name in ("controls", "oracle"):
-        shutil.copy(results / f"{name}.json", tmp_path / "results")
+    for name in ("controls", "oracle", "starts"):
         oracle.draw_quality(tmp_path, tmp_path)
-    trained = json.loads((results / "starts.json").read_text(encoding="utf-8"))
-    for mean, made in (("sequence", False), ("token", True)):
         assert not (tmp_path / "quality.png").exists()
-        trained["config"]["embedded-iapo"]["aggregation"] = mean
-        (tmp_path / "results/starts.json").write_text(json.dumps(trained), encoding="utf-8")
-        oracle.draw_quality(tmp_path, tmp_path)
-        assert (tmp_path / "quality.png").exists() == made
+        shutil.copy(RESULTS / f"{name}.json", tmp_path / "results")
+    oracle.draw_quality(tmp_path, tmp_path)
     assert (tmp_path / "quality.png").stat().st_size > 10_000
+
+
+def test_rows_by_quality_end_within_a_token_as_the_docs_say():
+    names = ("controls", "starts", "oracle")
+    found = [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+    rows = oracle.by_quality(*found)
+    others = {"no token term", "estimate, shuffled", "known roles"}
+    assert others < set(rows)
+    measured = [row for name, row in rows.items() if name not in others]
+    lengths = [sum(row["length"]) / len(row["length"]) for row in measured]
+    right = [mean_interval(row["pass@1"]) for row in measured]
+    assert len(measured) == 6 and max(lengths) - min(lengths) < 1
+    assert {round(mean, 2) for mean, _, _ in right} <= {n / 100 for n in range(77, 85)}
+    assert max(low for _, low, _ in right) < min(high for _, _, high in right)

@@ -1,14 +1,17 @@
 """The experiment on start policies at its smallest: one start, one step."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from iapo_mini.intervals import holm, p_above
 from iapo_mini.lab import starts as module
 from iapo_mini.lab.sizes import Size
-from iapo_mini.lab.starts import METRICS, TRAINED, starts, starts_table
+from iapo_mini.lab.starts import METRICS, PAIRS, TRAINED, starts, starts_table
 from iapo_mini.recipes import RECIPES
 
+RESULTS = Path(__file__).parent.parent / "figures/results"
 TINY = Size(seeds=(0, 1), max_steps=1, problems=2, prompts_per_step=1, num_generations=4, ks=(1, 4))
 
 
@@ -64,3 +67,19 @@ def test_the_table_has_a_line_for_each(results):
 def test_an_unknown_preset_is_refused():
     with pytest.raises(ValueError, match=r"preset must be one of .*, got 'tiny'"):
         starts("tiny")
+
+
+def test_what_holds_of_better_starts_after_the_correction_is_what_the_docs_say():
+    results = json.loads((RESULTS / "starts.json").read_text(encoding="utf-8"))
+    found = {
+        (name, *pair, metric): [a - b for a, b in zip(*(row[m][metric] for m in pair))]
+        for name, row in results["starts"].items()
+        for pair in PAIRS
+        for metric in METRICS
+    }
+    p = [2 * min(p_above(d, 0), p_above([-x for x in d], 0)) for d in found.values()]
+    assert len(p) == 27
+    stand = {name for name, holds in zip(found, holm(p, 0.05)) if holds}
+    start = "uncalibrated"
+    assert stand == {(start, "iapo", "grpo", "length"), (start, "iapo", "grpo", "ratio@1"),
+                     (start, "iapo", "iapo_ne", "ratio@1")}  # fmt: skip

@@ -320,14 +320,10 @@ def by_quality(controls: Mapping, starts: Mapping, oracle: Mapping) -> dict[str,
 
 
 def draw_quality(figures: Path, out: Path) -> None:
-    """Draw :func:`by_quality` into ``out``, if ``figures`` has all three files of one mean."""
+    """Draw :func:`by_quality` into ``out``, if ``figures`` has the results of all three studies."""
     paths = [results_path(figures, name, "full") for name in ("controls", "starts", "oracle")]
-    if not all(path.is_file() for path in paths):
-        return
-    controls, starts, oracle = map(read_json, paths)
-    if starts["config"]["embedded-iapo"]["aggregation"] == "token":  # not so in older files
-        rows = by_quality(controls, starts, oracle)
-        drawn.quality(rows).savefig(out / "quality.png", dpi=150)
+    if all(path.is_file() for path in paths):
+        drawn.quality(by_quality(*map(read_json, paths))).savefig(out / "quality.png", dpi=150)
 
 
 def oracle_table(results: Mapping) -> str:
