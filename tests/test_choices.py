@@ -69,6 +69,15 @@ def test_the_study_at_its_smallest(tmp_path):
     assert saved == json.loads(json.dumps(found)) and found["terms"].keys() == choices.TERMS.keys()
     lines = choices.choices_table(found).splitlines()
     assert len(lines) == 2 + len(choices.TERMS)
+    assert list(found["starts"]) == ["uncalibrated", "calibrated"]
+    for row in found["starts"].values():
+        assert tuple(row["terms"]) == choices.ESTIMATED and row["places"] >= 0
+    by_start = choices.choices_by_start(found).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in by_start] == [f"| {name}" for name in choices.STARTS]
+    own = found["starts"]["calibrated"]["terms"]["iapo_ne"]["token"]
+    assert choices.format_interval(own, 2) in by_start[2]
+    own = found["terms"]["iapo_ne"]["token"]
+    assert choices.format_interval(own, 2) in by_start[1]
     assert (tmp_path / "figures/choices_quick.png").stat().st_size > 10_000
 
 

@@ -11,7 +11,7 @@ from helpers import load_script
 from iapo_mini.config import TrainConfig
 from iapo_mini.intervals import format_interval, mean_interval, share_interval
 from iapo_mini.lab import verdicts
-from iapo_mini.lab.choices import choices_table
+from iapo_mini.lab.choices import choices_by_start, choices_table
 from iapo_mini.lab.claims import _talk, of_table1, report_of_files
 from iapo_mini.lab.controls import control_claims, controls_table
 from iapo_mini.lab.departures import departures_table
@@ -99,7 +99,7 @@ def test_table1_in_the_texts_is_the_committed_result(table1_results):
     departed = json.loads((ROOT / "figures/results/departures.json").read_text(encoding="utf-8"))
     assert departures_table(departed) in page
     chosen = json.loads((ROOT / "figures/results/choices.json").read_text(encoding="utf-8"))
-    assert choices_table(chosen) in page
+    assert choices_table(chosen) in page and choices_by_start(chosen) in page
 
 
 def test_results_of_better_starts_in_the_docs_are_the_committed_ones():
@@ -119,6 +119,12 @@ def test_results_of_better_starts_in_the_docs_are_the_committed_ones():
     starts = ("uncalibrated", "embedded", "calibrated")
     pairs = [(start, "grpo") for start in starts] + [("uncalibrated", "iapo_ne")]
     assert [pair for pair in pairs if not any(x in page for x in shorter(*pair))] == []
+    gains = (-results["difference"][start]["iapo - iapo_ne"]["length"][0] for start in starts)
+    assert "largest: {:.0f} tokens, against {:.0f} and {:.0f}".format(*gains) in page
+    paid = json.loads((ROOT / "figures/results/choices.json").read_text(encoding="utf-8"))
+    terms = (paid["starts"]["uncalibrated"], paid, paid["starts"]["calibrated"])
+    pay = (row["terms"]["iapo"]["token"][0] for row in terms)
+    assert "{:.2f} standard deviations against {:.2f} and {:.2f}".format(*pay) in page
     for metric, digits, unit in (("length", 1, " tokens"), ("pass@1", 3, "")):
         first, *rest = (told(start, "iapo_sentence - iapo", metric, digits) for start in starts)
         assert f"{first}, {' and '.join(rest)}{unit}" in page

@@ -13,6 +13,7 @@ the sequence mean.
     figures/results/choices.json
       terms      term -> aggregation -> [mean, low, high], 95% bootstrap interval over stories
       places     number of prefixes at which completions with both kinds of openers were found
+      starts     other start policy -> {"terms": the same for ``ESTIMATED``, "places"}
       stories, num_generations, versions
 """
 
@@ -37,6 +38,8 @@ from iapo_mini.lab import controls
 from iapo_mini.lab.figures import controls as drawn
 from iapo_mini.lab.results import check_options, results_path
 from iapo_mini.lab.sizes import preset_of
+from iapo_mini.lab.starts import STARTS
+from iapo_mini.policies import EMBEDDED
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.problems.stories import stories, token_roles
 from iapo_mini.rewards import score
@@ -102,6 +105,10 @@ def openers(policy: Policy, rollouts: Rollouts) -> dict[tuple, list[tuple[int, i
                 key = (i // rollouts.num_generations, tuple(ids[:t]))
                 places[key].append((i, t, roles[t] == "compute"))
     return places
+
+
+ESTIMATED = ("iapo", "iapo_sentence", "iapo_ne", "shuffled")
+"""Terms that are also measured with the start policies of :mod:`iapo_mini.lab.starts`."""
 
 
 def paid_at_choices(
@@ -176,10 +183,19 @@ def choices(
     check_options(Path(out), figures, parallel)
     n_stories, num_generations = SIZES[preset]
     problems = list(itertools.islice(stories("tune", seed=3), n_stories))
-    terms, places = paid_at_choices(load_policy(lora_rank=0), problems, TERMS, num_generations)
-    results = {
-        "terms": terms, "places": places, "stories": n_stories,
-        "num_generations": num_generations, "versions": versions(),
+
+    def measured(model: str, terms: Mapping[str, Information]) -> dict:
+        paid, places = paid_at_choices(
+            load_policy(model, lora_rank=0), problems, terms, num_generations
+        )
+        return {"terms": paid, "places": places}
+
+    estimated = {name: TERMS[name] for name in ESTIMATED}
+    results = measured(EMBEDDED, TERMS) | {
+        "starts": {
+            name: measured(model, estimated) for name, model in STARTS.items() if model != EMBEDDED
+        },
+        "stories": n_stories, "num_generations": num_generations, "versions": versions(),
     }  # fmt: skip
     path = results_path(figures, "choices", preset)
     write_json(path, results)
@@ -188,9 +204,20 @@ def choices(
 
 
 def choices_table(results: Mapping) -> str:
-    """The results of :func:`choices` as a Markdown table."""
+    """The results of :func:`choices` for the embedded policy as a Markdown table."""
     lines = ["| term | token mean | sequence mean |", "|---" * 3 + "|"]
     for name, row in results["terms"].items():
         cells = [format_interval(row[how], 2) if how in row else "" for how in AGGREGATIONS]
         lines.append(f"| {drawn.label(name)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def choices_by_start(results: Mapping) -> str:
+    """What :data:`ESTIMATED` pay with each start policy, token mean, as a Markdown table."""
+    titles = ("start policy", *map(drawn.label, ESTIMATED))
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for start, model in STARTS.items():
+        terms = results["terms"] if model == EMBEDDED else results["starts"][start]["terms"]
+        cells = [format_interval(terms[name]["token"], 2) for name in ESTIMATED]
+        lines.append(f"| {start} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
