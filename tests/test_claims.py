@@ -1,5 +1,6 @@
 """Verdicts, choices and their numbers, on results made by hand."""
 
+import json
 import math
 import os
 import re
@@ -198,13 +199,45 @@ def test_rows_that_decide_are_tuned_and_trained_before_the_others(tmp_path, monk
         if len(done) == 4:
             raise InterruptedError
 
+    few, every = set(table1.DECIDING), set(ROWS)
+    told = tmp_path / "figures/results/table1_quick.json"
+    told.parent.mkdir(parents=True)
+    told.write_text(json.dumps({"methods": dict.fromkeys(every | {START})}), encoding="utf-8")
     monkeypatch.setattr(table1, "tuned", tuned)
     monkeypatch.setattr(table1, "run_all", run_all)
     with pytest.raises(InterruptedError):
         table1.table1("quick", out=tmp_path / "runs", figures=tmp_path / "figures")
-    few, every = set(table1.DECIDING), set(ROWS)
     assert done == [("tuned", few), ("trained", few | {START}),
                     ("tuned", every), ("trained", every | {START})]  # fmt: skip
+
+
+def test_rows_that_decide_are_told_before_the_others_are_trained(tmp_path, monkeypatch):
+    figures, trained = tmp_path / "figures", []
+    path = figures / "results/table1_quick.json"
+
+    def run_all(jobs, parallel, kept=None):
+        if any(Path(job["run"]).name == "dapo-0" for job in jobs):
+            trained.append(path.read_bytes())
+            if len(trained) == 1:
+                raise InterruptedError
+        really(jobs, parallel, kept)
+
+    really = table1.run_all
+    monkeypatch.setattr(table1, "DECIDING", ("grpo", "iapo"))
+    monkeypatch.setattr(table1, "ROWS", {"grpo": {}, "iapo": {}, "dapo": {}})
+    monkeypatch.setattr(table1, "tuned", lambda *options: {r: {"method": r} for r in options[-1]})
+    monkeypatch.setattr(table1, "run_all", run_all)
+    with pytest.raises(InterruptedError):
+        table1.table1("quick", out=tmp_path / "runs", figures=figures)
+    first = json.loads(trained[0])
+    assert list(first["methods"]) == [START, "grpo", "iapo"] and first["wall_clock"]["iapo"]
+    told = [claim.text for claim in claims.of_table1(first)]
+    assert any("GRPO" in text for text in told) and not any("DAPO" in text for text in told)
+    found = table1.table1("quick", out=tmp_path / "runs", figures=figures)
+    assert list(found["methods"]) == [START, "grpo", "iapo", "dapo"]
+    assert found["methods"]["iapo"] == first["methods"]["iapo"]
+    assert found["wall_clock"] == first["wall_clock"]  # measured once
+    assert json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(found))
 
 
 def test_a_size_asks_for_no_more_completions_than_it_samples():

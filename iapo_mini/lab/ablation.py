@@ -46,6 +46,7 @@ def ablation(
 
 def draw(results: dict, figures: Path, preset: str = "full") -> None:
     """Draw the parts of the advantage from the content of ``table1.json``."""
-    rows = {name: results["methods"][name] for name in ABLATED}
+    found = results["methods"]
+    rows = {name: found[name] for name in ABLATED if name in found}
     figure = plots.comparison(rows, max(results["config"]["evaluation"]["ks"]))
     figure.savefig(figures / f"{file_stem('ablation', preset)}.png", dpi=150)
