@@ -222,5 +222,6 @@ def test_rows_by_quality_end_within_a_token_as_the_docs_say():
     lengths = [sum(row["length"]) / len(row["length"]) for row in measured]
     right = [mean_interval(row["pass@1"]) for row in measured]
     assert len(measured) == 6 and max(lengths) - min(lengths) < 1
+    assert {round(n) for n in lengths} == {30, 31}  # the README says so too
     assert {round(mean, 2) for mean, _, _ in right} <= {n / 100 for n in range(77, 85)}
     assert max(low for _, low, _ in right) < min(high for _, _, high in right)
