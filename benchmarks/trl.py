@@ -73,9 +73,9 @@ def trl_trainer(
     config = (IAPOConfig if ours else GRPOConfig)(
         folder, use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
         gradient_checkpointing=False, dataloader_pin_memory=False, shuffle_dataset=False,
-        logging_steps=1000, per_device_train_batch_size=prompts * group, num_generations=group,
-        max_completion_length=limit, max_steps=steps, adam_beta2=0.99, weight_decay=0.0,
-        **{"learning_rate": 7e-4, **settings},
+        logging_steps=1000, num_generations=group, max_completion_length=limit, max_steps=steps,
+        adam_beta2=0.99, weight_decay=0.0,
+        **{"learning_rate": 7e-4, "per_device_train_batch_size": prompts * group, **settings},
     )  # fmt: skip
     return (IAPOTrainer if ours else GRPOTrainer)(
         policy.model, answer_reward, args=config, train_dataset=dataset(problems),
@@ -107,8 +107,17 @@ def step_seconds(
     *,
     model: str = EMBEDDED,
     learning_rate: float = 7e-4,
+    rows: int = 0,
 ) -> dict:
-    """Seconds of each step after an untimed first step, and mean tokens per completion."""
+    """Seconds of each step after an untimed first step, and mean tokens per completion.
+
+    With ``rows`` both train so many completions at a time, and then make one update.
+    """
+    ours_by, theirs_by = {}, {}
+    if rows:
+        ours_by = {"micro_batch_size": rows}
+        theirs_by = {"per_device_train_batch_size": rows,
+                     "gradient_accumulation_steps": prompts * group // rows}  # fmt: skip
     told = stories("train", seed=0)
     batches = [list(itertools.islice(told, prompts)) for _ in range(repeats + 1)]
     policy, lengths = load_policy(model, lora_rank=16), []
@@ -117,7 +126,7 @@ def step_seconds(
         config = TrainConfig(
             method="grpo", max_steps=1, prompts_per_step=prompts, num_generations=group,
             max_completion_length=limit, warmup_steps=0, threads=torch.get_num_threads(),
-            seed=step, learning_rate=learning_rate,
+            seed=step, learning_rate=learning_rate, **ours_by,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             train(config, Path(folder) / "run", policy=policy, problems=batches[step],
@@ -134,6 +143,7 @@ def step_seconds(
             prompts,
             limit,
             learning_rate=learning_rate,
+            **theirs_by,
         )
         trainer.add_callback(clock)
         trainer.train()
