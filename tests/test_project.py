@@ -376,6 +376,26 @@ def test_table_of_the_verifier_is_the_committed_result():
     assert not benchmark.by_strings("72.0", "72")
 
 
+def test_the_speed_of_a_real_model_in_the_docs_is_the_committed_one():
+    results = json.loads((ROOT / "figures/results/real_speed.json").read_text(encoding="utf-8"))
+    docs = (ROOT / "docs/real_models.md").read_text(encoding="utf-8")
+    (part,) = (p for p in docs.split("\n## ") if p.startswith("Speed on a CPU"))
+    rows = [line.split(" | ") for line in part.splitlines() if line.startswith("| ")][1:]
+    limits = load_script(ROOT / "benchmarks/real_speed.py").LIMITS
+    named = [name for name in results if "_over_" in name]
+    assert [row[1] for row in rows] == [f"{results[name]:.2f}" for name in named]
+    goals = [f"at most {limits[name]:g} |" if name in limits else "|" for name in named]
+    assert [row[2] for row in rows] == goals
+    assert {name for name in limits if results[name] > limits[name]} == {
+        "iapo_sentence_step_over_grpo_step"
+    } and f"{results['iapo_sentence_step_over_grpo_step']:.3f}" in part  # the miss is told
+    seconds = results["phases"]["grpo"]
+    told = (f"{seconds['seconds_sampling']:.0f} seconds", f"update {seconds['seconds_update']:.0f}")
+    asked = results["phases"]["iapo_sentence"]["seconds_information"]
+    assert all(x in part for x in (*told, f"adds {asked:.1f} seconds"))
+    assert f"turns {results['settings']['turns']}" in part
+
+
 def test_the_page_on_trl_has_the_committed_numbers():
     results = json.loads((ROOT / "figures/results/trl.json").read_text(encoding="utf-8"))
     docs = (ROOT / "docs/scaleout.md").read_text(encoding="utf-8")
