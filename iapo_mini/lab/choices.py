@@ -85,6 +85,8 @@ TERMS: dict[str, Information] = {
     "to_go": _normed(controls.paid(controls.estimated, controls.to_go)),
 }
 """The values of each term, (B, L), without its weight; ``iapo_ni`` is the exploration term."""
+ESTIMATED = ("iapo", "iapo_sentence", "iapo_ne", "shuffled")
+"""Terms that are also measured with the start policies of :mod:`iapo_mini.lab.starts`."""
 
 
 def openers(policy: Policy, rollouts: Rollouts) -> dict[tuple, list[tuple[int, int, bool]]]:
@@ -105,10 +107,6 @@ def openers(policy: Policy, rollouts: Rollouts) -> dict[tuple, list[tuple[int, i
                 key = (i // rollouts.num_generations, tuple(ids[:t]))
                 places[key].append((i, t, roles[t] == "compute"))
     return places
-
-
-ESTIMATED = ("iapo", "iapo_sentence", "iapo_ne", "shuffled")
-"""Terms that are also measured with the start policies of :mod:`iapo_mini.lab.starts`."""
 
 
 def paid_at_choices(
