@@ -8,7 +8,7 @@ RUN := $(VENV_PYTHON) -m
 .PHONY: demo full long test alone check style types fast torture real policy notebooks site slides \
   repository help clean
 
-demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy and compare them, with three seeds (about six minutes)
+demo: $(VENV)/ready  ## train GRPO and IAPO on the embedded policy and compare them, with three seeds (under ten minutes)
 	$(RUN) iapo_mini compare --preset demo
 
 full: $(VENV)/ready  ## the same with five seeds, for the results in the README

@@ -14,7 +14,7 @@ from helpers import PATIENCE
 
 from iapo_mini.config import TrainConfig
 from iapo_mini.files import read_json
-from iapo_mini.lab import claims, table1
+from iapo_mini.lab import ablation, claims, table1
 from iapo_mini.lab.results import results_path
 from iapo_mini.lab.runs import START
 from iapo_mini.lab.sizes import PRESETS, Size
@@ -240,6 +240,28 @@ def test_rows_that_decide_are_told_before_the_others_are_trained(tmp_path, monke
     assert json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(found))
 
 
+def test_the_ablation_has_the_rows_that_the_table_has():
+    table = read_json(results_path(FIGURES, "table1", "full"))
+    table["methods"].pop("iapo_pmi", None)
+    table["methods"].pop("iapo_ni", None)
+    found = ablation.of_parts(table)
+    assert list(found["ratio"]) == ["grpo", "iapo_ne", "iapo"]
+    assert list(found["gap"]) == ["iapo - iapo_ne"]
+    (claim,) = claims.of_ablation(found)
+    assert claim.text.startswith("Ratio@32 of IAPO is above that of IAPO-NE")
+    pairs = zip(table["methods"]["iapo"]["ratio@32"], table["methods"]["iapo_ne"]["ratio@32"])
+    assert claim.values == [a - b for a, b in pairs]
+
+
+def test_the_page_tells_which_mean_of_the_loss_a_row_has():
+    rows = {START: {}, "grpo": {"aggregation": "sequence"}, "iapo": {"aggregation": "token"},
+            "dapo": {"aggregation": "token"}}  # fmt: skip
+    told = claims._losses({"methods": rows})
+    assert told.endswith("*sequence mean* for GRPO; *token mean* for IAPO, DAPO.")
+    runs = {"alpha-0.1": {"aggregation": "token"}, "mean-iapo": {"aggregation": "sequence"}}
+    assert claims._mean_of(runs | {"evaluation": {}}) == "*token mean*"
+
+
 def test_a_size_asks_for_no_more_completions_than_it_samples():
     with pytest.raises(ValueError, match=r"ks must be at most num_generations = 2, got \(1, 4\)"):
         Size((0,), 1, problems=2, num_generations=2, ks=(1, 4))
@@ -275,7 +297,7 @@ def test_a_study_that_was_run_adds_its_section():
     without = claims.report(files)
     controls = {"controls": read_json(results_path(FIGURES, "controls", "full"))}
     text = claims.report(files | controls)
-    assert "Controls" not in without and without.startswith(text.split("\n\nMade with")[0])
+    assert "Controls" not in without and without.startswith(text.split("\n\nFurther studies")[0])
     assert "the controls with at least 3 seeds and 200 test stories of 8 completions." in text
     (section,) = (part for part in text.split("\n## ") if part.startswith("Controls"))
     assert section.count("gives longer completions than IAPO") == 20

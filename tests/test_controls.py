@@ -188,6 +188,6 @@ def test_every_control_is_judged_by_whether_iapo_is_shorter():
     told, verdict = judged["token mean: s shuffled within the completion"]
     assert told.startswith("30.2 [") and told.endswith("; -0.100 [-0.100, -0.100]")
     assert verdict == "holds"
-    assert judged["token mean: the known roles for s"][1] == "cannot tell"
-    assert judged["sequence mean: the known roles for s"][1] == "does not hold"
+    assert judged["token mean: s from the known roles"][1] == "cannot tell"
+    assert judged["sequence mean: s from the known roles"][1] == "does not hold"
     assert len(judged) == 2 * len(controls.WHAT)

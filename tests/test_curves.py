@@ -2,7 +2,15 @@
 
 import pytest
 
-from iapo_mini.lab.curves import MATCHED, WINDOW, accuracy_at, area, curves_table, of_curves
+from iapo_mini.lab.curves import (
+    MATCHED,
+    WINDOW,
+    accuracy_at,
+    area,
+    curves_table,
+    of_curves,
+    steps_table,
+)
 
 
 def curve(length, accuracy=None):
@@ -46,3 +54,12 @@ def test_runs_that_end_early_are_left_out():
     assert "| IAPO | 45.0 [45.0, 45.0] |" in table
     assert table.count("0.500 (2 of 2)") == len(MATCHED)
     assert table.count("(0 of 1)") == len(MATCHED)
+
+
+def test_policies_on_the_way_are_told_for_runs_that_reach_the_last_step():
+    early = {"length": [60.4, 30.0, 50.0], "pass@1": [0.6, 0.8, 0.1]}  # the third run ends here
+    late = {"length": [31.0, 30.0], "pass@1": [0.7, 0.9]}
+    rows = {"start": {}, "iapo": {"on_the_way": {"22": early, "60": late}}}
+    title, _, row = steps_table({"methods": rows}).splitlines()
+    assert title == "| method | tokens at 22 | tokens at 60 | Pass@1 at 22 | Pass@1 at 60 |"
+    assert row == "| IAPO | 60, 30 | 31, 30 | 0.700 | 0.800 |"

@@ -99,8 +99,8 @@ class IAPOTrainer(GRPOTrainer):
     TRL's loss.
 
     Raises:
-        ValueError: for a postfix without tokens, or with FSDP. (The estimator needs all weights at
-            once. DeepSpeed gathers them, TRL's FSDP does not.)
+        ValueError: for a postfix without tokens, or for a method with an estimate and FSDP. (The
+            estimator needs all weights at once. DeepSpeed gathers them, TRL's FSDP does not.)
     """
 
     args: IAPOConfig

@@ -22,26 +22,32 @@ def ablation(
 ) -> dict:
     """Remake the paper's Fig. 5, the effect of each part of the advantage, from Table 1's runs."""
     results = table1(preset, out=out, figures=figures, parallel=parallel)
-    figures, k = Path(figures), max(results["config"]["evaluation"]["ks"])
-    rows = {name: results["methods"][name] for name in ABLATED}
+    found = of_parts(results)
+    write_json(results_path(Path(figures), "ablation", preset), found)
+    draw(results, Path(figures), preset)
+    return found
+
+
+def of_parts(results: dict) -> dict:
+    """The content of ``ablation.json`` from that of ``table1.json``, for the rows that it has."""
+    k = max(results["config"]["evaluation"]["ks"])
+    rows = {name: results["methods"][name] for name in ABLATED if name in results["methods"]}
     gaps = {}
     for one, other in (
         ("iapo", "iapo_ne"), ("iapo_ne", "iapo_ni"), ("iapo", "iapo_ni"), ("iapo_pmi", "iapo"),
     ):  # fmt: skip
-        pairs = zip(rows[one][f"ratio@{k}"], rows[other][f"ratio@{k}"])
-        gaps[f"{one} - {other}"] = list(mean_interval([a - b for a, b in pairs]))
-    found = {
+        if one in rows and other in rows:
+            pairs = zip(rows[one][f"ratio@{k}"], rows[other][f"ratio@{k}"])
+            gaps[f"{one} - {other}"] = list(mean_interval([a - b for a, b in pairs]))
+    return {
         "k": k,
         **{metric: {m: r[f"{metric}@{k}"] for m, r in rows.items()}
            for metric in ("ratio", "length", "pass")},
         "gap": gaps,
-        "config": {m: results["config"][m] for m in ABLATED}
+        "config": {m: results["config"][m] for m in rows}
         | {"evaluation": results["config"]["evaluation"]},
         "versions": results["versions"],
     }  # fmt: skip
-    write_json(results_path(figures, "ablation", preset), found)
-    draw(results, figures, preset)
-    return found
 
 
 def draw(results: dict, figures: Path, preset: str = "full") -> None:

@@ -71,3 +71,21 @@ def curves_table(results: Mapping) -> str:
             cells.append(f"{told}({len(there)} of {len(areas)})")
         lines.append(f"| {plots.LABELS.get(name, name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def steps_table(results: Mapping) -> str:
+    """Policies judged along the way, as a Markdown table: tokens of each seed, and mean Pass@1.
+
+    Only runs that reach the last step are shown. They are the first ones of each row.
+    """
+    rows = {name: row["on_the_way"] for name, row in results["methods"].items()
+            if "on_the_way" in row}  # fmt: skip
+    steps = next(iter(rows.values()))
+    titles = [f"{what} at {step}" for what in ("tokens", "Pass@1") for step in steps]
+    lines = ["| method | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for name, judged in rows.items():
+        whole = min(len(found["length"]) for found in judged.values())
+        cells = [", ".join(f"{x:.0f}" for x in judged[step]["length"][:whole]) for step in steps]
+        cells += [f"{sum(judged[step]['pass@1'][:whole]) / whole:.3f}" for step in steps]
+        lines.append(f"| {plots.LABELS.get(name, name)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

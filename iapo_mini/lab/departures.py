@@ -3,11 +3,11 @@
 Nothing in the library depends on this module. It adds methods as a user would (docs/methods.md):
 one for each departure that changes the advantage, and one with all of them. Each is trained like
 ``iapo`` and compared with it on the same rollouts. All ask for early answers after every token,
-whatever the stride. Files and lines are those of the released code, commit c00f0c9. docs/results.md
-has the whole list and says what the library does instead.
+whatever the stride. Files and lines are those of the released code, commit c00f0c9.
+docs/released_code.md has the whole list and says what the library does instead.
 
     figures/results/departures.json
-      rows      name -> {"what": sentence, "correlation", "sign_flips", "token_term",
+      rows      name -> {"what": sentence, "correlation", "terms", "sign_flips", "token_term",
                          "length", "pass@1", "pass@k", "ratio@k": [one per seed]}
       iapo      the same outcomes for the paper's rule;  k, config, seeds, versions
 

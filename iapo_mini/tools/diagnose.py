@@ -311,7 +311,7 @@ def _reward(log: _Log) -> Finding:
     advice = {
         "falls": "training makes it worse: lower learning_rate, alpha and beta.",
         "within the noise": "more steps or more prompts_per_step would show a small gain. (The "
-        "loss does not show it: it is near zero by construction.)",
+        "loss does not show it.)",
     }.get(told, "")
     look = told == "falls" or value.startswith("not ")
     return Finding("reward, end less beginning", value, "rises", look, advice)
