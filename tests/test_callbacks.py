@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -91,6 +92,9 @@ class StandIn(types.ModuleType):
 
     def init(self, **settings):
         self.opened.append(settings)
+        if "dir" in settings:  # as wandb and TensorBoard do at once
+            Path(settings["dir"]).mkdir(parents=True, exist_ok=True)
+            (Path(settings["dir"]) / "events").write_text("", encoding="utf-8")
         return self
 
     def log(self, numbers, step):
@@ -100,7 +104,7 @@ class StandIn(types.ModuleType):
         self.finished += 1
 
     def SummaryWriter(self, folder):
-        return self.init(folder=folder)
+        return self.init(dir=folder)
 
     def add_text(self, *told):
         pass
@@ -140,6 +144,15 @@ def test_each_reporter_repeats_every_number_of_every_step(name, installed, tmp_p
     assert module.logged[-1] == (2, {"evaluation/pass@1": 0.5})
 
 
+@pytest.mark.parametrize("name", REPORTERS)
+def test_a_run_that_is_refused_leaves_no_file_of_a_reporter(name, installed, tmp_path):
+    folder = tmp_path / "run"
+    (watcher,) = reporters([name], folder, {})
+    with pytest.raises(ValueError, match="resume"):
+        train(CONFIG, folder, resume=True, callbacks=[watcher], progress=False)
+    assert not list(tmp_path.rglob("*")) and installed["tensorboard"].finished == 0
+
+
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
 def test_a_resumed_run_goes_on_under_its_name_and_another_folder_has_another(
     name, installed, tmp_path
@@ -161,7 +174,6 @@ def test_what_is_unknown_or_not_installed_is_refused_at_once(monkeypatch):
 
 def test_every_reporter_has_an_extra_of_its_name():
     import tomllib
-    from pathlib import Path
 
     project = tomllib.loads(
         (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ fails is dropped with a warning.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -34,23 +35,31 @@ def _identity(folder: Path) -> str:
 
 
 def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> Callback:
-    writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(
-        str(folder / "tensorboard")
-    )
-    writer.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
+    open_writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+
+    @functools.cache
+    def writer() -> Any:
+        """Opened at the first step: it writes into the folder, which a new run finds empty."""
+        opened = open_writer(str(folder / "tensorboard"))
+        opened.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
+        return opened
 
     def write(row: Mapping[str, Any], prefix: str = "") -> None:
         for name, value in numbers_of(row, prefix).items():
-            writer.add_scalar(name, value, row["step"])
-        writer.flush()
+            writer().add_scalar(name, value, row["step"])
+        writer().flush()
 
-    return Callback(write, lambda found: write(found, "evaluation/"), writer.close)
+    def close() -> None:
+        if writer.cache_info().currsize:
+            writer().close()
+
+    return Callback(write, lambda found: write(found, "evaluation/"), close)
 
 
 def _wandb(folder: Path, settings: Mapping[str, Any]) -> Callback:
     run = importlib.import_module("wandb").init(
-        project=PROJECT, name=folder.name, dir=str(folder), config=dict(settings),
-        id=_identity(folder), resume="allow",
+        project=PROJECT, name=folder.name, config=dict(settings), id=_identity(folder),
+        resume="allow",
     )  # fmt: skip
     return Callback(
         lambda row: run.log(numbers_of(row), step=row["step"]),
