@@ -14,6 +14,7 @@ from iapo_mini.lab import verdicts
 from iapo_mini.lab.choices import choices_by_start, choices_table
 from iapo_mini.lab.claims import _talk, of_table1, report_of_files
 from iapo_mini.lab.controls import control_claims, controls_table
+from iapo_mini.lab.curves import curves_table, steps_table
 from iapo_mini.lab.departures import departures_table
 from iapo_mini.lab.early_exit import early_exit_table
 from iapo_mini.lab.estimators import ESTIMATORS, POLICIES, speed_table, study_table
@@ -26,6 +27,7 @@ from iapo_mini.lab.results import comparison_table
 from iapo_mini.lab.runs import START
 from iapo_mini.lab.sizes import COMPARED, preset_of
 from iapo_mini.lab.starts import starts_table
+from iapo_mini.lab.table1 import DECIDING
 from iapo_mini.lab.tuning import ROWS, finished_trials, tuning_table
 from iapo_mini.lab.verdicts import judge
 from iapo_mini.recipes import RECIPES
@@ -95,6 +97,9 @@ def test_table1_in_the_texts_is_the_committed_result(table1_results):
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     for metric in ("pass", "length", "ratio"):
         assert comparison_table(table1_results, metric) in page
+    assert curves_table(table1_results) in page and steps_table(table1_results) in page
+    older = json.loads((ROOT / "figures/results/table1_sequence.json").read_text(encoding="utf-8"))
+    assert comparison_table(older) in page
     departed = json.loads((ROOT / "figures/results/departures.json").read_text(encoding="utf-8"))
     assert departures_table(departed) in page
     chosen = json.loads((ROOT / "figures/results/choices.json").read_text(encoding="utf-8"))
@@ -309,25 +314,48 @@ def test_selection_effects_in_the_docs_are_the_committed_ones():
 
 
 def test_numbers_of_table1_in_the_text_are_computed_from_it(table1_results):
-    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    page, readme = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("docs/results.md", "README.md")
+    )
     methods, clock = table1_results["methods"], table1_results["wall_clock"]
-    iapo, grpo, start = (methods[name] for name in ("iapo", "grpo", "start"))
+    iapo, start = methods["iapo"], methods["start"]
 
     def saved(one, other):
-        return mean_interval([1 - a / b for a, b in zip(one, other)])
-
-    def percent(interval):
+        interval = mean_interval([1 - a / b for a, b in zip(one, other)])
         return "{:.0f}% [{:.0f}, {:.0f}]".format(*(100 * x for x in interval))
 
-    shorter = saved(iapo["length@32"], grpo["length@32"])
-    talk = saved(_talk(iapo), _talk(start))
-    faster = saved(clock["iapo"], clock["grpo"])
-    for text in (f"{percent(shorter)} fewer tokens than GRPO", f"drops {percent(talk)} of it",
-                 f"{percent(saved(clock['iapo'], clock['start']))} less time",
-                 percent(faster)):  # fmt: skip
+    def minus(one, other, metric, digits, scale=1):
+        pairs = zip(methods[one][metric], methods[other][metric])
+        return format_interval(mean_interval([scale * (a - b) for a, b in pairs]), digits)
+
+    shorter = f"IAPO writes {saved(iapo['length@32'], methods['grpo']['length@32'])} fewer tokens"
+    assert f"{shorter} than GRPO" in page and f"{shorter} than GRPO" in readme
+    more_right = minus("iapo", "grpo", "pass@1", 3)
+    gained = minus("iapo", "iapo_ne", "ratio@32", 1, 1000)
+    mean, low, high = mean_interval(
+        [b - a for a, b in zip(iapo["length@32"], methods["iapo_ne"]["length@32"])]
+    )
+    for text in (f"a Pass@1 that is {more_right} higher", f"IAPO has {gained} more right answers",
+                 f"writes {mean:.1f} [{low:.1f}, {high:.1f}] fewer tokens",
+                 f"{saved(iapo['length@32'], methods['dapo']['length@32'])} fewer than DAPO",
+                 f"drops {saved(_talk(iapo), _talk(start))} of it",
+                 f"{saved(clock['iapo'], clock['start'])} less time",
+                 minus("iapo", "grpo_kimi", "pass@1", 3),
+                 minus("iapo", "grpo_efficient", "pass@1", 3)):  # fmt: skip
         assert text in page, text
-    gap = [a - b for a, b in zip(iapo["pass@1"], grpo["pass@1"])]
-    assert f"a Pass@1 that is {format_interval(mean_interval(gap))} higher" in page
+    for name in ("grpo_kimi", "grpo_efficient"):
+        longer = minus("iapo", name, "length@32", 1)
+        assert longer.startswith("1.9 [") and longer.removeprefix("1.9 ") in page
+    lengths = {name: [round(x) for x in row["length"]] for name, row in methods.items()}
+    assert "GRPO's seeds spread from {} to {} tokens and IAPO-NE's from {} to {}".format(
+        *(f(lengths[name]) for name in ("grpo", "iapo_ne") for f in (min, max))
+    ) in page  # fmt: skip
+    assert sorted(lengths["iapo"])[0] == 30 and sorted(lengths["iapo"])[-2:] == [32, 38]
+    assert sum(n < 35 for n in lengths["dapo"]) == 8
+    half = {metric: max((x[metric][1] - x[metric][0]) / 2 for row in methods.values()
+                        for x in row["intervals"]) for metric in ("pass@1", "length")}  # fmt: skip
+    assert f"at most {half['pass@1']:.2f} wide to each side for Pass@1" in page
+    assert f"and {half['length']:.1f} tokens for length" in page
 
 
 def test_the_page_of_claims_follows_from_the_committed_results():
@@ -340,24 +368,21 @@ def test_statements_about_table1_agree_with_its_verdicts(table1_results):
     rows = verdicts.judge(of_table1(table1_results))
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     testable = sum(row[3] != "cannot be tested" for row in rows)
-    assert testable == len(rows) - 5  # Pass@32, at 1 before training
-    shorter = {row[0].split(" (")[0].removeprefix("IAPO writes fewer tokens than ")
-               for row in rows[:5] if row[3] == "holds"}  # fmt: skip
-    ratio = [row[3] == "holds" for row in rows[10:15]]
-    assert shorter == {"GRPO", "S-GRPO"} and ratio == [True, False, False, False, False]
-    for told in (f"Corrected for the {testable} claims on the table that can be tested (Holm)",
-                 '"shorter than GRPO", "shorter than S-GRPO" and "a higher Ratio@32 than GRPO" '
-                 'stand; "shorter than GFPO"'):  # fmt: skip
-        assert told in page
+    assert all("Pass@32" in row[0] for row in rows if row[3] == "cannot be tested")
+    told = f"Corrected for the {testable} claims on the table that can be tested (Holm)"
+    assert f'{told}, "shorter than GRPO" stands; "a higher Ratio@32 than GRPO"' in page
+    stands = [row[0] for row in rows if row[3] in ("holds", "does not hold")]
+    compared = [text for text in stands if text.startswith("IAPO")]
+    assert compared == ["IAPO writes fewer tokens than GRPO (share of Length@32 saved)"]
 
 
-def test_table1_has_every_method_and_five_seeds(table1_results):
-    assert set(table1_results["methods"]) <= {"start", *ROWS}
-    assert set(table1_results["methods"]) >= {"start", "grpo", "dapo", "iapo", "iapo_ne"}
-    for result in table1_results["methods"].values():
+def test_the_rows_that_decide_have_ten_seeds(table1_results):
+    rows = table1_results["methods"]
+    assert set(rows) <= {START, *ROWS} and set(rows) >= {START, *DECIDING}
+    for name, result in rows.items():
         for k in (1, 2, 4, 8, 16, 32):
             for metric in ("pass", "length", "ratio"):
-                assert len(result[f"{metric}@{k}"]) == 5
+                assert len(result[f"{metric}@{k}"]) == (10 if name in DECIDING else 5)
     assert table1_results["config"]["evaluation"]["problems"] == 500
 
 
