@@ -281,3 +281,18 @@ def _behind_a_cache(causal_lm: Any, ids: torch.Tensor) -> torch.Tensor:
         ).logits
         out.append(logits[0])
     return torch.cat(out)
+
+
+def without_dropout(model: Any) -> Any:
+    """The same model with every probability of dropout at 0.
+
+    Dropout would make the policy of the update another one than the policy that wrote the
+    completions, with noise from the global random state, which no checkpoint holds.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    return model

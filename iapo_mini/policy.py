@@ -49,6 +49,7 @@ from iapo_mini.model_files import (
     check_quantised,
     model_source,
     of_repository,
+    without_dropout,
 )
 from iapo_mini.policies import EMBEDDED
 
@@ -362,7 +363,7 @@ def _load(
             raise not_loaded(model, unreached or first_line(error), within) from error
     check_loaded(model, tokenizer, causal_lm, told)
     check_forward(model, causal_lm)
-    return tokenizer, causal_lm
+    return tokenizer, without_dropout(causal_lm)
 
 
 def _with_trained_adapter(causal_lm: Any, adapter: str | Path, model: str) -> PeftModel:
@@ -374,7 +375,7 @@ def _with_trained_adapter(causal_lm: Any, adapter: str | Path, model: str) -> Pe
         )
     try:
         with _by_older_names():
-            return PeftModel.from_pretrained(causal_lm, adapter, is_trainable=True)
+            return without_dropout(PeftModel.from_pretrained(causal_lm, adapter, is_trainable=True))
     except Exception as error:
         raise ValueError(
             f"adapter must be one trained on '{model}', got '{adapter}', which can't be loaded "

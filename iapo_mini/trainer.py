@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -325,6 +326,8 @@ def _gradient(
     totals: dict[str, float] = {}
     for start in range(0, rows, size):
         part = rollouts.rows(start, start + size)
+        if group == 1:  # the part may begin within a group, so no pass over a prompt is shared
+            part = replace(part, num_generations=1)
         share = len(part.completion_ids) / rows
         mask = counted[start : start + size, : part.completion_mask.shape[1]]
         # Statistics are weighted by tokens; the loss is weighted according to its aggregation.

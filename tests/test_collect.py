@@ -10,6 +10,7 @@ from iapo_mini import trainer
 from iapo_mini.advantages import sgrpo, sgrpo_tokens
 from iapo_mini.callbacks import Callback
 from iapo_mini.objective import policy_loss
+from iapo_mini.policy import load_policy
 from iapo_mini.recipes import RECIPES, Recipe
 from iapo_mini.sampling import sample
 from iapo_mini.tasks import Problem
@@ -121,3 +122,24 @@ def test_tokens_that_are_not_counted_are_in_no_denominator(
         aggregation=aggregation,
     )  # fmt: skip
     assert found["loss"] != pytest.approx(float(whole.detach()), rel=1e-2)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_the_reference_of_a_part_that_begins_within_a_group_sees_its_own_prompts(
+    tiny_folder, config, gradient_checkpointing
+):
+    """Before the first update the policy is the reference, so KL is 0 however rows are split."""
+    policy = load_policy(
+        tiny_folder, lora_rank=0, keep_reference=True, gradient_checkpointing=gradient_checkpointing
+    )
+    problems = [Problem("What is 2 + 2?", "4"), Problem("Ann has 3 apples and buys 2.", "5")]
+    rollouts = sample(policy, problems, num_generations=6, max_completion_length=6, seed=1)
+    rollouts = rollouts.filled(correct=torch.ones(12, dtype=torch.bool), rewards=torch.ones(12))
+    config = replace(
+        config, method="grpo", lora_rank=0, num_generations=6, micro_batch_size=4, kl_coef=0.1,
+        gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
+    advantages = torch.zeros(rollouts.completion_mask.shape)
+    assert trainer._gradient(policy, rollouts, advantages, config)["kl"] == pytest.approx(
+        0, abs=1e-6
+    )

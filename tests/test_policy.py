@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close_in_fp32, perturb_lora, redraw
+from helpers import assert_close_in_fp32, perturb_lora, redraw, tiny_policy
 from transformers import AutoModelForCausalLM
 
 from iapo_mini.lab.story_model import build_model
@@ -244,3 +244,25 @@ def test_an_adapter_of_another_model_is_refused(tokenizer, perturbed, tmp_path):
 @pytest.mark.parametrize("rank", [-1, -8])
 def test_a_negative_rank_is_refused(tiny_folder, rank):
     assert f"lora_rank must be at least 0, got {rank}" in refusal(tiny_folder, lora_rank=rank)
+
+
+@pytest.mark.parametrize(
+    ("name", "dropout"),
+    [("gpt2", {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}),
+     ("qwen2", {"attention_dropout": 0.2}), ("opt", {"dropout": 0.2, "attention_dropout": 0.2})],
+)  # fmt: skip
+def test_a_loaded_model_has_no_dropout(name, dropout, tokenizer, tmp_path):
+    saved = tiny_policy(name, tokenizer, **dropout)
+    saved.save(tmp_path / "model")
+    model = load_policy(str(tmp_path / "model"), lora_rank=4).model.train()
+    assert torch.equal(logits(model), logits(model))
+    assert torch.equal(logits(model), logits(model.eval()))
+
+
+def test_a_loaded_adapter_has_no_dropout(perturbed, tiny_folder, tmp_path):
+    perturbed.save(tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(settings | {"lora_dropout": 0.3}), encoding="utf-8")
+    model = load_policy(tiny_folder, adapter=tmp_path / "adapter").model.train()
+    assert torch.equal(logits(model), logits(model.eval()))

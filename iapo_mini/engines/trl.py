@@ -249,7 +249,7 @@ class IAPOTrainer(GRPOTrainer):
                 self.model.train()  # the estimator has set eval mode
         told = torch.stack([(rollouts.informativeness * own).sum(), own.sum()])
         told = self.accelerator.gather(told).view(-1, 2).sum(0)
-        self._metrics["train"]["informativeness"].append((told[0] / told[1]).item())
+        self._metrics["train"]["informativeness"].append((told[0] / told[1].clamp(min=1)).item())
         return rollouts
 
     def _old(self, batch: dict[str, Any], entropies: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -109,7 +109,8 @@ def misplaced_entropies(policy: Policy, rollouts: Rollouts, chunk: int = CHUNK) 
     model, suffix = policy.for_inference(), encode_postfix(policy)
     width, k = rollouts.prompt_ids.shape[1], len(suffix)
     longest = rollouts.completion_ids.shape[1]
-    out = torch.zeros(len(rollouts.lengths), longest + 1)
+    device = policy.device
+    out = torch.zeros(len(rollouts.lengths), longest + 1, device=device)
     for trunk in trunk_blocks(model, rollouts, 1, need_logits=False):
         i = int(trunk.rows)
         padding = width - int(rollouts.prompt_mask[i].sum())
@@ -124,10 +125,11 @@ def misplaced_entropies(policy: Policy, rollouts: Rollouts, chunk: int = CHUNK) 
             )
             seen = (torch.arange(end) < (width + t)[:, None])[:, None].expand(-1, k, -1)
             own = torch.ones(k, k, dtype=torch.bool).tril().expand(n, -1, -1)
+            mask = torch.cat([seen, own], dim=2)[:, None].to(device)
             logits = model(
                 suffix.expand(n, -1),
-                attention_mask=torch.cat([seen, own], dim=2)[:, None],
-                position_ids=(place + torch.arange(k)).expand(n, -1),
+                attention_mask=mask,
+                position_ids=(place + torch.arange(k, device=device)).expand(n, -1),
                 past_key_values=cache,
                 logits_to_keep=1,
             ).logits[:, -1]
