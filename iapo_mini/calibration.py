@@ -24,11 +24,12 @@ from iapo_mini.chat import continuation_ids
 from iapo_mini.early_exit.prefixes import ask
 from iapo_mini.early_exit.question import Question
 from iapo_mini.early_exit.reading import logits_entropy
-from iapo_mini.errors import check_choice, check_number
+from iapo_mini.errors import MOST_REAL, MOST_ROWS, MOST_STEPS, check_choice, check_number
 from iapo_mini.exit_training import anchor_loss, draw_exits, exit_loss
 from iapo_mini.files import same_settings
 from iapo_mini.information import encode_postfix
 from iapo_mini.intervals import expected_calibration_error
+from iapo_mini.logprobs import plain_model
 from iapo_mini.metrics import LOG, trim_log, whole_log
 from iapo_mini.policy import Policy
 from iapo_mini.problems.stories import chain_of_thought
@@ -144,6 +145,7 @@ def calibration(
         ValueError: for an unknown ``against``, or when no completion gives an answer.
     """
     check_choice("against", against, ("final", "truth"))
+    check_number("parts", parts, 1, MOST_ROWS)
     if rollouts is None:
         rollouts = sample(policy, list(problems), num_generations=1, seed=seed)
     group = rollouts.num_generations
@@ -206,6 +208,11 @@ def _batches(
 def _update(
     policy: Policy, optimizer: torch.optim.Optimizer, loss: torch.Tensor, learning_rate: float
 ) -> None:
+    if not torch.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss of the calibration is {loss.item()}; its update is not made. Lower "
+            "learning_rate."
+        )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     loss.backward()
@@ -322,9 +329,21 @@ def calibrate(
 
     Raises:
         ValueError: when problems run out, when they are not stories and ``texts`` is None, for a
-            ``td_lambda`` out of range, or for a folder with another calibration.
+            number out of range, for a policy with gradient checkpointing, or for a folder with
+            another calibration.
+        FloatingPointError: when a loss is not finite; its update is not made.
     """
+    check_number("steps", steps, 1, MOST_STEPS)
+    for name, value in (("batch_size", batch_size), ("exits", exits), ("save_every", save_every)):
+        check_number(name, value, 1, MOST_ROWS)
+    check_number("learning_rate", learning_rate, above=0, most=1)
+    check_number("anchor", anchor, 0, MOST_REAL)
     check_number("td_lambda", td_lambda, above=0, most=1)
+    if getattr(plain_model(policy.model), "is_gradient_checkpointing", False):
+        raise ValueError(
+            "policy has gradient_checkpointing, which keeps no keys and values for forced answers; "
+            "load it without to calibrate it."
+        )
     model, rng, ids = policy.model, random.Random(seed), encode_postfix(policy, postfix)
     before = {name: p.detach().clone() for name, p in policy.trainable().items()}
     optimizer = torch.optim.AdamW(policy.trainable().values(), weight_decay=0.0)

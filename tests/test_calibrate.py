@@ -364,3 +364,29 @@ def test_problems_without_a_chain_are_refused(lora_policy):
     problems = [Problem("1 + 1?", "2")] * 4
     with pytest.raises(ValueError, match="not stories, but texts is None"):
         calibrate(lora_policy, problems, steps=1, batch_size=2, exits=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("steps", 0), ("batch_size", 0), ("exits", 0), ("save_every", 0), ("anchor", -1.0),
+     ("learning_rate", float("nan")), ("learning_rate", 0.0), ("td_lambda", 0.0)],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused_before_any_step(base_policy, name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must be"):
+        calibrate(base_policy, stories("train", seed=0), progress=False, **{name: value})
+
+
+def test_a_policy_with_gradient_checkpointing_is_refused(tiny_folder):
+    policy = load_policy(tiny_folder, lora_rank=4, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="gradient_checkpointing"):
+        calibrate(policy, stories("train", seed=0), steps=1, progress=False)
+
+
+def test_a_loss_that_is_not_finite_makes_no_update(tiny_folder, monkeypatch):
+    policy = load_policy(tiny_folder, lora_rank=4)
+    before = {name: p.detach().clone() for name, p in policy.trainable().items()}
+    broken = lambda *_, **__: torch.tensor(float("nan"), requires_grad=True)  # noqa: E731
+    monkeypatch.setattr("iapo_mini.calibration.exit_loss", broken)
+    with pytest.raises(FloatingPointError, match="not made"):
+        calibrate(policy, stories("train", seed=0), steps=1, batch_size=2, progress=False)
+    assert all(torch.equal(before[name], p) for name, p in policy.trainable().items())

@@ -297,6 +297,28 @@ def test_token_terms_skip_unrewarded_rows_and_tokens_of_tools(trainer, monkeypat
     assert advantages[1:, 2].any()
 
 
+@pytest.mark.parametrize("method", ["gfpo", "grpo_kimi", "grpo_efficient"])
+def test_a_truncated_row_that_trl_masks_does_not_count_as_the_shortest(
+    trainer, schooled_folder, method
+):
+    """The other rows have the advantages that they have without the option."""
+    found, rewards = [], [float(i % 3) for i in range(64)]
+    for masked in (False, True):
+        ours = trainer(
+            policy=perturb_lora(load_policy(schooled_folder, lora_rank=4)), iapo_method=method,
+            max_completion_length=10, temperature=2.0, mask_truncated_completions=masked,
+        )  # fmt: skip
+        ours.reward_funcs[0] = lambda completions, **kw: rewards[: len(completions)]
+        torch.manual_seed(0)
+        found.append(batch_of(ours))
+    plain, batch = found
+    assert torch.equal(plain["completion_ids"], batch["completion_ids"])
+    kept = batch["completion_mask"].bool().any(1)
+    assert 0 < kept.sum() < len(kept)
+    torch.testing.assert_close(batch["advantages"][kept], plain["advantages"][kept])
+    assert not batch["advantages"][~kept].any() and batch["advantages"][kept].any()
+
+
 def steps_of(trainer, steps=3):
     torch.manual_seed(3)
     trainer.args.max_steps = steps

@@ -204,6 +204,10 @@ class IAPOTrainer(GRPOTrainer):
         everyone = self._gathered(rollouts)
         rows, width = rollouts.completion_mask.shape
         here = slice(start, start + rows), slice(0, width)
+        # A rule needs every length. TRL empties the mask of a truncated completion that it leaves
+        # out, so such a row counts as full here, and its advantages are dropped later.
+        full = everyone.completion_mask | ~everyone.completion_mask.any(1, keepdim=True)
+        everyone = replace(everyone, completion_mask=full)
         weigh = ADVANTAGES[recipe.rule] if isinstance(recipe.rule, str) else recipe.rule
         advantages = weigh(everyone, alpha, float(self.args.iapo_beta or 0))[here]
         if recipe.counted is not None:
