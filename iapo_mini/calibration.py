@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -278,6 +278,22 @@ class _Progress:
             save_checkpoint(self.folder, done, policy, optimizer)
 
 
+def _check_settings(policy: Policy, settings: Mapping[str, Any], save_every: int) -> None:
+    """Refuse what :func:`calibrate` can't work with, before its first step."""
+    check_number("steps", settings["steps"], 1, MOST_STEPS)
+    for name in ("batch_size", "exits"):
+        check_number(name, settings[name], 1, MOST_ROWS)
+    check_number("save_every", save_every, 1, MOST_STEPS)
+    check_number("learning_rate", settings["learning_rate"], above=0, most=1)
+    check_number("anchor", settings["anchor"], 0, MOST_REAL)
+    check_number("td_lambda", settings["td_lambda"], above=0, most=1)
+    if getattr(plain_model(policy.model), "is_gradient_checkpointing", False):
+        raise ValueError(
+            "policy has gradient_checkpointing, which keeps no keys and values for forced answers; "
+            "load it without to calibrate it."
+        )
+
+
 def calibrate(
     policy: Policy,
     problems: Iterable[Problem],
@@ -316,8 +332,7 @@ def calibrate(
         td_lambda: above 0; 1 trains every exit on the true answer, less also on the next exit. The
             value falls from 1 to this over the first quarter of the steps.
         postfix: text that forces an answer.
-        texts: completions to learn from, one for each problem in order, if the problems are not
-            stories (for example right completions of the policy).
+        texts: completions to learn from, one for each problem, if the problems are not stories.
         seed: seed of cuts and chains.
         folder: where checkpoints are kept. With the same policy and settings, calibration continues
             after the newest one, to the same numbers as without a break.
@@ -328,29 +343,18 @@ def calibrate(
         One ``{"kl", "exit_loss"}`` for each step, nats per token and nats per forced answer.
 
     Raises:
-        ValueError: when problems run out, when they are not stories and ``texts`` is None, for a
-            number out of range, for a policy with gradient checkpointing, or for a folder with
-            another calibration.
+        ValueError: for too few problems, for problems that are not stories without ``texts``, a
+            number out of range, gradient checkpointing, or a folder with another calibration.
         FloatingPointError: when a loss is not finite; its update is not made.
     """
-    check_number("steps", steps, 1, MOST_STEPS)
-    for name, value in (("batch_size", batch_size), ("exits", exits), ("save_every", save_every)):
-        check_number(name, value, 1, MOST_ROWS)
-    check_number("learning_rate", learning_rate, above=0, most=1)
-    check_number("anchor", anchor, 0, MOST_REAL)
-    check_number("td_lambda", td_lambda, above=0, most=1)
-    if getattr(plain_model(policy.model), "is_gradient_checkpointing", False):
-        raise ValueError(
-            "policy has gradient_checkpointing, which keeps no keys and values for forced answers; "
-            "load it without to calibrate it."
-        )
-    model, rng, ids = policy.model, random.Random(seed), encode_postfix(policy, postfix)
-    before = {name: p.detach().clone() for name, p in policy.trainable().items()}
-    optimizer = torch.optim.AdamW(policy.trainable().values(), weight_decay=0.0)
     settings = {
         "steps": steps, "batch_size": batch_size, "exits": exits, "learning_rate": learning_rate,
         "anchor": anchor, "td_lambda": td_lambda, "postfix": postfix, "seed": seed,
     }  # fmt: skip
+    _check_settings(policy, settings, save_every)
+    model, rng, ids = policy.model, random.Random(seed), encode_postfix(policy, postfix)
+    before = {name: p.detach().clone() for name, p in policy.trainable().items()}
+    optimizer = torch.optim.AdamW(policy.trainable().values(), weight_decay=0.0)
     kept = _Progress(None if folder is None else Path(folder), settings, save_every, progress)
     done = kept.restore(policy, optimizer)
     model.train()
