@@ -320,14 +320,13 @@ def _gradient(
     counted = _counted(rollouts, recipe)
     # Completions of a group share the pass over their prompt, except with checkpointing.
     group = 1 if config.gradient_checkpointing else config.num_generations
+    rollouts = replace(rollouts, num_generations=group)  # so that parts are of whole groups
     scale = _FP16_LOSS_SCALE if policy.dtype == torch.float16 else 1.0
     size = math.ceil(config.micro_batch_size / group) * group
     tokens = int(counted.sum())
     totals: dict[str, float] = {}
     for start in range(0, rows, size):
         part = rollouts.rows(start, start + size)
-        if group == 1:  # the part may begin within a group, so no pass over a prompt is shared
-            part = replace(part, num_generations=1)
         share = len(part.completion_ids) / rows
         mask = counted[start : start + size, : part.completion_mask.shape[1]]
         # Statistics are weighted by tokens; the loss is weighted according to its aggregation.

@@ -284,7 +284,7 @@ def test_one_seed_without_a_right_answer_gives_no_verdict():
     text = claims.report(one, "quick")
     for section in text.split("\n## ")[1:]:
         found = re.findall(r"\*\*(.+?)\*\* \|\n", section)
-        assert found
+        assert len(found) >= (1 if section.startswith("What each part is worth") else 3)
         if section.startswith("Theory"):
             assert "holds" in found
         else:
