@@ -6,12 +6,13 @@ of that model's weights. The name alone is not enough, because the weights at a 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,21 @@ def pass_over_old_torchao() -> None:
         for name, module in list(sys.modules.items()):
             if name.split(".")[0] == "peft" and hasattr(module, "is_torchao_available"):
                 vars(module)["is_torchao_available"] = lambda: False
+
+
+@contextlib.contextmanager
+def exchanged(
+    parameters: dict[str, torch.nn.Parameter], values: dict[str, torch.Tensor]
+) -> Iterator[None]:
+    """Let these parameters have other values for a while. No number is copied."""
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, value in values.items():
+            parameters[name].data = value
+        yield
+    finally:
+        for name, value in own.items():
+            parameters[name].data = value
 
 
 def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -28,6 +28,8 @@ _KNOWN: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictiona
 _PREFILL = re.compile(r"<think>\s*\Z")
 _QUESTION, _ANSWER = "1 + 1?", "An answer."
 _LIMIT = 100_000  # largest number of characters in the prompt of a short question
+_NO_CHARACTER = "\ufffd"  # what bytes that are no whole character are decoded to
+_MOST_BYTES = 4  # of a character in UTF-8
 _SPACE = "\u2581"  # SentencePiece's sign for the space before a word
 
 
@@ -192,13 +194,31 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text of each token when it follows another token; joined, they give the whole text."""
-    if not _writes_spaces(tokenizer):
-        return [str(tokenizer.decode([i], skip_special_tokens=False)) for i in ids]
+    """The text of each token when it follows another token; joined, they give the whole text.
+
+    Tokens of bytes may split a character. Then the last of its tokens has the character, and those
+    before it have an empty text.
+    """
+    texts: list[str] = []
+    parts: list[int] = []  # tokens of a character that is not whole yet
+    for i in ids:
+        parts.append(i)
+        text = _text_after_another(tokenizer, tuple(parts))
+        whole = not text.endswith(_NO_CHARACTER) or len(parts) == _MOST_BYTES
+        texts.append(text if whole else "")
+        parts = [] if whole else parts
+    if parts:
+        texts[-1] = text
+    return texts
+
+
+def _text_after_another(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
+    """The text of these tokens when they follow another token."""
+    spaces = _writes_spaces(tokenizer)
     known = _KNOWN[tokenizer].setdefault("texts", {})
-    anchor = tokenizer.encode("a", add_special_tokens=False)
-    before = str(tokenizer.decode(anchor, skip_special_tokens=False))
-    for i in set(ids) - known.keys():
-        text = str(tokenizer.decode([*anchor, i], skip_special_tokens=False))
-        known[i] = text[len(before) :] if text.startswith(before) else text
-    return [known[i] for i in ids]
+    if ids not in known:
+        anchor = tokenizer.encode("a", add_special_tokens=False) if spaces else []
+        before = str(tokenizer.decode(anchor, skip_special_tokens=False))
+        text = str(tokenizer.decode([*anchor, *ids], skip_special_tokens=False))
+        known[ids] = text.removeprefix(before)
+    return str(known[ids])

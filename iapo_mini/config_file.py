@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from iapo_mini.config import CARDS, TrainConfig
 from iapo_mini.errors import check_choice, first_line, shown
 
-OF_A_RUN = ("from_recipe", "data_fingerprint", "model_fingerprint")
+OF_A_RUN = ("from_recipe", "data_fingerprint", "problems_fingerprint", "model_fingerprint")
 """Entries of a run's config.json that are not settings."""
 
 
@@ -33,16 +34,19 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"config must be a .yaml or .json file, got '{path}'")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is also YAML
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise ValueError(
             f"config is '{path}', which can't be read ({error.strerror or error})."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"config is '{path}', which is damaged ({first_line(error)}).") from error
     if not isinstance(found, dict):
         raise ValueError(f"config must hold lines of the form 'name: value', got {shown(found)}")
-    recipe = found.get("from_recipe") or ()
+    recipe = found.get("from_recipe") or []
+    if not isinstance(recipe, list):
+        raise ValueError(f"from_recipe must be a list of names in config, got {shown(recipe)}")
     settings = {
         name: value for name, value in found.items() if name not in (*OF_A_RUN, "card", *recipe)
     }

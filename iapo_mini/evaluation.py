@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from iapo_mini.policy import Policy
 from iapo_mini.progress import tokens_shown
 from iapo_mini.rewards import check_completion, lenient_correct, score
 from iapo_mini.sampling import check_length, sample
-from iapo_mini.tasks import Problem, messages
+from iapo_mini.tasks import Problem, fingerprint_of_problems
 
 _OF_POLICY = "fingerprint of the policy"
 
@@ -333,7 +332,7 @@ def _saved(
     settings = {
         **asdict(how),
         "number of problems": len(problems),
-        "fingerprint of the problems": _fingerprint_of_problems(problems),
+        "fingerprint of the problems": fingerprint_of_problems(problems),
         _OF_POLICY: fingerprint_of_weights(policy.model.named_parameters()),
     }
     size = how.problems_at_once
@@ -393,8 +392,3 @@ def read_completions(
                 "completions again."
             )
     return found
-
-
-def _fingerprint_of_problems(problems: Sequence[Problem]) -> str:
-    told = json.dumps([[messages(problem), problem.answer] for problem in problems])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]

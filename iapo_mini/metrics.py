@@ -53,11 +53,13 @@ def step_metrics(
     mask, s = rollouts.completion_mask, rollouts.known.get("informativeness")
     groups = rollouts.rewards.view(-1, rollouts.num_generations)
     drawn = rollouts.known.get("sampled_logprobs")
+    # A reward is correctness (+1 or -1) and format (+0.5 or -0.5).
+    correctness = torch.where(rollouts.correct, 1.0, -1.0)
     return {
         "loss": stats["loss"],
         "reward": float(rollouts.rewards.mean()),
         "accuracy": float(rollouts.correct.float().mean()),
-        "format": float((rollouts.rewards > -1).float().mean()),
+        "format": float((rollouts.rewards > correctness).float().mean()),
         "length": float(rollouts.lengths.float().mean()),
         "truncated": float((~rollouts.finished).float().mean()),
         "entropy": stats["entropy"],

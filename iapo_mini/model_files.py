@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
+from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import huggingface_hub
 import torch
+import transformers
 from transformers.cache_utils import Cache, DynamicLayer
 
 from iapo_mini.attention import model_mask, positions_of
@@ -296,3 +301,18 @@ def without_dropout(model: Any) -> Any:
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
     return model
+
+
+@contextlib.contextmanager
+def by_older_names() -> Iterator[None]:
+    """Silence transformers' warning about an old name of checkpointing that peft and we use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def quiet_libraries() -> None:
+    """Switch off the libraries' progress bars, retry notes and advice, to keep output readable."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()

@@ -1,9 +1,9 @@
 """The policy: a tokenizer and a causal language model, with LoRA by default.
 
-Under LoRA the reference policy is the same model with the adapter switched off. ``load_policy()``
-loads the embedded policy that ships with the package. It also loads a folder or hub id of any
-causal LM, and with ``four_bit=True`` it keeps the weights in bitsandbytes' NF4 (QLoRA, arXiv
-2305.14314). Nothing is unpickled and no remote code runs.
+Under a new LoRA adapter the reference policy is the same model with the adapter switched off.
+``load_policy()`` loads the embedded policy that ships with the package, or a folder or hub id of
+any causal LM. ``four_bit=True`` keeps the weights in bitsandbytes' NF4 (QLoRA, arXiv 2305.14314).
+Nothing is unpickled and no remote code runs.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -27,6 +25,7 @@ from iapo_mini.adapters import (
     base_of,
     check_base,
     check_merge,
+    exchanged,
     is_plain_lora,
     merged_by_peft,
     pass_over_old_torchao,
@@ -44,11 +43,13 @@ from iapo_mini.four_bit import (
 )
 from iapo_mini.hub import not_loaded, reaching
 from iapo_mini.model_files import (
+    by_older_names,
     check_forward,
     check_loaded,
     check_quantised,
     model_source,
     of_repository,
+    quiet_libraries,
     without_dropout,
 )
 from iapo_mini.policies import EMBEDDED
@@ -63,8 +64,9 @@ class Policy:
             methods of both, hence ``Any`` here and where the model is returned.)
         tokenizer: the model's tokenizer, which pads on the left.
         frozen: copy of the start weights for full fine-tuning with a KL term, else None.
+        start: the adapter's weights in the reference, by name; empty if it has no adapter.
         name: the name, folder or hub id that it was loaded by.
-        asked: the subfolder and revision of the hub repository, where they were given.
+        asked: the subfolder and revision of the hub repository, if they were given.
     """
 
     model: Any
@@ -72,6 +74,7 @@ class Policy:
     frozen: PreTrainedModel | None = None
     name: str = ""
     asked: dict[str, str] = field(default_factory=dict)
+    start: dict[str, torch.Tensor] = field(default_factory=dict)
     _merged: PreTrainedModel | None = None
 
     @property
@@ -112,14 +115,33 @@ class Policy:
             )
         return torch.tensor(ids, device=self.device)
 
+    def keep_reference(self) -> None:
+        """Make the present weights those of the reference policy, as ``train`` does at its start.
+
+        A new adapter adds zero and needs no copy. A trained one is copied. Raises the same errors
+        as :meth:`reference`.
+        """
+        if not self.uses_lora:
+            with self.reference():
+                return
+        adapter = self.trainable()
+        trained = any(value.any() for name, value in adapter.items() if ".lora_B." in name)
+        if trained or not is_plain_lora(self.model):
+            self.start = {name: value.detach().clone() for name, value in adapter.items()}
+
     @contextlib.contextmanager
     def reference(self) -> Iterator[Any]:
-        """The reference policy pi_ref, which has the start weights. LoRA needs no copy of them.
+        """The reference policy pi_ref, with the weights at the last :meth:`keep_reference`.
+
+        Before such a call it is the model without its adapter.
 
         Raises:
             ValueError: under full fine-tuning, when no frozen copy was kept at load.
         """
-        if self.uses_lora:
+        if self.start:
+            with exchanged(self.trainable(), self.start):
+                yield self.model
+        elif self.uses_lora:
             with self.model.disable_adapter():
                 yield self.model
         elif self.frozen is not None:
@@ -139,11 +161,8 @@ class Policy:
         adapter to 16 bits would lose most of an adapter that has changed little so far.
         """
         self.model.eval()
-        if not self.uses_lora:
-            return self.model
-        if self.dtype != torch.float32 or not is_plain_lora(self.model):
-            return self.model
-        if not has_room_for_copy(self.device, self.model.num_parameters()):
+        small = self.uses_lora and self.dtype == torch.float32 and is_plain_lora(self.model)
+        if not small or not has_room_for_copy(self.device, self.model.num_parameters()):
             return self.model
         if self._merged is None:
             self._merged = self.merged()
@@ -229,21 +248,6 @@ class Policy:
             write_base(folder, self.model, self.name, self.asked)
 
 
-@contextlib.contextmanager
-def _by_older_names() -> Iterator[None]:
-    """Silence transformers' warning about an old name of checkpointing that peft and we use."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-
-
-def quiet_libraries() -> None:
-    """Switch off the libraries' progress bars, retry notes and advice, to keep output readable."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    huggingface_hub.utils.logging.set_verbosity_error()
-
-
 def load_policy(
     model: str | None = None,
     *,
@@ -310,7 +314,7 @@ def load_policy(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if gradient_checkpointing and not four_bit:
-        with _by_older_names():
+        with by_older_names():
             causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     frozen = copy.deepcopy(causal_lm).requires_grad_(False).eval() if keep_reference else None
     if adapter is not None:
@@ -351,7 +355,7 @@ def _load(
             causal_lm: Any
             if four_bit:
                 causal_lm, told = load_four_bit(source, device, dtype, **asked)
-                with _by_older_names():
+                with by_older_names():
                     causal_lm = prepare_for_adapter(causal_lm, dtype, checkpointing)
             else:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -374,7 +378,7 @@ def _with_trained_adapter(causal_lm: Any, adapter: str | Path, model: str) -> Pe
             f"'{adapter}', which has no adapter_model.safetensors"
         )
     try:
-        with _by_older_names():
+        with by_older_names():
             return without_dropout(PeftModel.from_pretrained(causal_lm, adapter, is_trainable=True))
     except Exception as error:
         raise ValueError(
@@ -392,5 +396,5 @@ def _with_new_adapter(causal_lm: Any, rank: int, alpha: int, seed: int) -> Any:
         config = LoraConfig(
             r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
         )
-        with _by_older_names():
+        with by_older_names():
             return get_peft_model(causal_lm, config)

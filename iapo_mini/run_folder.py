@@ -17,7 +17,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +32,12 @@ from iapo_mini.files import remove, replace_folder, replace_text, writable_folde
 from iapo_mini.metrics import LOG, logged, sum_of_log, trim_log, whole_log
 from iapo_mini.problems.datasets import fingerprint
 from iapo_mini.signals import asked_to_end
+from iapo_mini.tasks import fingerprint_of_problems
 
 if TYPE_CHECKING:
     from iapo_mini.policy import Policy
     from iapo_mini.rollouts import Rollouts
+    from iapo_mini.tasks import Problem
 
 _LOCK = ".lock"
 
@@ -244,13 +246,26 @@ class Run:
                 f"got {self.config.max_steps}; name a new folder for a shorter run"
             )
 
-    def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-        """Write the settings, load the newest undamaged checkpoint, return its steps (or 0)."""
+    def restore(
+        self,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        problems: Sequence[Problem] | None = None,
+    ) -> int:
+        """Write the settings, load the newest undamaged checkpoint, return its steps (or 0).
+
+        Args:
+            problems: the training problems, if they are not those of ``config.data``.
+
+        Raises:
+            ValueError: for other start weights or problems than those that the run began with.
+        """
         with writing(self.folder):
             for path in self.folder.glob(".*.tmp"):
                 remove(path)
             told = self.config.settings() | {"from_recipe": self.config.from_recipe()}
             told["data_fingerprint"] = fingerprint(self.config.data_file)
+            told["problems_fingerprint"] = self._problems_fingerprint(problems)
             told["model_fingerprint"] = self._model_fingerprint(policy)
             replace_text(self.folder / "config.json", json.dumps(told, indent=2) + "\n")
         done = restore_checkpoint(self.folder, policy, optimizer)
@@ -259,6 +274,16 @@ class Run:
         self._interrupted = self._stack.enter_context(asked_to_end())  # signals wait from here on
         return done
 
+    def _problems_fingerprint(self, problems: Sequence[Problem] | None) -> str:
+        """Fingerprint of the problems given to ``train``, which must stay the same; else empty."""
+        now = "" if problems is None else fingerprint_of_problems(problems)
+        if self._before.get("problems_fingerprint", now) != now:
+            raise ValueError(
+                f"problems are not those that the run in '{self.folder}' was started with; resume "
+                "with the same problems, or start a new run."
+            )
+        return now
+
     def _model_fingerprint(self, policy: Policy) -> dict[str, str]:
         """Fingerprint of the start weights, which must be those that the run began with."""
         start = policy.model if policy.frozen is None else policy.frozen
@@ -266,6 +291,8 @@ class Run:
             "dtype": str(policy.dtype),
             "weights": fingerprint_of_weights(base_weights(start).items()),
         }
+        if policy.start:  # the reference has a trained adapter
+            now["adapter"] = fingerprint_of_weights(policy.start.items())
         before = self._before.get("model_fingerprint") or now
         # Another GPU may need another dtype, in which the weights are rounded differently.
         if before["dtype"] == now["dtype"] and before != now:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 POSTFIX = "</think><answer>"
@@ -60,3 +63,9 @@ def messages(problem: Problem) -> list[dict[str, str]]:
         {"role": "system", "content": problem.system},
         {"role": "user", "content": problem.question},
     ]
+
+
+def fingerprint_of_problems(problems: Sequence[Problem]) -> str:
+    """Sixteen characters of the hash of these prompts and reference answers, in their order."""
+    told = json.dumps([[messages(problem), problem.answer] for problem in problems])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]

@@ -33,7 +33,8 @@ from iapo_mini.logprobs import token_logprobs
 from iapo_mini.metrics import Stopwatch, role_metrics, step_metrics
 from iapo_mini.objective import policy_loss, truncated_weights
 from iapo_mini.policy import Policy, load_policy
-from iapo_mini.problems.datasets import training_problems
+from iapo_mini.problems.datasets import load_problems, shuffled
+from iapo_mini.problems.stories import stories
 from iapo_mini.progress import tokens_shown
 from iapo_mini.recipes import Recipe
 from iapo_mini.rewards import check_completion, score
@@ -84,14 +85,17 @@ def train(
         KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, when the step is saved.
     """
     check_number("keep_completions", keep_completions, 0, MOST_STEPS)
-    stream, held_out = _problem_stream(config, problems), held_out_problems(config)
+    stream, known = _problem_stream(config, problems)
+    held_out = held_out_problems(config)
     torch.set_num_threads(config.threads)
     recipe, how = config.recipe(), config.early_exit()
     with Run(output_dir, config, resume=resume, wait=wait) as run, ending(callbacks) as watcher:
         policy = start_policy(config) if policy is None else policy
-        stream = _checked(policy, stream, config)
+        _check(policy, [*known, *held_out], config)
+        if recipe.kl_coef > 0:
+            policy.keep_reference()
         optimizer = _optimizer(policy, config)
-        done = run.restore(policy, optimizer)
+        done = run.restore(policy, optimizer, problems)
         judge = HeldOut(run.folder, config, held_out, done)
         size = config.prompts_per_step * recipe.sampling_rounds
         stream = itertools.islice(stream, done * size, None)
@@ -159,12 +163,19 @@ def _bar(config: TrainConfig, done: int, progress: bool) -> tqdm:
     )  # fmt: skip
 
 
-def _problem_stream(config: TrainConfig, problems: list[Problem] | None) -> Iterator[Problem]:
-    if problems is None:
-        return training_problems(config.data, config.seed, config.data_file, config.split)
-    if not problems:
-        raise ValueError("problems is empty; at least one problem is needed to train.")
-    return itertools.cycle(problems)
+def _problem_stream(
+    config: TrainConfig, problems: list[Problem] | None
+) -> tuple[Iterator[Problem], list[Problem]]:
+    """The endless stream of training problems, and all of them (of stories, the first step's)."""
+    if problems is not None:
+        if not problems:
+            raise ValueError("problems is empty; at least one problem is needed to train.")
+        return itertools.cycle(problems), problems
+    if config.data == "stories":
+        first = itertools.islice(stories(config.split, config.seed), config.prompts_per_step)
+        return stories(config.split, config.seed), list(first)
+    known = load_problems(config.data, config.split, config.data_file)
+    return shuffled(known, config.data, config.seed), known
 
 
 def start_policy(config: TrainConfig) -> Policy:
@@ -181,15 +192,13 @@ def start_policy(config: TrainConfig) -> Policy:
     )
 
 
-def _checked(policy: Policy, stream: Iterator[Problem], config: TrainConfig) -> Iterator[Problem]:
-    """The same stream, after checking that the policy can earn full reward and has positions."""
-    first = list(itertools.islice(stream, config.prompts_per_step))
-    check_completion(policy, first[0])
+def _check(policy: Policy, problems: list[Problem], config: TrainConfig) -> None:
+    """Check that the policy can earn full reward and has positions for all these problems."""
+    check_completion(policy, problems[0])
     asked = 0
     if config.recipe().information is not None:
         asked = len(encode_postfix(policy, config.early_exit().postfix))
-    check_length(policy, first, config.max_completion_length + asked)
-    return itertools.chain(first, stream)
+    check_length(policy, problems, config.max_completion_length + asked)
 
 
 def collect(

@@ -281,6 +281,34 @@ def test_roles_of_story_tokens_are_right_for_tokenizers_with_leading_spaces(spac
             position += len(piece)
 
 
+@pytest.fixture(scope="module")
+def bytewise():
+    """A tokenizer of single bytes, like that of Qwen for characters that it has no token for."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=257, special_tokens=["<|end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    inner.train_from_iterator(["7"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
+
+
+@pytest.mark.parametrize("text", ["5 €", "Zoë 🙂 12", "三 + 四 = 七", "🙂", "a\ufffdb", "plain"])
+def test_a_character_in_several_tokens_is_the_last_ones(bytewise, text):
+    ids = bytewise.encode(text, add_special_tokens=False)
+    texts = token_texts(bytewise, ids)
+    assert len(texts) == len(ids) and "".join(texts) == text
+    if "\ufffd" not in text:
+        assert [len(t) for t in texts] == [
+            int(i == len(c.encode()) - 1) for c in text for i in range(len(c.encode()))
+        ]
+    # A row that was cut within a character, and bytes that are no character at all.
+    assert len(token_texts(bytewise, ids[:-1])) == len(ids) - 1
+    assert len(token_texts(bytewise, ids[-1:] * 9)) == 9
+
+
 def test_the_terminal_shows_spaces_between_words(spaced):
     tokens = token_texts(spaced, continuation_ids(spaced, "<think> Mia has 12 apples."))
     shown = Explained(PROBLEM, tokens, [0.0] * len(tokens), [0.0] * (len(tokens) + 1), None)

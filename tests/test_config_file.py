@@ -29,6 +29,15 @@ def test_a_file_names_fields_of_trainconfig(written):
     assert config.estimator_stride == "sentence"
 
 
+@pytest.mark.parametrize("name", ["🙂", "Zoë/三", "a\tb"])
+def test_json_is_read_as_json(written, name):
+    """With tabs between the entries, and characters outside ASCII as json.dumps writes them."""
+    file = written(json.dumps({"model": name, "max_steps": 7}, indent="\t"), "run.json")
+    assert read_settings(file) == {"model": name, "max_steps": 7}
+    with pytest.raises(ValueError, match="is damaged"):
+        read_settings(written("method: iapo", "run.json"))
+
+
 @pytest.mark.parametrize("number", ["1e-5", "1.0e-5", "0.00001", "1E-5"])
 def test_a_number_is_a_number_however_it_is_written(written, number):
     """In YAML 1e-5 is text."""
@@ -46,6 +55,8 @@ def test_a_number_is_a_number_however_it_is_written(written, number):
         ("", "lines of the form"),
         ("method", "lines of the form"),
         ("a: [", "is damaged"),
+        ("from_recipe: 5", "from_recipe must be a list of names in config, got 5"),
+        ("from_recipe: alpha", "from_recipe must be a list of names"),
         ("!!python/object/apply:os.system ['true']", "is damaged"),
     ],
 )

@@ -1,11 +1,14 @@
 """The metrics of a step, compared with the same numbers from plain loops."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import make_rollouts
 
 from iapo_mini.metrics import Stopwatch, role_metrics, step_metrics
 from iapo_mini.problems.stories import ROLES, stories, token_roles
+from iapo_mini.rewards import JUDGES, score
 from iapo_mini.sampling import from_texts
 from iapo_mini.tasks import Problem
 
@@ -38,6 +41,20 @@ def test_numbers_of_a_step_by_hand():
     assert found["informativeness"] is None
     assert found["tokens_per_second"] == pytest.approx(10 / sum(watch.seconds.values()))
     assert {name: found[name] for name in STATS} == STATS
+
+
+@pytest.mark.parametrize("how", list(JUDGES))
+def test_format_is_told_under_every_reward(base_policy, how):
+    problem = Problem("2 + 2?", "4")
+    formed = [f"<think>so</think>\n<answer>{answer}</answer>" for answer in (4, 5)]
+    texts = [*formed, "<answer>4</answer>", "<answer>5</answer>"]
+    rollouts = from_texts(base_policy, [problem] * 4, texts)
+    rollouts = replace(
+        score(rollouts, base_policy.tokenizer, [problem] * 4, how), num_generations=2
+    )
+    found = step_metrics(rollouts, torch.zeros(rollouts.completion_ids.shape), STATS, watched())
+    assert found["format"] == 0.5
+    assert found["accuracy"] == (0.5 if how == "released" else 0.25)
 
 
 def test_informativeness_is_the_mean_over_real_tokens():

@@ -88,6 +88,26 @@ def test_reference_is_the_base_with_the_adapter_off(perturbed, base_policy):
     assert torch.equal(logits(perturbed.model), adapted)
 
 
+def test_the_reference_can_be_a_trained_adapter(perturbed):
+    """As after `calibrate`, or when training continues from an adapter."""
+    start = logits(perturbed.model.eval())
+    perturbed.keep_reference()
+    perturb_lora(perturbed, seed=2)
+    changed = logits(perturbed.model)
+    assert not torch.allclose(changed, start, atol=0.1)
+    with pytest.raises(KeyError), perturbed.reference() as reference:
+        assert torch.equal(logits(reference), start)
+        raise KeyError  # whatever happens meanwhile, the policy gets its own weights back
+    assert torch.equal(logits(perturbed.model), changed)
+
+
+def test_a_new_adapter_needs_no_copy_for_the_reference(lora_policy, base_policy):
+    lora_policy.keep_reference()
+    assert not lora_policy.start
+    with pytest.raises(ValueError, match="keep_reference=True"):
+        base_policy.keep_reference()
+
+
 def test_reference_of_full_fine_tuning_is_a_frozen_copy(tiny_folder, base_policy):
     policy = load_policy(tiny_folder, lora_rank=0, keep_reference=True)
     with torch.no_grad():

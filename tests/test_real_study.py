@@ -1,6 +1,7 @@
 """The study of a pretrained model, here on the embedded policy and three small problems."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from iapo_mini.lab.real_chains import (
     measure,
 )
 from iapo_mini.lab.real_statistics import summary, within_share
+from iapo_mini.policies import SHIPPED
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.worked import character_kinds, worked_solutions
 from iapo_mini.tasks import Problem
@@ -207,6 +209,11 @@ def test_a_stopped_study_goes_on_to_the_same_numbers(data_file, tmp_path, monkey
         (tmp_path / "fa" / "results" / "real_estimator_embedded.json").read_text(encoding="utf-8")
     )
     assert second == first
+    # A model of the same name with other weights does not go on with these chains.
+    other = tmp_path / "other" / "embedded"
+    shutil.copytree(SHIPPED["embedded-uncalibrated"], other)
+    with pytest.raises(ValueError, match=r"fingerprint of the model is .*was started with"):
+        real(str(other), data_file, out=tmp_path / "b", figures=tmp_path / "fb", **options)
 
 
 def test_a_model_that_hardly_ever_writes_a_thought_is_not_asked_further(

@@ -101,8 +101,9 @@ def test_a_stopped_command_goes_on_with_the_next_model(hub, tmp_path, monkeypatc
     monkeypatch.setattr(module, "load_policy", load_policy)
     again = released(["0.5B"], **options)
     assert again["rows"] == whole["rows"]
-    with pytest.raises(ValueError, match=r"was made with .*use these, or name other folders"):
-        released(["0.5B"], **{**options, "num_generations": 3})
+    for name, value in (("num_generations", 3), ("base", "./b-{size}"), ("repository", "./x")):
+        with pytest.raises(ValueError, match=rf"{name} is .*was made with .*name other folders"):
+            released(["0.5B"], **{**options, name: value})
 
 
 def test_the_command_prints_the_table(hub, tmp_path):

@@ -1,5 +1,6 @@
 """The folder of a run: the checks of a resume besides those of the settings."""
 
+import itertools
 import json
 import os
 import shutil
@@ -7,12 +8,14 @@ import stat
 from dataclasses import replace
 
 import pytest
-from helpers import content, run
+from helpers import content, metrics, perturb_lora, run
 from safetensors.torch import load_file, save_file
 
 from iapo_mini.callbacks import Callback
 from iapo_mini.metrics import whole_log
 from iapo_mini.policy import load_policy
+from iapo_mini.problems.datasets import cut
+from iapo_mini.tasks import Problem
 
 
 @pytest.fixture
@@ -43,6 +46,25 @@ def test_other_problems_under_the_same_name_are_refused(config, questions, tmp_p
     )
     with pytest.raises(ValueError, match=r"data_file is .*, whose content differs from"):
         run(replace(config, max_steps=2), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("split", ["train", "tune"])
+def test_a_question_that_is_too_long_is_found_before_the_run(config, tmp_path, split):
+    """Wherever it stands, among the training problems or those of the evaluations."""
+    questions = [f"What is {n} + 1?" for n in range(60)]
+    for n in itertools.count(60):  # the hash of a question decides its split
+        longest = f"What is {'nearly ' * 2000}{n} + 1?"
+        parts = [Problem(question, "1") for question in [*questions, longest]]
+        if longest in [problem.question for problem in cut(parts, split)]:
+            break
+    path = tmp_path / "questions.jsonl"
+    rows = [{"question": question, "answer": "#### 1"} for question in [*questions, longest]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = replace(config, data="gsm8k", data_file=str(path), max_steps=1, eval_every=1)
+    config = replace(config, eval_problems=len(cut(parts, "tune")))
+    with pytest.raises(ValueError, match=r"the model has \d+ positions, but prompt"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_after_a_failed_load_the_corrected_command_can_use_the_folder(config, tmp_path):
@@ -108,11 +130,43 @@ def test_other_weights_under_the_same_name_are_refused(config, tmp_path, part, l
     assert content(tmp_path / "run") == content(tmp_path / "whole")
 
 
+def test_the_reference_of_a_run_is_the_adapter_that_it_starts_from(config, tmp_path):
+    """Before the first update the KL divergence is zero; from the base model it is not."""
+    config = replace(config, kl_coef=1.0, max_steps=2, save_steps=1)
+
+    def start(seed=1):
+        return perturb_lora(load_policy(config.model, lora_rank=4), seed=seed)
+
+    run(config, tmp_path / "whole", policy=start())
+    kl = [step["kl"] for step in metrics(tmp_path / "whole")]
+    assert abs(kl[0]) < 1e-6 < kl[1]
+    run(replace(config, max_steps=1), tmp_path / "run", policy=start())
+    with pytest.raises(ValueError, match="whose weights are not those that the run"):
+        run(config, tmp_path / "run", policy=start(seed=2), resume=True)
+    run(config, tmp_path / "run", policy=start(), resume=True)
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [None, [Problem("1 + 2?", "3")], [Problem("1 + 1?", "3")], [Problem("1 + 1?", "2")] * 2],
+)
+def test_a_run_on_given_problems_resumes_with_the_same_problems(config, tmp_path, other):
+    config, given = replace(config, max_steps=2, save_steps=1), [Problem("1 + 1?", "2")]
+    run(replace(config, max_steps=1), tmp_path / "run", problems=given)
+    before = content(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"problems are not those that the run in .* was started"):
+        run(config, tmp_path / "run", resume=True, problems=other)
+    assert content(tmp_path / "run") == before
+    run(config, tmp_path / "run", resume=True, problems=list(given))
+
+
 def test_a_run_of_a_version_without_fingerprints_resumes(config, tmp_path):
     run(replace(config, max_steps=1, save_steps=1), tmp_path / "run")
     file = tmp_path / "run" / "config.json"
     told = json.loads(file.read_text(encoding="utf-8"))
     assert told.pop("model_fingerprint")["dtype"] == "torch.float32"
+    assert told.pop("problems_fingerprint") == ""
     file.write_text(json.dumps(told), encoding="utf-8")
     run(replace(config, max_steps=2, save_steps=1), tmp_path / "run", resume=True)
 

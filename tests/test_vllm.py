@@ -35,7 +35,7 @@ class Engine:
 
     def __init__(self, folder, off=0.0, **settings):
         self.policy = load_policy(folder, lora_rank=0)
-        self.forgot, self.off, self.settings = 0, off, settings
+        self.forgot, self.off, self.settings, self.seeds = 0, off, settings, []
         runner = SimpleNamespace(model=self)
         worker = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner))
         self.llm_engine = SimpleNamespace(model_executor=worker)
@@ -52,10 +52,11 @@ class Engine:
         self.forgot += 1
 
     @torch.no_grad()
-    def generate(self, prompts, params, use_tqdm):
-        torch.manual_seed(params.seed)
+    def generate(self, prompts, asked, use_tqdm):
         answers = []
-        for prompt in prompts:
+        for prompt, params in zip(prompts, asked, strict=True):
+            self.seeds.append(params.seed)
+            torch.manual_seed(params.seed)
             ids = torch.tensor([prompt["prompt_token_ids"]])
             made = self.policy.model.generate(
                 ids.expand(params.n, -1), do_sample=True, temperature=params.temperature, top_k=0,
@@ -118,6 +119,17 @@ def test_its_completions_become_rollouts(policy, tiny_folder):
     assert rollouts.sampled_logprobs.dtype == torch.float32
     torch.testing.assert_close(rollouts.sampled_logprobs, plain, atol=1e-3, rtol=0)
     assert not rollouts.sampled_logprobs[~rollouts.completion_mask].any()
+
+
+def test_no_two_completions_share_their_random_numbers(policy, tiny_folder):
+    """vLLM gives completion i of a prompt the seed plus i, in every step."""
+    engine = Engine(tiny_folder)
+    for step in range(3):
+        sample_with(
+            engine, SimpleNamespace, policy, TRIVIAL, num_generations=6, max_completion_length=2,
+            seed=1_000_003 + step,
+        )  # fmt: skip
+    assert len({seed + i for seed in engine.seeds for i in range(6)}) == 3 * len(TRIVIAL) * 6
 
 
 def test_no_problems_are_refused(policy, tiny_folder):

@@ -12,6 +12,7 @@ This module has not been tested on a GPU; see docs/real_models.md.
 from __future__ import annotations
 
 import os
+import random
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -103,10 +104,16 @@ def sample_with(
     check_sampling(problems, num_generations, max_completion_length, temperature)
     sync_weights(llm, policy)
     prompt_ids, prompt_mask = encode_prompts(policy, problems)
-    params = sampling_params(
-        n=num_generations, temperature=temperature, top_p=1.0, max_tokens=max_completion_length,
-        stop_token_ids=policy.eos_ids.tolist(), seed=seed, logprobs=0,
-    )  # fmt: skip
+    # vLLM gives completion i of a prompt the seed of the prompt plus i. Seeds that are near each
+    # other would therefore draw the same random numbers for two prompts, or in two steps.
+    seeds = random.Random(seed)
+    params = [
+        sampling_params(
+            n=num_generations, temperature=temperature, top_p=1.0, max_tokens=max_completion_length,
+            stop_token_ids=policy.eos_ids.tolist(), seed=seeds.getrandbits(62), logprobs=0,
+        )
+        for _ in problems
+    ]  # fmt: skip
     prompts = [{"prompt_token_ids": i[m].tolist()} for i, m in zip(prompt_ids, prompt_mask)]
     answers = llm.generate(prompts, params, use_tqdm=False)
     outputs = [output for answer in answers for output in answer.outputs]

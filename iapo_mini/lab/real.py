@@ -34,14 +34,16 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from iapo_mini.adapters import fingerprint_of_weights
 from iapo_mini.errors import MOST_PROBLEMS, MOST_TOKENS, check_number
-from iapo_mini.files import replace_text, versions, whole_records, write_json
+from iapo_mini.files import replace_text, same_settings, versions, whole_records, write_json
 from iapo_mini.lab.figures import real as drawn
 from iapo_mini.lab.real_chains import Chain, heat_maps, measure
 from iapo_mini.lab.real_statistics import summary
 from iapo_mini.lab.results import check_options
 from iapo_mini.policies import shown_name
 from iapo_mini.policy import Policy, load_policy
+from iapo_mini.problems.datasets import fingerprint
 from iapo_mini.problems.verify import equal_answers
 from iapo_mini.problems.worked import Solution, character_kinds, worked_solutions
 from iapo_mini.rewards import lenient_answer
@@ -157,6 +159,10 @@ def real(
     policy = load_policy(model, lora_rank=0)
     folder = out / (name or Path(model).name)
     folder.mkdir(parents=True, exist_ok=True)
+    same_settings(folder / "settings.json", "measurement", {
+        "fingerprint of the model": fingerprint_of_weights(policy.model.named_parameters()),
+        "fingerprint of the data": fingerprint(data_file), "longest": longest,
+    })  # fmt: skip
     worked = [Chain(s.problem, s.text, s.kinds, s.problem.answer, True) for s in solutions]
     records = {"worked": _measured(policy, worked, folder / "worked.jsonl")}
     kept = folder / "completions.jsonl"

@@ -10,7 +10,8 @@ lines 345 to 357); the models were trained on the rest.
       rows       name -> {"size", "data", "kind", "alpha", "beta", "step", "model": what was loaded,
                  "metrics": of all problems, "fifteen": of the authors' 15 problems; each with
                  "pass@k", "lenient pass@1", "length", "ratio@1", "intervals", "problems"}
-      config     num_generations, max_completion_length, ks;  versions
+      config     num_generations, max_completion_length, ks, base, repository, problems (hashes)
+      versions
 
 ``figures/released.md`` is the same as a table. A row that was not evaluated says so.
 """
@@ -30,9 +31,10 @@ from iapo_mini.evaluation import evaluate, summary
 from iapo_mini.files import read_json, replace_text, versions, write_json
 from iapo_mini.intervals import format_interval
 from iapo_mini.lab.results import check_options
+from iapo_mini.policies import shown_name
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.datasets import ALL, load_problems
-from iapo_mini.tasks import Problem
+from iapo_mini.tasks import Problem, fingerprint_of_problems
 
 REPOSITORY = "jonathanhe123/iapo"
 BASE = "Qwen/Qwen2.5-{size}-Instruct"
@@ -145,13 +147,17 @@ def released(
     ks = tuple(k for k in (1, 2, 4, 8, 16, 32) if k <= num_generations)
     path = figures / "results" / "released.json"
     results: dict[str, Any] = read_json(path, {"rows": {}})
-    how = {"num_generations": num_generations, "max_completion_length": max_completion_length,
-           "ks": list(ks)}  # fmt: skip
-    if results.get("config", how) != how:
-        raise ValueError(
-            f"num_generations and max_completion_length are {how}, but '{path}' was made with "
-            f"{results['config']}; use these, or name other folders with figures and out."
-        )
+    how = {
+        "num_generations": num_generations, "max_completion_length": max_completion_length,
+        "ks": list(ks), "base": shown_name(base), "repository": shown_name(repository),
+        "problems": {data: fingerprint_of_problems(found) for data, found in problems.items()},
+    }  # fmt: skip
+    for option, value in results.get("config", how).items():
+        if how[option] != value:
+            raise ValueError(
+                f"{option} is {how[option]}, but '{path}' was made with {value}; use the same, or "
+                "name other folders with figures and out."
+            )
     for name, (size, data, found) in rows(sizes).items():
         if name in results["rows"]:
             continue

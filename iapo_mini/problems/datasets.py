@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -262,15 +262,15 @@ def training_problems(
     check_data(data, split, data_file)
     if data == "stories":
         return stories(split, seed)
-    problems = load_problems(data, split, data_file)
+    return shuffled(load_problems(data, split, data_file), data, seed)
 
-    def generate() -> Iterator[Problem]:
-        for epoch in itertools.count():
-            order = list(problems)
-            random.Random(f"{data}/{seed}/{epoch}").shuffle(order)
-            yield from order
 
-    return generate()
+def shuffled(problems: Sequence[Problem], data: str, seed: int) -> Iterator[Problem]:
+    """Endless stream of these problems, shuffled anew in every pass; ``data`` is their name."""
+    for epoch in itertools.count():
+        order = list(problems)
+        random.Random(f"{data}/{seed}/{epoch}").shuffle(order)
+        yield from order
 
 
 def cut(problems: list[Problem], split: str) -> list[Problem]:

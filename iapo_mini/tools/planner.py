@@ -149,8 +149,7 @@ def shape(model: str) -> Shape:
     from transformers import AutoConfig
 
     from iapo_mini.hub import reaching
-    from iapo_mini.model_files import model_source
-    from iapo_mini.policy import quiet_libraries
+    from iapo_mini.model_files import model_source, quiet_libraries
 
     quiet_libraries()
     source = model_source(model, weights=False)
