@@ -238,7 +238,7 @@ def merging(base_policy):
 
 def test_a_joined_postfix_is_written_as_the_tokenizer_would(merging):
     encode, decode = merging.tokenizer.encode, merging.tokenizer.decode
-    for text in ("a.", "a", ".", "a b", "2."):
+    for text in ("a.", "a", ".", "a b", "2.", "5 €"):
         ids = encode(text)
         rollouts = from_ids(merging, torch.tensor([[5]]), torch.tensor([[True]]), [ids], 1)
         plain, joined = (

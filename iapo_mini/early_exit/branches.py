@@ -52,8 +52,10 @@ def postfix_branch(
         return Branch(row, prefix, plain)
     last = int(rollouts.completion_ids[row, prefix - 1])
     text = token_texts(policy.tokenizer, [last])[0]
+    alone = tuple(continuation_ids(policy.tokenizer, text))
     together = tuple(continuation_ids(policy.tokenizer, text + postfix))
-    if together == (last, *plain):
+    # A token that holds a part of a character has no text that could be encoded with the postfix.
+    if alone != (last,) or together == (last, *plain):
         return Branch(row, prefix, plain)
     return Branch(row, prefix - 1, together)
 

@@ -21,11 +21,9 @@ def sentence_ends(policy: Policy, rollouts: Rollouts, ahead: bool = True) -> tor
     digit or a point follows at once does not, as in ``2.50`` or ``e.g.``. With ``ahead`` False it
     does, as while a completion is sampled, when the next token is not known.
     """
-    vocabulary = torch.unique(rollouts.completion_ids).tolist()
-    text_of = dict(zip(vocabulary, token_texts(policy.tokenizer, vocabulary)))
     out = torch.zeros_like(rollouts.completion_mask)
     for row, n in enumerate(rollouts.lengths.tolist()):
-        texts = [text_of[i] for i in rollouts.completion_ids[row, :n].tolist()]
+        texts = token_texts(policy.tokenizer, rollouts.completion_ids[row, :n].tolist())
         for t, (text, following) in enumerate(zip(texts, [*texts[1:], ""])):
             inside = text[-1:] == "." and (following[:1].isalnum() or following[:1] == ".")
             inside = inside and ahead
