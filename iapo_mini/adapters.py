@@ -27,6 +27,9 @@ BASE = "base.json"
 _PLAIN = re.compile(r"lora_[AB]\.default\.weight$")
 _OF_ADAPTER = re.compile(r"lora_|modules_to_save|trainable_tokens")
 _WRAPPED = re.compile(r"^base_model\.model\.|(?<=\.)(?:base_layer|original_module|token_adapter)\.")
+_SHAPE = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules",
+          "rank_pattern", "alpha_pattern")  # fmt: skip
+"""Settings of an adapter that decide what its weights do."""
 _VOCABULARY = re.compile(r"embed|wte|lm_head")
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -66,8 +69,12 @@ def exchanged(
 
 def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Weights of the base model, by their names without an adapter."""
-    named = model.named_parameters()
-    return {_WRAPPED.sub("", name): p for name, p in named if not _OF_ADAPTER.search(name)}
+    kind = getattr(getattr(model, "base_model", None), "prefix", None)  # such as "hada_" of LoHa
+    return {
+        _WRAPPED.sub("", name): p
+        for name, p in model.named_parameters()
+        if not _OF_ADAPTER.search(name) and not (kind and kind in name)
+    }
 
 
 def fingerprint_of_weights(named: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -138,14 +145,36 @@ def is_plain_lora(model: Any) -> bool:
     False for DoRA, LoRA on embeddings, biases, ``modules_to_save`` and trainable token indices.
     """
     own = [n for n, _ in model.named_parameters() if _OF_ADAPTER.search(n)]
+    head = model.get_output_embeddings()
+    # A merge into a shared weight would change the embeddings too.
+    shared = hasattr(head, "base_layer") and model.config.get_text_config().tie_word_embeddings
     layers = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
     config = model.peft_config["default"]
     return (
-        all(_PLAIN.search(name) for name in own)
+        config.peft_type == "LORA"
+        and not shared
+        and all(_PLAIN.search(name) for name in own)
         and all(hasattr(m, "base_layer") and hasattr(m.base_layer, "weight") for m in layers)
         and getattr(config, "bias", "none") == "none"
         and not getattr(config, "use_dora", False)
     )
+
+
+def is_trained(model: Any) -> bool:
+    """Whether an adapter may change its model. A new LoRA adapter does not, as its B is zero."""
+    named = model.named_parameters()
+    return not is_plain_lora(model) or any(p.any() for n, p in named if ".lora_B." in n)
+
+
+def fingerprint_of_adapter(model: Any) -> str:
+    """Hash of an adapter's settings, and of its weights if it was trained before."""
+    settings = model.peft_config["default"].to_dict()
+    kept = {name: settings[name] for name in _SHAPE if name in settings}
+    told = json.dumps(kept, sort_keys=True, default=lambda x: sorted(x))
+    if is_trained(model):
+        named = model.named_parameters()
+        told += fingerprint_of_weights((n, p) for n, p in named if p.requires_grad)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def merged_by_peft(model: Any, device: torch.device) -> Any:

@@ -8,6 +8,7 @@ chains are cut at random tokens and closed by the postfix, and the loss is on th
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import time
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from iapo_mini.adapters import base_weights, fingerprint_of_weights
+from iapo_mini.adapters import fingerprint_of_weights
+from iapo_mini.attention import check_reach
 from iapo_mini.chat import continuation_ids
 from iapo_mini.early_exit.prefixes import ask
 from iapo_mini.early_exit.question import Question
@@ -37,7 +39,7 @@ from iapo_mini.rewards import parse_answer
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.run_folder import restore_checkpoint, save_checkpoint
 from iapo_mini.sampling import from_texts, sample
-from iapo_mini.tasks import POSTFIX, Problem
+from iapo_mini.tasks import POSTFIX, Problem, fingerprint_of_problems
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -152,7 +154,7 @@ def calibration(
     answers: list[str | None] = [p.answer for p in problems for _ in range(group)]
     if against == "final":
         answers = [parse_answer(text) for text in rollouts.texts(policy.tokenizer)]
-    whole = torch.tensor([answer is not None for answer in answers])
+    whole = torch.tensor([bool(answer) for answer in answers])
     if not whole.any():
         raise ValueError("problems: no completion gives an answer, so there is nothing to judge.")
     exits = exit_calibration(policy, rollouts, [a or "0" for a in answers], parts)
@@ -205,6 +207,14 @@ def _batches(
         yield batch, chains
 
 
+def _read(policy: Policy, batch: list[Problem], chains: list[str], asked: int) -> Rollouts:
+    """Chains as rollouts, if the model can read them and ``asked`` tokens after them."""
+    rollouts = from_texts(policy, batch, chains)
+    longest = rollouts.prompt_ids.shape[1] + rollouts.completion_ids.shape[1]
+    check_reach(plain_model(policy.model), longest + asked)
+    return rollouts
+
+
 def _update(
     policy: Policy, optimizer: torch.optim.Optimizer, loss: torch.Tensor, learning_rate: float
 ) -> None:
@@ -248,7 +258,7 @@ class _Progress:
         if self.folder is None:
             return 0
         self.folder.mkdir(parents=True, exist_ok=True)
-        weights = fingerprint_of_weights(base_weights(policy.model).items())
+        weights = fingerprint_of_weights(policy.model.named_parameters())
         same_settings(
             self.folder / "settings.json", "calibration", {**self.settings, "weights": weights}
         )
@@ -355,11 +365,15 @@ def calibrate(
     model, rng, ids = policy.model, random.Random(seed), encode_postfix(policy, postfix)
     before = {name: p.detach().clone() for name, p in policy.trainable().items()}
     optimizer = torch.optim.AdamW(policy.trainable().values(), weight_decay=0.0)
+    stream = iter(problems)
+    first = [p for _, p in zip(range(batch_size), stream)]
+    settings["problems"] = fingerprint_of_problems(first)
     kept = _Progress(None if folder is None else Path(folder), settings, save_every, progress)
     done = kept.restore(policy, optimizer)
     model.train()
-    for step, (batch, chains) in enumerate(_batches(problems, texts, steps, batch_size, rng)):
-        rollouts = from_texts(policy, batch, chains)
+    given = itertools.chain(first, stream)
+    for step, (batch, chains) in enumerate(_batches(given, texts, steps, batch_size, rng)):
+        rollouts = _read(policy, batch, chains, len(ids))
         ends = draw_exits(rollouts, exits, rng)
         if step < done:
             continue  # only their draws are repeated

@@ -19,6 +19,7 @@ from iapo_mini.files import replace_folder, replace_text, write_json
 from iapo_mini.metrics import logged
 from iapo_mini.problems.datasets import load_problems
 from iapo_mini.problems.stories import stories
+from iapo_mini.run_folder import writing
 
 if TYPE_CHECKING:
     from iapo_mini.config import TrainConfig
@@ -49,7 +50,12 @@ def held_out_problems(config: TrainConfig) -> list[Problem]:
         )
     if config.data == "stories":
         return list(itertools.islice(stories(STREAM), config.eval_problems))
-    problems = load_problems(config.data, STREAM, config.data_file)
+    try:
+        problems = load_problems(config.data, STREAM, config.data_file)
+    except ValueError as error:
+        raise ValueError(
+            f"eval_every must be 0 if the {STREAM} stream can't be read: {error}"
+        ) from error
     if len(problems) < config.eval_problems:
         raise ValueError(
             f"eval_problems must be at most {len(problems)}, the {STREAM} stream of {config.data}, "
@@ -95,7 +101,8 @@ class HeldOut:
         kept = [(line, row) for line, row in logged(path) if row["step"] <= done]
         self.rows = [row for _, row in kept]
         if path.is_file():
-            replace_text(path, "".join(line + "\n" for line, _ in kept))
+            with writing(folder):
+                replace_text(path, "".join(line + "\n" for line, _ in kept))
 
     @property
     def ended(self) -> bool:
@@ -121,8 +128,10 @@ class HeldOut:
                 policy.save(folder)
                 write_json(folder / "evaluation.json", row)
 
-            replace_folder(self.folder / BEST, write)
+            with writing(self.folder):
+                replace_folder(self.folder / BEST, write)
         self.rows.append(row)
-        with (self.folder / EVALUATIONS).open("a", encoding="utf-8", newline="\n") as file:
+        log = self.folder / EVALUATIONS
+        with writing(self.folder), log.open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(row) + "\n")
         return row

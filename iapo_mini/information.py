@@ -27,11 +27,13 @@ The estimates are meaningful only if the policy is calibrated when it is forced 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
+from iapo_mini.attention import most_positions
 from iapo_mini.chat import continuation_ids
 from iapo_mini.early_exit import prefixes
 from iapo_mini.early_exit.question import EVERY_PREFIX, EarlyExit, Question
@@ -116,8 +118,9 @@ def answer_surprisals(
     Args:
         policy, rollouts, how: as for :func:`answer_entropies`.
         answers: B texts as they follow the postfix, with their leading space; None leaves a row at
-            0. Default: the answer at the end of each completion (:func:`final_answers`). To
-            distinguish "7" from the beginning of "72", end the texts with ``</answer>``.
+            0. Default: the answer at the end of each completion (:func:`final_answers`), of which
+            only the first tokens count if the model has too few positions for all. To distinguish
+            "7" from the beginning of "72", end the texts with ``</answer>``.
 
     Returns:
         (B, L + 1) fp32 nats, 0 past a row's length.
@@ -126,13 +129,17 @@ def answer_surprisals(
         ValueError: for a wrong number of answers, an answer without tokens, or a postfix without
             tokens.
     """
-    answers = final_answers(policy, rollouts) if answers is None else list(answers)
+    start, room = encode_postfix(policy, how.postfix), None
+    if answers is None:  # the policy may have written an answer of any length
+        answers = final_answers(policy, rollouts)
+        longest = int((rollouts.prompt_mask.sum(1) + rollouts.lengths).max()) + len(start)
+        most = most_positions(policy.model)
+        room = max(1, int(most) - longest + 1) if math.isfinite(most) else None
     if len(answers) != len(rollouts.lengths):
         raise ValueError(
             f"answers must be one for each of the {len(rollouts.lengths)} rows, got {len(answers)}"
         )
-    start = encode_postfix(policy, how.postfix)
-    ids = [None if x is None else continuation_ids(policy.tokenizer, x) for x in answers]
+    ids = [None if x is None else continuation_ids(policy.tokenizer, x)[:room] for x in answers]
     if [] in ids:
         raise ValueError("answers must be texts of at least one token, got one without tokens")
     width = max((len(x) for x in ids if x), default=1)

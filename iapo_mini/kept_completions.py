@@ -20,6 +20,7 @@ import torch
 from iapo_mini.chat import token_texts
 from iapo_mini.files import replace_file
 from iapo_mini.rollouts import Rollouts
+from iapo_mini.run_folder import writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,5 +85,6 @@ def keep(
         }
     )
     path = path_of(run, step)
-    path.parent.mkdir(exist_ok=True)
-    replace_file(path, lambda temporary: pyarrow.parquet.write_table(table, temporary))
+    with writing(run):
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, lambda temporary: pyarrow.parquet.write_table(table, temporary))

@@ -27,6 +27,7 @@ from iapo_mini.adapters import (
     check_merge,
     exchanged,
     is_plain_lora,
+    is_trained,
     merged_by_peft,
     pass_over_old_torchao,
     write_base,
@@ -63,7 +64,7 @@ class Policy:
         model: causal LM; a ``PeftModel`` when LoRA is used. (The two share no type with the
             methods of both, hence ``Any`` here and where the model is returned.)
         tokenizer: the model's tokenizer, which pads on the left.
-        frozen: copy of the start weights for full fine-tuning with a KL term, else None.
+        frozen: copy of the reference's weights for full fine-tuning with a KL term, else None.
         start: the adapter's weights in the reference, by name; empty if it has no adapter.
         name: the name, folder or hub id that it was loaded by.
         asked: the subfolder and revision of the hub repository, if they were given.
@@ -121,13 +122,11 @@ class Policy:
         A new adapter adds zero and needs no copy. A trained one is copied. Raises the same errors
         as :meth:`reference`.
         """
-        if not self.uses_lora:
-            with self.reference():
-                return
-        adapter = self.trainable()
-        trained = any(value.any() for name, value in adapter.items() if ".lora_B." in name)
-        if trained or not is_plain_lora(self.model):
-            self.start = {name: value.detach().clone() for name, value in adapter.items()}
+        if self.uses_lora and is_trained(self.model):
+            self.start = {name: p.detach().clone() for name, p in self.trainable().items()}
+        elif not self.uses_lora:
+            with self.reference() as reference:
+                reference.load_state_dict(self.model.state_dict())
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[Any]:
@@ -311,8 +310,6 @@ def load_policy(
     )  # fmt: skip
     if four_bit and device == "cpu":
         check_rows(model, causal_lm)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if gradient_checkpointing and not four_bit:
         with by_older_names():
             causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -351,6 +348,8 @@ def _load(
             tokenizer = AutoTokenizer.from_pretrained(
                 source, padding_side="left", trust_remote_code=False, **asked
             )
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token
             tokenizer("1 + 1 = 2", padding=True)  # some settings are not read before this call
             causal_lm: Any
             if four_bit:

@@ -26,7 +26,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from iapo_mini.adapters import base_weights, fingerprint_of_weights
+from iapo_mini.adapters import (
+    base_weights,
+    fingerprint_of_adapter,
+    fingerprint_of_weights,
+)
 from iapo_mini.config import TrainConfig, with_defaults
 from iapo_mini.files import remove, replace_folder, replace_text, writable_folder
 from iapo_mini.metrics import LOG, logged, sum_of_log, trim_log, whole_log
@@ -291,14 +295,16 @@ class Run:
             "dtype": str(policy.dtype),
             "weights": fingerprint_of_weights(base_weights(start).items()),
         }
-        if policy.start:  # the reference has a trained adapter
-            now["adapter"] = fingerprint_of_weights(policy.start.items())
+        if policy.uses_lora:
+            now["adapter"] = fingerprint_of_adapter(policy.model)
         before = self._before.get("model_fingerprint") or now
+        now = {name: value for name, value in now.items() if name in before}  # of older versions
         # Another GPU may need another dtype, in which the weights are rounded differently.
         if before["dtype"] == now["dtype"] and before != now:
             raise ValueError(
-                f"model is '{self.config.model}', whose weights are not those that the run in "
-                f"'{self.folder}' was started with; resume with the same model, or start a new run."
+                f"model is '{self.config.model}', whose weights or adapter are not those that the "
+                f"run in '{self.folder}' was started with; resume with the same policy, or start a "
+                "new run."
             )
         return before
 

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from iapo_mini.attention import check_positions, check_reach, model_mask, positions_of
+from iapo_mini.attention import (
+    check_positions,
+    check_reach,
+    check_window,
+    model_mask,
+    positions_of,
+)
 from iapo_mini.chat import continuation_ids, prefill, render_prompt, without_prefill
 from iapo_mini.errors import MOST_ROWS, MOST_TOKENS, check_number, check_temperature
 from iapo_mini.logprobs import NEVER
@@ -83,18 +89,21 @@ def encode_prompts(policy: Policy, problems: list[Problem]) -> tuple[torch.Tenso
     return batch["input_ids"], batch["attention_mask"].bool()
 
 
-def check_length(policy: Policy, problems: Sequence[Problem], tokens: int) -> None:
-    """Check, before any long work, that the model has enough positions for these problems.
+def check_length(policy: Policy, problems: Sequence[Problem], tokens: int, asked: int = 0) -> None:
+    """Check, before any long work, that the model can read these problems with a completion.
 
     Args:
-        tokens: number of tokens of a completion and of the forced answer after it.
+        tokens: number of tokens of a completion, and of what is read in the same pass.
+        asked: number of tokens of a forced answer after it.
 
     Raises:
-        ValueError: for a prompt that leaves fewer positions.
+        ValueError: for a prompt that leaves fewer positions, or does not fit a sliding window.
     """
     texts = [render_prompt(policy.tokenizer, problem) for problem in problems]
     ids = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    check_positions(policy.model, max(map(len, ids)) + tokens)
+    longest = max(map(len, ids)) + tokens
+    check_positions(policy.model, longest + asked)
+    check_window(policy.model, longest)
 
 
 def check_sampling(

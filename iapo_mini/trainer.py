@@ -170,6 +170,11 @@ def _problem_stream(
     if problems is not None:
         if not problems:
             raise ValueError("problems is empty; at least one problem is needed to train.")
+        if config.eval_every and config.data == "stories" and not all(p.steps for p in problems):
+            raise ValueError(
+                "eval_every must be 0 with problems that are not those of data, got "
+                f"{config.eval_every}: the policy would be judged on stories"
+            )
         return itertools.cycle(problems), problems
     if config.data == "stories":
         first = itertools.islice(stories(config.split, config.seed), config.prompts_per_step)
@@ -198,7 +203,7 @@ def _check(policy: Policy, problems: list[Problem], config: TrainConfig) -> None
     asked = 0
     if config.recipe().information is not None:
         asked = len(encode_postfix(policy, config.early_exit().postfix))
-    check_length(policy, problems, config.max_completion_length + asked)
+    check_length(policy, problems, config.max_completion_length, asked)
 
 
 def collect(

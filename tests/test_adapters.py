@@ -9,11 +9,17 @@ import sys
 import peft.import_utils
 import pytest
 import torch
-from helpers import PATIENCE, tiny_policy
-from peft import LoraConfig, PeftModel, get_peft_model
+from helpers import PATIENCE, perturb_lora, redraw, tiny_policy
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from iapo_mini.adapters import base_of, check_merge, is_plain_lora, some_weights
+from iapo_mini.adapters import (
+    base_of,
+    base_weights,
+    check_merge,
+    is_plain_lora,
+    some_weights,
+)
 from iapo_mini.cli import main
 from iapo_mini.policies import EMBEDDED
 from iapo_mini.policy import Policy, load_policy
@@ -72,6 +78,39 @@ def test_a_merged_model_equals_model_and_adapter_for_every_kind(kind, tokenizer)
 def test_only_products_on_linear_layers_are_plain(tokenizer):
     plain = {kind for kind in KINDS if is_plain_lora(trained(kind, tokenizer).model)}
     assert plain == {"plain", "rank-stabilised", "head", "some layers"}
+
+
+@pytest.mark.parametrize("kind", [LoHaConfig, IA3Config])
+def test_an_adapter_of_another_family_is_sampled_from_and_kept(kind, tokenizer):
+    base = tiny_policy("qwen2", tokenizer)
+    before = set(base_weights(base.model))
+    settings = {"feedforward_modules": []} if kind is IA3Config else {}
+    model = get_peft_model(
+        base.model, kind(target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
+    )
+    policy = Policy(redraw(model).eval(), tokenizer)
+    with torch.no_grad():
+        start = policy.model(IDS).logits
+        torch.testing.assert_close(policy.for_inference()(IDS).logits, start, atol=1e-3, rtol=1e-4)
+        policy.keep_reference()
+        for parameter in policy.trainable().values():
+            parameter.mul_(2)
+        assert (policy.model(IDS).logits - start).abs().max() > 1e-3
+        with policy.reference() as reference:
+            torch.testing.assert_close(reference(IDS).logits, start)
+    assert set(base_weights(policy.model)) == before
+
+
+def test_an_adapter_on_a_head_that_is_the_embedding_too_does_not_change_the_embedding(tokenizer):
+    """The first copy is made while the adapter adds zero, and is refreshed after an update."""
+    base = tiny_policy("qwen2", tokenizer, tie_word_embeddings=True).model
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["lm_head"]))
+    policy = Policy(model.eval(), tokenizer)
+    policy.for_inference()
+    perturb_lora(policy)
+    with torch.no_grad():
+        expected = policy.model(IDS).logits
+        torch.testing.assert_close(policy.for_inference()(IDS).logits, expected)
 
 
 def test_a_merge_that_is_another_model_is_refused(tokenizer):

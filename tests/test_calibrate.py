@@ -11,6 +11,7 @@ from helpers import (
     assert_close_in_fp32,
     forced_logits,
     make_rollouts,
+    perturb_lora,
     tiny_policy,
     unpadded,
 )
@@ -298,6 +299,34 @@ def test_a_folder_with_another_calibration_is_refused(tiny_folder, tmp_path):
     calibrate(load_policy(tiny_folder, lora_rank=4), chains(2), **how)
     with pytest.raises(ValueError, match=r"exits is 3, but the calibration in .* started with 1"):
         calibrate(load_policy(tiny_folder, lora_rank=4), chains(2), **(how | {"exits": 3}))
+
+
+def test_a_folder_with_a_calibration_of_another_start_or_other_problems_is_refused(
+    tiny_folder, tmp_path
+):
+    def again(seed, **policy):
+        start = perturb_lora(load_policy(tiny_folder, lora_rank=4), **policy)
+        return calibrate(
+            start, stories("train", seed=seed), steps=2, batch_size=2, folder=tmp_path,
+            progress=False,
+        )  # fmt: skip
+
+    first = again(0)
+    assert again(0) == first
+    for seed, policy, named in ((0, {"seed": 7}, "weights"), (9, {}, "problems")):
+        with pytest.raises(ValueError, match=f"{named} is .* but the calibration in"):
+            again(seed, **policy)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "mistral"])
+def test_a_chain_that_the_model_can_not_read_is_refused(tokenizer, model):
+    sizes = {"gpt2": {"n_positions": 200}, "mistral": {"sliding_window": 200}}[model]
+    policy = tiny_policy(model, tokenizer, **sizes)
+    texts = ["<think>" + " 1 + 1 = 2." * 40 + "</think><answer> 2</answer>"]
+    with pytest.raises(ValueError, match=r"200 positions|at most 200 tokens"):
+        calibrate(
+            policy, [Problem("1 + 1?", "2")], texts=texts, steps=1, batch_size=1, progress=False
+        )
 
 
 def test_the_anchor_keeps_the_policy_close(schooled_folder):

@@ -50,6 +50,13 @@ def test_exits_of_short_completions(base_policy):
         assert found["entropy"][i].tolist() == pytest.approx(entropies[i, at].tolist(), abs=1e-4)
 
 
+def test_an_empty_answer_is_no_answer(base_policy):
+    texts = ["<think> 4.</think><answer></answer>", "<think> 4.</think><answer>  </answer>"]
+    rollouts = from_texts(base_policy, TRIVIAL[:1] * 2, texts)
+    with pytest.raises(ValueError, match="no completion gives an answer"):
+        calibration(base_policy, TRIVIAL[:1] * 2, rollouts=rollouts)
+
+
 @pytest.mark.parametrize("against", ["final", "truth"])
 def test_calibration_judges_every_part_of_the_chain(schooled_folder, against):
     """Three completions per prompt, two with different answers and one without an answer."""

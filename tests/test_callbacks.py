@@ -150,7 +150,9 @@ def test_a_run_that_is_refused_leaves_no_file_of_a_reporter(name, installed, tmp
     (watcher,) = reporters([name], folder, {})
     with pytest.raises(ValueError, match="resume"):
         train(CONFIG, folder, resume=True, callbacks=[watcher], progress=False)
-    assert not list(tmp_path.rglob("*")) and installed["tensorboard"].finished == 0
+    assert not list(tmp_path.rglob("*"))
+    # Nor does it touch the run that is shown for this folder.
+    assert not installed[name].opened and installed[name].finished == 0
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
@@ -158,7 +160,8 @@ def test_a_resumed_run_goes_on_under_its_name_and_another_folder_has_another(
     name, installed, tmp_path
 ):
     for folder in ("a", "a", "b"):
-        reporters([name], tmp_path / folder, {})
+        (watcher,) = reporters([name], tmp_path / folder, {})
+        watcher.on_step({"step": 1, "reward": 0.0})
     names = [str(opened.get("id", opened["name"])) for opened in installed[name].opened]
     assert names[0] == names[1] != names[2]
     assert all(opened["resume"] == "allow" for opened in installed[name].opened)

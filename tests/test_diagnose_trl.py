@@ -92,6 +92,12 @@ def test_the_newest_checkpoint_of_a_running_run_is_read(tmp_path):
     assert "0.6  (healthy" in findings_text(diagnose(tmp_path))
 
 
+def test_a_run_that_went_on_after_its_end_is_read_to_its_newest_step(tmp_path):
+    write(tmp_path, 9, entropy=0.6)
+    write(tmp_path, 20, "checkpoint-40/trainer_state.json", entropy=0.5)
+    assert "0.5  (healthy" in findings_text(diagnose(tmp_path))
+
+
 def test_an_adapter_at_zero_is_seen(tmp_path):
     write(tmp_path, 9, "checkpoint-100/trainer_state.json")
     file = tmp_path / "checkpoint-100/adapter_model.safetensors"

@@ -22,6 +22,7 @@ from iapo_mini.exercises import (
     estimates,
     foundations,
     four_bit,
+    inference,
     length,
     mutual_information,
     quickstart,
@@ -35,7 +36,7 @@ from iapo_mini.tools.course import check, passes
 SOLUTIONS = sorted((Path(__file__).parent.parent / "notebooks" / "solutions").glob("*.ipynb"))
 MODULES = (
     quickstart, foundations, verbosity, mutual_information, early_exit, estimates,
-    better_estimates, advantage, length, four_bit, comparison, real_model, scaling,
+    better_estimates, advantage, length, four_bit, comparison, real_model, scaling, inference,
 )  # fmt: skip
 CASES = {
     name: function
@@ -234,6 +235,25 @@ NEAR_MISSES = [
     ("mean_drop", "answer_posterior(1)[value] @ after", "after.mean()"),
     ("mean_drop", "answer_posterior(left - 1)", "answer_posterior(left)"),
     ("mean_drop", "answer_posterior(1)[value] @ after", "after[value]"),
+    ("first_sure", "entropy < h", "entropy <= h"),
+    ("first_sure", "enumerate(entropies)", "enumerate(entropies, 1)"),
+    ("first_sure", "next((j for j, entropy in enumerate(entropies) if entropy < h), -1)",
+     "max((j for j, entropy in enumerate(entropies) if entropy < h), default=-1)"),
+    ("first_sure", "(j for j, entropy in enumerate(entropies) if entropy < h), -1",
+     "(j for j, entropy in enumerate(entropies) if entropy < h), 0"),
+    ("net_saving", "(t + k + a)", "(t + a)"),
+    ("net_saving", " - n * k", ""),
+    ("net_saving", "n * k", "(n - 1) * k"),
+    ("net_saving", "n * k", "n * (k + a)"),
+    ("doubly_sure", "entropy < h", "entropy <= h"),
+    ("doubly_sure", " and answer == before", ""),
+    ("doubly_sure", "entropy < h and ", ""),
+    ("doubly_sure", "before = answer", "before = answer if entropy < h else before"),
+    ("doubly_sure", "answer == before",
+     'answer in chain["answer"][: chain["asked"].index(t)]'),
+    ("doubly_sure", 't + chain["suffix"]', "t"),
+    ("doubly_sure", 't + chain["suffix"]', "t + 5"),
+    ("doubly_sure", 'return chain["correct"], ', "return 1.0, "),
     ("saving", "(n + 1) * (p + k)", "n * (p + k)"),
     ("saving", "n * (n + 1) / 2", "n * (n - 1) / 2"),
     ("saving", "p + n + (n + 1) * k", "n + (n + 1) * k"),

@@ -9,12 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import PATIENCE
+from safetensors import SafetensorError
 
 from iapo_mini.callbacks import Callback
 from iapo_mini.config import TrainConfig
 from iapo_mini.held_out import better, exhausted, held_out_problems
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import stories
+from iapo_mini.tasks import Problem
 from iapo_mini.trainer import train
 
 CONFIG = TrainConfig(
@@ -52,6 +54,25 @@ def test_shorter_is_better_and_of_equal_ones_the_earlier_stays():
     assert better({"length": 30}, {"length": 40}, "length")
     assert better({"pass@1": 0.5}, None, "pass@1")
     assert not better({"pass@1": 0.5}, {"pass@1": 0.5}, "pass@1")
+
+
+def test_a_run_on_problems_of_ones_own_is_not_judged_on_stories(tmp_path):
+    with pytest.raises(ValueError, match="eval_every must be 0 with problems that are not those"):
+        train(CONFIG, tmp_path / "run", problems=[Problem("1 + 1?", "2")], progress=False)
+
+
+def test_data_without_a_stream_for_it_is_told_with_its_setting():
+    with pytest.raises(ValueError, match=r"eval_every must be 0 if the tune stream .*gsm8k"):
+        held_out_problems(replace(CONFIG, data="gsm8k"))
+
+
+def test_a_full_disk_while_the_best_policy_is_saved_is_one_sentence(tmp_path, monkeypatch):
+    def full(policy, folder):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("iapo_mini.policy.Policy.save", full)
+    with pytest.raises(OSError, match=r"writing failed \(No space left.*checkpoint-2' is whole"):
+        train(replace(CONFIG, eval_every=3), tmp_path / "run", progress=False)
 
 
 def test_problems_are_of_a_stream_that_is_not_trained_on():

@@ -235,6 +235,19 @@ def test_surprisals_are_of_the_final_answer_by_default(base_policy):
     assert found[0].any() and not found[3].any()
 
 
+def test_of_an_answer_that_the_model_has_no_positions_for_the_first_tokens_count(tokenizer):
+    """The policy may write an answer of any length into the last tag of a completion."""
+    text = "<think> 4.</think><answer>" + " 12" * 60 + "</answer>"
+    rollouts = from_texts(tiny_policy("qwen2", tokenizer), TRIVIAL[:1], [text])
+    longest = int(rollouts.prompt_mask.sum() + rollouts.lengths[0])
+    small = tiny_policy("qwen2", tokenizer, max_position_embeddings=longest + 12)
+    room = 12 - len(encode_postfix(small)) + 1
+    first = small.tokenizer.decode(small.tokenizer.encode(" 12" * 60)[:room])
+    assert len(small.tokenizer.encode(first)) == room
+    found = answer_surprisals(small, rollouts)
+    torch.testing.assert_close(found, answer_surprisals(small, rollouts, [first]))
+
+
 def test_a_batch_without_answers_has_no_surprisals(base_policy):
     found = answer_surprisals(base_policy, make_rollouts([4], [3, 2], group=2), [None, None])
     assert found.shape == (2, 4) and not found.any()

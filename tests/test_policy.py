@@ -108,6 +108,29 @@ def test_a_new_adapter_needs_no_copy_for_the_reference(lora_policy, base_policy)
         base_policy.keep_reference()
 
 
+def test_the_reference_of_full_fine_tuning_can_be_the_present_weights(tiny_folder):
+    """As when a policy is trained twice: the second run starts where the first ended."""
+    policy = load_policy(tiny_folder, lora_rank=0, keep_reference=True)
+    with torch.no_grad():
+        for p in policy.trainable().values():
+            p.mul_(1.1)
+    policy.keep_reference()
+    with policy.reference() as reference:
+        assert reference is not policy.model
+        assert torch.equal(logits(reference), logits(policy.model))
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_the_end_of_a_completion(tiny_folder, tmp_path):
+    """As those of GPT-2 and Llama are published."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    kept = json.loads(settings.read_text(encoding="utf-8"))
+    assert kept.pop("pad_token")
+    settings.write_text(json.dumps(kept), encoding="utf-8")
+    policy = load_policy(str(tmp_path / "model"))
+    assert policy.tokenizer.pad_token == policy.tokenizer.eos_token
+
+
 def test_reference_of_full_fine_tuning_is_a_frozen_copy(tiny_folder, base_policy):
     policy = load_policy(tiny_folder, lora_rank=0, keep_reference=True)
     with torch.no_grad():

@@ -45,6 +45,20 @@ def test_killed_pretraining_resumes_to_the_same_weights(tmp_path):
     assert not (killed / "checkpoint.pt").exists()
 
 
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_save_checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tmp_path, Settings(**SMALL))
+    monkeypatch.undo()
+    for other in ({"seed": 7}, {"exits": 0}, {"lr": 1e-4}, {"steps": 20}):
+        with pytest.raises(ValueError, match=f"{next(iter(other))} is .* the pretraining in"):
+            pretrain(tmp_path, Settings(**SMALL | other))
+    pretrain(tmp_path, Settings(**SMALL | {"checkpoint_every": 5}))
+
+
 def test_losses_equal_a_row_by_row_run():
     tokenizer = build_tokenizer(n_stories=200)
     model = build_model(tokenizer, seed=0, hidden=32, layers=2)

@@ -216,6 +216,22 @@ def test_a_stopped_study_goes_on_to_the_same_numbers(data_file, tmp_path, monkey
         real(str(other), data_file, out=tmp_path / "b", figures=tmp_path / "fb", **options)
 
 
+def test_fewer_problems_lose_no_measured_chain(data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "measure", lambda policy, chain: pytest.fail("measured again"))
+    path = tmp_path / "worked.jsonl"
+    path.write_text("".join(f'{{"n": {n}}}\n' for n in range(5)) + '{"n"', encoding="utf-8")
+    assert study._measured(None, [None] * 2, path) == [{"n": 0}, {"n": 1}]
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 5
+
+
+def test_solutions_without_a_result_are_not_counted(data_file, tmp_path):
+    path = tmp_path / "words.jsonl"
+    words = [{"question": f"Which number? {n}", "answer": f"It is so.\n#### {n}"} for n in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in words), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"problems is 2, but .* holds 0 with a result"):
+        real("embedded", str(path), problems=2, out=tmp_path, figures=tmp_path)
+
+
 def test_a_model_that_hardly_ever_writes_a_thought_is_not_asked_further(
     policy, data_file, tmp_path
 ):
@@ -243,7 +259,7 @@ def test_a_model_that_writes_a_thought_now_and_then_is_asked_on(policy, data_fil
     ("option", "told"),
     [
         (dict(problems=1), "problems must be at least 2"),
-        (dict(problems=4), "problems is 4, but .* holds 3; ask for fewer"),
+        (dict(problems=4), "problems is 4, but .* holds 3 with a result .* ask for fewer"),
         (dict(longest=0), "longest must be at least 1"),
     ],
 )

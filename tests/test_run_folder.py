@@ -122,7 +122,7 @@ def test_other_weights_under_the_same_name_are_refused(config, tmp_path, part, l
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights[f"model.{part}.weight"] *= 1.0001
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"model is .*, whose weights are not those that the run"):
+    with pytest.raises(ValueError, match=r"model is .*, whose weights or adapter are not those"):
         run(config, tmp_path / "run", resume=True)
     (tmp_path / "model" / "model.safetensors").write_bytes(before)
     run(config, tmp_path / "run", resume=True)
@@ -141,10 +141,23 @@ def test_the_reference_of_a_run_is_the_adapter_that_it_starts_from(config, tmp_p
     kl = [step["kl"] for step in metrics(tmp_path / "whole")]
     assert abs(kl[0]) < 1e-6 < kl[1]
     run(replace(config, max_steps=1), tmp_path / "run", policy=start())
-    with pytest.raises(ValueError, match="whose weights are not those that the run"):
+    with pytest.raises(ValueError, match="whose weights or adapter are not those"):
         run(config, tmp_path / "run", policy=start(seed=2), resume=True)
     run(config, tmp_path / "run", policy=start(), resume=True)
     assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("other", [{"lora_alpha": 64}, {"lora_rank": 8}, {"seed": 5}])
+def test_another_adapter_is_refused_if_it_would_change_the_run(config, tmp_path, other):
+    """Another seed changes only where a new adapter started, which the checkpoint overrides."""
+    config = replace(config, max_steps=2, save_steps=1)
+    run(replace(config, max_steps=1), tmp_path / "run")
+    policy = load_policy(config.model, **{"lora_rank": 4, **other})
+    if "seed" in other:
+        run(config, tmp_path / "run", policy=policy, resume=True)
+        return
+    with pytest.raises(ValueError, match="whose weights or adapter are not those"):
+        run(config, tmp_path / "run", policy=policy, resume=True)
 
 
 @pytest.mark.parametrize(

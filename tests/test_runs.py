@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 import torch
 from helpers import PATIENCE
 
+from iapo_mini.files import write_json
 from iapo_mini.lab import ledger, table1
 from iapo_mini.lab.figures import methods
 from iapo_mini.lab.judging import SHOWN_OPERATIONS, _answers, policy_of
@@ -148,6 +150,41 @@ def test_finished_runs_are_not_repeated_but_a_lost_one_is(finished):
         assert {k: v for k, v in old[1].items() if k != "train_minutes"} == {
             k: v for k, v in new[1].items() if k != "train_minutes"
         }
+
+
+def test_a_run_of_the_ledger_is_not_taken_from_a_folder_with_other_settings(finished, tmp_path):
+    kept = tmp_path / "kept.jsonl"
+    run_all(finished, parallel=1, kept=kept)  # writes the records of finished runs
+    others = make_jobs(TINY, tmp_path / "runs", {START: None}, split="tune")
+    for job in others:
+        shutil.copytree(Path(finished[0]["run"]), job["run"])
+        write_json(Path(job["run"]) / "job.json", job)
+        result = Path(job["run"]) / "result.json"
+        write_json(result, json.loads(result.read_text(encoding="utf-8")) | {"length": 111.0})
+    own = make_jobs(TINY, tmp_path / "runs", {START: None})
+    run_all(own, parallel=1, kept=kept)
+    assert (
+        collect(own, TINY, kept)["methods"][START]["length"]
+        == (collect(finished, TINY)["methods"][START]["length"])
+    )
+
+
+def test_a_job_knows_its_start_policy_and_its_problems_by_their_content(tmp_path):
+    """A study of another model, or at other levels, writes them to the same paths."""
+    start, test_file = tmp_path / "start", tmp_path / "test.jsonl"
+    start.mkdir()
+    given = dict(start=str(start), test_file=str(test_file))
+
+    def jobs(weights, rows):
+        (start / "model.safetensors").write_bytes(weights)
+        test_file.write_text(rows, encoding="utf-8")
+        recipe = {"method": "gfpo", "data": "gsm8k", "data_file": str(test_file), "split": "all"}
+        return make_jobs(TINY, tmp_path, {START: None, "a": recipe}, **given)
+
+    first = jobs(b"1", "a")
+    assert jobs(b"1", "a") == first
+    for other in (jobs(b"2", "a"), jobs(b"1", "b")):
+        assert all(x != y for x, y in zip(first, other))
 
 
 def test_runs_in_the_ledger_need_no_folder(finished, tmp_path):

@@ -292,6 +292,18 @@ def test_a_model_with_too_few_positions_for_the_question_is_refused(tokenizer):
         )  # fmt: skip
 
 
+def test_a_question_beyond_the_sliding_window_is_refused_before_any_work(tokenizer):
+    narrow = tiny_policy("mistral", tokenizer, sliding_window=200)
+    longest = 200 - encode_prompts(narrow, TRIVIAL[:1])[0].shape[1]
+    check_length(narrow, TRIVIAL[:1], longest, asked=50)  # they are asked by whole passes
+    for tokens, early_exit in ((longest + 1, None), (longest, Stopping(1))):
+        with pytest.raises(ValueError, match="at most 200 tokens, the model's sliding window"):
+            evaluate(
+                narrow, TRIVIAL[:1], ks=(1,), num_generations=1, max_completion_length=tokens,
+                early_exit=early_exit, progress=False,
+            )  # fmt: skip
+
+
 def test_exits_are_recorded_one_by_one():
     exits = Exits(torch.tensor([-1, 3]), torch.tensor([0, 2]), torch.tensor([0, 4]))
     assert exits.records() == [{"asking": 0, "cut": False}, {"asking": 4, "cut": True}]

@@ -56,29 +56,46 @@ def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> Callback:
     return Callback(write, lambda found: write(found, "evaluation/"), close)
 
 
-def _wandb(folder: Path, settings: Mapping[str, Any]) -> Callback:
-    run = importlib.import_module("wandb").init(
-        project=PROJECT, name=folder.name, config=dict(settings), id=_identity(folder),
-        resume="allow",
-    )  # fmt: skip
+def _sending(begin: Callable[[], Any]) -> Callback:
+    """A callback for a library with ``log`` and ``finish``.
+
+    The run is begun at its first step. A command that is refused before, such as one that names a
+    used folder without ``--resume``, must not change the run that is shown for this folder.
+    """
+    run = functools.cache(begin)
+
+    def finish() -> None:
+        if run.cache_info().currsize:
+            run().finish()
+
     return Callback(
-        lambda row: run.log(numbers_of(row), step=row["step"]),
-        lambda row: run.log(numbers_of(row, "evaluation/"), step=row["step"]),
-        run.finish,
+        lambda row: run().log(numbers_of(row), step=row["step"]),
+        lambda row: run().log(numbers_of(row, "evaluation/"), step=row["step"]),
+        finish,
     )
+
+
+def _wandb(folder: Path, settings: Mapping[str, Any]) -> Callback:
+    wandb = importlib.import_module("wandb")
+    return _sending(
+        lambda: wandb.init(
+            project=PROJECT, name=folder.name, config=dict(settings), id=_identity(folder),
+            resume="allow",
+        )
+    )  # fmt: skip
 
 
 def _trackio(folder: Path, settings: Mapping[str, Any]) -> Callback:
     trackio = importlib.import_module("trackio")
-    trackio.init(
-        project=PROJECT, name=f"{folder.name}-{_identity(folder)}", config=dict(settings),
-        resume="allow",
-    )  # fmt: skip
-    return Callback(
-        lambda row: trackio.log(numbers_of(row), step=row["step"]),
-        lambda row: trackio.log(numbers_of(row, "evaluation/"), step=row["step"]),
-        trackio.finish,
-    )
+
+    def begin() -> Any:
+        trackio.init(
+            project=PROJECT, name=f"{folder.name}-{_identity(folder)}", config=dict(settings),
+            resume="allow",
+        )  # fmt: skip
+        return trackio
+
+    return _sending(begin)
 
 
 REPORTERS: dict[str, Callable[[Path, Mapping[str, Any]], Callback]] = {

@@ -49,7 +49,6 @@ from iapo_mini.early_exit.reading import logits_entropy
 from iapo_mini.early_exit.stopping import prefixes_to_ask
 from iapo_mini.evaluation import evaluate
 from iapo_mini.files import versions, write_json
-from iapo_mini.hub import check_in_reach
 from iapo_mini.information import encode_postfix
 from iapo_mini.intervals import bootstrap_interval, format_interval
 from iapo_mini.lab.figures import early_exit as drawn
@@ -288,7 +287,7 @@ def early_exit(
     if adapter:
         load_policy(adapter=adapter)  # refuses what is no adapter
     if model:
-        check_in_reach(model)
+        load_policy(model, lora_rank=0)  # refuses what is no model, before hours of work
     problems = list(itertools.islice(stories("test", seed=0), n_stories))
     asked = load_problems("gsm8k", "all", data_file) if data_file else problems
     folder = out / preset / "early_exit"

@@ -17,6 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from iapo_mini.config import with_defaults
+from iapo_mini.policies import EMBEDDED, SHIPPED
+from iapo_mini.problems.datasets import fingerprint
+
 CURVES = ("length", "accuracy", "entropy")
 """Metrics that are kept for every training step; the run's metrics.jsonl has more."""
 
@@ -55,3 +59,29 @@ def append(path: Path, job: Mapping[str, Any], found: Mapping[str, Any]) -> None
     with path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps({"name": run.name, "job": told, **found}) + "\n")
         file.flush()
+
+
+def content_of(start: str, *files: str) -> list[str]:
+    """Fingerprints of a start policy that we do not ship, and of problems in files.
+
+    A path says too little: another study may write another model or other problems to it.
+    """
+    weights = sorted(Path(start).glob("*.safetensors")) if start and start not in SHIPPED else []
+    return [fingerprint(str(path)) for path in [*weights, *files] if str(path)]
+
+
+def as_now(saved: dict, run: str) -> dict:
+    """A saved job in the form that :func:`make_jobs` gives now.
+
+    Its folder may have been moved, or may be named in another way.
+    """
+    config = saved["config"] and with_defaults(saved["config"])
+    since_then = {"primary": 0, "on_the_way": [], "pools": [], "together": 16}
+    evaluation = since_then | saved["evaluation"]
+    since = {"start": EMBEDDED, "test_file": "", "content": []}
+    return since | saved | {"run": run, "config": config, "evaluation": evaluation}
+
+
+def is_of(entry: Mapping, job: Mapping) -> bool:
+    """Whether a record of the ledger is of this job."""
+    return as_now(entry["job"] | {"run": job["run"]}, job["run"]) == job

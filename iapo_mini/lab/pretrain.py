@@ -44,7 +44,7 @@ from iapo_mini.errors import (
     check_number,
 )
 from iapo_mini.exit_training import Trunk, exit_loss
-from iapo_mini.files import rename, writable_folder
+from iapo_mini.files import rename, same_settings, writable_folder
 from iapo_mini.lab.assess import assess
 from iapo_mini.lab.story_model import HEAD_WIDTH, build_model, build_tokenizer
 from iapo_mini.metrics import trim_log
@@ -210,6 +210,7 @@ class _Log:
     def __init__(self, path: Path, minutes_before: float) -> None:
         self.path, self.minutes_before = path, minutes_before
         self.began, self.seen, self.totals = time.perf_counter(), 0, torch.zeros(2)
+        self.steps = 0  # since the last line, which a resume may have shortened
 
     def minutes(self) -> float:
         """Minutes of training, including those before a kill."""
@@ -219,11 +220,12 @@ class _Log:
         """Count a step."""
         self.seen += tokens
         self.totals += torch.stack([lm.detach(), early.detach()])
+        self.steps += 1
 
     def write(self, step: int, learning_rate: float) -> list[float]:
         """Write the line of a step (counted from 0) and return the mean losses."""
         minutes, elapsed = self.minutes(), time.perf_counter() - self.began
-        mean = (self.totals / ((step % 50) + 1)).tolist()
+        mean = (self.totals / self.steps).tolist()
         row = {
             "step": step + 1,
             "lm_loss": round(mean[0], 4),
@@ -235,6 +237,7 @@ class _Log:
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(row) + "\n")
         self.totals.zero_()
+        self.steps = 0
         return mean
 
 
@@ -270,6 +273,9 @@ def pretrain(out: str | Path, settings: Settings = AS_SHIPPED) -> Path:
     torch.set_num_threads(settings.threads)
     out, steps = Path(out), settings.steps
     out.mkdir(parents=True, exist_ok=True)
+    told = dataclasses.asdict(settings)
+    del told["threads"], told["checkpoint_every"]  # these change no number
+    same_settings(out / "settings.json", "pretraining", told)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, settings.seed, settings.hidden, settings.layers)
     optimizers = build_optimizers(model, settings.lr)
@@ -303,6 +309,7 @@ def pretrain(out: str | Path, settings: Settings = AS_SHIPPED) -> Path:
     model.eval().save_pretrained(out)
     tokenizer.save_pretrained(out)
     checkpoint.unlink(missing_ok=True)
+    (out / "settings.json").unlink()
     return out
 
 

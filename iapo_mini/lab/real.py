@@ -107,8 +107,9 @@ def _own(solutions: list[Solution], path: Path, wanted: int) -> list[Chain]:
 
 def _measured(policy: Policy, chains: list[Chain], path: Path) -> list[dict[str, Any]]:
     """Records of all chains; those that the file holds are not measured again."""
-    found = whole_records(path)[: len(chains)]
-    replace_text(path, "".join(json.dumps(record) + "\n" for record in found))
+    kept = whole_records(path)
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    found = kept[: len(chains)]
     for chain in tqdm(
         chains[len(found) :], initial=len(found), total=len(chains), desc=path.stem, unit="chain"
     ):
@@ -150,12 +151,14 @@ def real(
     figures, out = Path(figures), Path(out)
     check_options(out, figures, None)
     solutions = worked_solutions(data_file)
+    random.Random("real").shuffle(solutions)
+    solutions = [s for s in solutions if "result" in s.kinds]
     if len(solutions) < problems:
         raise ValueError(
-            f"problems is {problems}, but '{data_file}' holds {len(solutions)}; ask for fewer."
+            f"problems is {problems}, but '{data_file}' holds {len(solutions)} with a result such "
+            "as '3 + 4 = 7' in the solution; ask for fewer."
         )
-    random.Random("real").shuffle(solutions)
-    solutions = [s for s in solutions if "result" in s.kinds][:problems]
+    asked = solutions[:problems]
     policy = load_policy(model, lora_rank=0)
     folder = out / (name or Path(model).name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,10 +166,10 @@ def real(
         "fingerprint of the model": fingerprint_of_weights(policy.model.named_parameters()),
         "fingerprint of the data": fingerprint(data_file), "longest": longest,
     })  # fmt: skip
-    worked = [Chain(s.problem, s.text, s.kinds, s.problem.answer, True) for s in solutions]
+    worked = [Chain(s.problem, s.text, s.kinds, s.problem.answer, True) for s in asked]
     records = {"worked": _measured(policy, worked, folder / "worked.jsonl")}
     kept = folder / "completions.jsonl"
-    sampled = own_chains(policy, solutions, problems, kept, longest)
+    sampled = own_chains(policy, asked, problems, kept, longest)
     own = _own(solutions, kept, problems)
     records["own"] = _measured(policy, own, folder / "own.jsonl")
     shown = shown_name(model)

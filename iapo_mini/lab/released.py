@@ -29,6 +29,7 @@ from iapo_mini.devices import chosen_device, compute_dtype
 from iapo_mini.errors import MOST_ROWS, MOST_TOKENS, check_choice, check_number
 from iapo_mini.evaluation import evaluate, summary
 from iapo_mini.files import read_json, replace_text, versions, write_json
+from iapo_mini.hub import check_in_reach
 from iapo_mini.intervals import format_interval
 from iapo_mini.lab.results import check_options
 from iapo_mini.policies import shown_name
@@ -152,17 +153,14 @@ def released(
         "ks": list(ks), "base": shown_name(base), "repository": shown_name(repository),
         "problems": {data: fingerprint_of_problems(found) for data, found in problems.items()},
     }  # fmt: skip
-    for option, value in results.get("config", how).items():
-        if how[option] != value:
-            raise ValueError(
-                f"{option} is {how[option]}, but '{path}' was made with {value}; use the same, or "
-                "name other folders with figures and out."
-            )
+    _check_same(results.get("config", how), how, path)
+    for model in [*(base.replace("{size}", size) for size in sizes), repository]:
+        check_in_reach(model)
     for name, (size, data, found) in rows(sizes).items():
         if name in results["rows"]:
             continue
         policy = load_policy(
-            base.format(size=size) if found is None else repository,
+            base.replace("{size}", size) if found is None else repository,
             subfolder="" if found is None else found.subfolder,
             lora_rank=0, device=device, dtype=dtype,
         )  # fmt: skip
@@ -173,7 +171,7 @@ def released(
         )  # fmt: skip
         results["rows"][name] = {
             "size": size, "data": data, "kind": "base" if found is None else found.kind,
-            "model": base.format(size=size) if found is None else found.subfolder,
+            "model": base.replace("{size}", size) if found is None else found.subfolder,
             **({} if found is None else {"alpha": found.alpha, "beta": found.beta,
                                          "step": found.step}),
             "metrics": _without_completions(judged),
@@ -183,6 +181,16 @@ def released(
         write_json(path, results)
         replace_text(figures / "released.md", released_page(results))
     return results
+
+
+def _check_same(before: dict[str, Any], how: dict[str, Any], path: Path) -> None:
+    """Refuse to go on with results that were made with other options."""
+    for option, value in before.items():
+        if how[option] != value:
+            raise ValueError(
+                f"{option} is {how[option]}, but '{path}' was made with {value}; use the same, or "
+                "name other folders with figures and out."
+            )
 
 
 def _without_completions(judged: dict[str, Any]) -> dict[str, Any]:

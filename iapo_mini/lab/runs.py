@@ -21,13 +21,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
 
 from iapo_mini.callbacks import Callback
-from iapo_mini.config import TrainConfig, with_defaults
+from iapo_mini.config import TrainConfig
 from iapo_mini.files import read_json, replace_folder, versions, write_json
 from iapo_mini.lab import ledger
 from iapo_mini.lab.judging import PRIMARY, judge, judge_on_the_way, way_path
@@ -68,13 +68,13 @@ def make_jobs(
 
     Returns:
         One dict for each job, with ``run`` (a folder), ``config`` (fields of TrainConfig, or None),
-        ``seed``, ``split``, ``methods``, ``start``, ``test_file`` and ``evaluation`` (a dict with
-        ``problems``, ``num_generations``, ``ks``, ``primary``, ``on_the_way``, ``pools`` and
-        ``together``).
+        ``seed``, ``split``, ``methods``, ``start``, ``test_file``, ``content`` (fingerprints of
+        files) and ``evaluation`` (a dict with ``problems``, ``num_generations``, ``ks``,
+        ``primary``, ``on_the_way``, ``pools`` and ``together``).
     """
     if methods:
         use_methods(methods)
-    jobs = []
+    jobs, shared = [], ledger.content_of(start, test_file)
     for seed, (name, recipe) in itertools.product(size.seeds, recipes.items()):
         config = None
         if recipe is not None:
@@ -98,6 +98,7 @@ def make_jobs(
             "test_file": test_file,
             "evaluation": {field: getattr(size, field) for field in measured},
         }
+        job["content"] = shared + ledger.content_of("", (config or {}).get("data_file", ""))
         jobs.append(json.loads(json.dumps(job)))  # the same types as after reading it back
     return jobs
 
@@ -184,11 +185,11 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None, kept: Path | None
     for job in jobs:
         run = Path(job["run"])
         entry = entries.get(run.name)
-        if entry is not None and _as_now(entry["job"] | {"run": job["run"]}, job["run"]) == job:
+        if entry is not None and ledger.is_of(entry, job):
             continue
         saved = run / "job.json"
         before = read_json(saved, {}, needs=("config",))
-        same = bool(before) and _as_now(before, job["run"]) == job
+        same = bool(before) and ledger.as_now(before, job["run"]) == job
         if same and (found := _found(job)) is not None:  # raises for damage before others run
             if kept is not None:
                 ledger.append(kept, job, found)
@@ -278,27 +279,22 @@ def _give(job: Mapping, process: subprocess.Popen | None) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def _as_now(saved: dict, run: str) -> dict:
-    """A saved job in the form that :func:`make_jobs` gives now.
-
-    Its folder may have been moved, or may be named in another way.
-    """
-    config = saved["config"] and with_defaults(saved["config"])
-    since_then = {"primary": 0, "on_the_way": [], "pools": [], "together": 16}
-    evaluation = since_then | saved["evaluation"]
-    since = {"start": EMBEDDED, "test_file": ""}
-    return since | saved | {"run": run, "config": config, "evaluation": evaluation}
-
-
 def finished(jobs: Sequence[dict], kept: Path | None = None) -> list[dict]:
-    """``{"result", "curve"}`` of every job, from its folder or else from ``kept``.
+    """``{"result", "curve"}`` of every job, from ``kept`` or else from its folder.
+
+    The folder may hold a run with other settings, which :func:`run_all` does not look at if
+    ``kept`` has this job.
 
     Args:
         jobs: jobs that :func:`run_all` has finished.
         kept: file of finished runs, as in :func:`run_all`.
     """
     entries = ledger.read(kept)
-    return [_found(job) or entries[Path(job["run"]).name] for job in jobs]
+    own = [entries.get(Path(job["run"]).name) for job in jobs]
+    return [
+        entry if entry is not None and ledger.is_of(entry, job) else cast(dict, _found(job))
+        for job, entry in zip(jobs, own)
+    ]
 
 
 def collect(jobs: Sequence[dict], size: Size, kept: Path | None = None) -> dict:

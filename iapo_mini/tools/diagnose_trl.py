@@ -7,6 +7,7 @@ TRL writes its log to ``trainer_state.json`` in the run's folder and in every ch
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,12 +45,15 @@ FORMAT = "format"
 def state_of(run: Path) -> Path | None:
     """The newest ``trainer_state.json`` of a run, or None if there is none."""
     found = [path for path in (run / STATE, *run.glob(f"checkpoint-*/{STATE}")) if path.is_file()]
-    return max(found, key=lambda path: (path.parent == run, _number_of(path.parent)), default=None)
+    return max(found, key=lambda path: (_step_of(path), path.parent == run), default=None)
 
 
-def _number_of(folder: Path) -> int:
-    found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return int(found[1]) if found else -1
+def _step_of(state: Path) -> float:
+    """The step of a state. One that is damaged counts as the last, so that this is reported."""
+    try:
+        return float(read_json(state, needs=("global_step",))["global_step"])
+    except (ValueError, TypeError):
+        return math.inf
 
 
 def rows_of_trl(state: Path) -> list[dict[str, Any]]:
