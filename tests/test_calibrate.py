@@ -304,18 +304,18 @@ def test_a_folder_with_another_calibration_is_refused(tiny_folder, tmp_path):
 def test_a_folder_with_a_calibration_of_another_start_or_other_problems_is_refused(
     tiny_folder, tmp_path
 ):
-    def again(seed, **policy):
-        start = perturb_lora(load_policy(tiny_folder, lora_rank=4), **policy)
+    def again(adapter, told):
+        start = perturb_lora(load_policy(tiny_folder, lora_rank=4), seed=adapter)
         return calibrate(
-            start, stories("train", seed=seed), steps=2, batch_size=2, folder=tmp_path,
+            start, stories("train", seed=told), steps=2, batch_size=2, folder=tmp_path,
             progress=False,
         )  # fmt: skip
 
-    first = again(0)
-    assert again(0) == first
-    for seed, policy, named in ((0, {"seed": 7}, "weights"), (9, {}, "problems")):
+    first = again(1, 0)
+    assert again(1, 0) == first
+    for adapter, told, named in ((7, 0, "weights"), (1, 9, "problems")):
         with pytest.raises(ValueError, match=f"{named} is .* but the calibration in"):
-            again(seed, **policy)
+            again(adapter, told)
 
 
 @pytest.mark.parametrize("model", ["gpt2", "mistral"])

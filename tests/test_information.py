@@ -12,6 +12,7 @@ from helpers import (
     explicit_entropies,
     forced_logits,
     make_rollouts,
+    tiny_policy,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st

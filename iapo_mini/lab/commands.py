@@ -160,9 +160,11 @@ def _add_real_studies(parts: argparse._SubParsersAction) -> None:
     for part in (calibration, training):
         part.set_defaults(run_command=_real_study)
         part.add_argument("--model", default=EMBEDDED, help="model folder or hub id (%(default)s)")
+        sizes = "full, laptop (a shorter warm start)" if part is training else "full"
         part.add_argument(
-            "--preset", default="full", help="size: full, or quick for a smoke test (%(default)s)"
-        )
+            "--preset", default="full",
+            help=f"size: {sizes}, or quick for a smoke test (%(default)s)",
+        )  # fmt: skip
         part.add_argument("--out", default="runs/science", help="folder of the work (%(default)s)")
         part.add_argument("--figures", default="figures", help="folder of results (%(default)s)")
 
