@@ -183,6 +183,13 @@ def _share_of_rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / max(1, steps // 10), 2 * (1 - step / steps))
 
 
+def _peeked(problems: Iterable[Problem], count: int) -> tuple[str, Iterator[Problem]]:
+    """Fingerprint of the first problems, and all problems."""
+    stream = iter(problems)
+    first = list(itertools.islice(stream, count))
+    return fingerprint_of_problems(first), itertools.chain(first, stream)
+
+
 def _batches(
     problems: Iterable[Problem],
     texts: Iterable[str] | None,
@@ -335,8 +342,7 @@ def calibrate(
         problems: at least ``steps * batch_size`` problems with answers, or an endless stream;
             stories need no ``texts``.
         steps: optimiser steps (AdamW, warm-up over a tenth, linear decay over the second half).
-        batch_size: chains per step.
-        exits: forced answers per chain.
+        batch_size, exits: chains per step, and forced answers per chain.
         learning_rate: peak learning rate.
         anchor: weight of the KL divergence from the policy before, beside the exit loss.
         td_lambda: above 0; 1 trains every exit on the true answer, less also on the next exit. The
@@ -344,8 +350,8 @@ def calibrate(
         postfix: text that forces an answer.
         texts: completions to learn from, one for each problem, if the problems are not stories.
         seed: seed of cuts and chains.
-        folder: where checkpoints are kept. With the same policy and settings, calibration continues
-            after the newest one, to the same numbers as without a break.
+        folder: where checkpoints are kept. With the same policy, problems and settings, calibration
+            continues after the newest one, to the same numbers as without a break.
         save_every: steps between checkpoints.
         progress: show a progress bar.
 
@@ -365,14 +371,11 @@ def calibrate(
     model, rng, ids = policy.model, random.Random(seed), encode_postfix(policy, postfix)
     before = {name: p.detach().clone() for name, p in policy.trainable().items()}
     optimizer = torch.optim.AdamW(policy.trainable().values(), weight_decay=0.0)
-    stream = iter(problems)
-    first = [p for _, p in zip(range(batch_size), stream)]
-    settings["problems"] = fingerprint_of_problems(first)
+    settings["problems"], stream = _peeked(problems, batch_size)
     kept = _Progress(None if folder is None else Path(folder), settings, save_every, progress)
     done = kept.restore(policy, optimizer)
     model.train()
-    given = itertools.chain(first, stream)
-    for step, (batch, chains) in enumerate(_batches(given, texts, steps, batch_size, rng)):
+    for step, (batch, chains) in enumerate(_batches(stream, texts, steps, batch_size, rng)):
         rollouts = _read(policy, batch, chains, len(ids))
         ends = draw_exits(rollouts, exits, rng)
         if step < done:

@@ -85,16 +85,12 @@ def train(
         KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, when the step is saved.
     """
     check_number("keep_completions", keep_completions, 0, MOST_STEPS)
-    stream, known = _problem_stream(config, problems)
-    held_out = held_out_problems(config)
+    (stream, known), held_out = _problem_stream(config, problems), held_out_problems(config)
     torch.set_num_threads(config.threads)
     recipe, how = config.recipe(), config.early_exit()
     with Run(output_dir, config, resume=resume, wait=wait) as run, ending(callbacks) as watcher:
         policy = start_policy(config) if policy is None else policy
-        _check(policy, [*known, *held_out], config)
-        if recipe.kl_coef > 0:
-            policy.keep_reference()
-        optimizer = _optimizer(policy, config)
+        optimizer = _prepared(policy, [*known, *held_out], config)
         done = run.restore(policy, optimizer, problems)
         judge = HeldOut(run.folder, config, held_out, done)
         size = config.prompts_per_step * recipe.sampling_rounds
@@ -151,7 +147,13 @@ def _sampler(config: TrainConfig) -> Callable[..., Rollouts]:
     return sampler_of(config.engine, config.model, config.vllm_gpu_memory_utilization)
 
 
-def _optimizer(policy: Policy, config: TrainConfig) -> torch.optim.Optimizer:
+def _prepared(
+    policy: Policy, problems: list[Problem], config: TrainConfig
+) -> torch.optim.Optimizer:
+    """The optimizer, after the checks; the reference gets the present weights if there is one."""
+    _check(policy, problems, config)
+    if config.recipe().kl_coef > 0:
+        policy.keep_reference()
     weights = policy.trainable().values()
     return torch.optim.AdamW(weights, config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
 
