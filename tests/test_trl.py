@@ -491,7 +491,9 @@ def test_configs_for_eight_gpus_can_be_read(tmp_path):
     assert str(sharded.distributed_type.value) == "FSDP" and sharded.num_processes == 8
     settings = yaml.safe_load((folder / "gsm8k_8gpu.yaml").read_text(encoding="utf-8"))
     known = set(IAPOConfig.__dataclass_fields__)
-    assert set(settings) - known == {"model", "data"}
+    assert set(settings) - known == {"model", "data", "problems"}
+    steps = 2 * settings["problems"] / 12  # two epochs, 12 prompts a step
+    assert settings["max_steps"] == int(steps)
     assert settings["use_vllm"] and settings["iapo_alpha"] > 0
     batch = settings["per_device_train_batch_size"] * launch.num_processes
     assert batch * settings["gradient_accumulation_steps"] % settings["num_generations"] == 0
