@@ -34,55 +34,59 @@ def _identity(folder: Path) -> str:
     return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
 
 
-def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> Callback:
-    open_writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+def _late(
+    begin: Callable[[], Any],
+    write: Callable[[Any, dict[str, float], int], object],
+    end: Callable[[Any], object],
+) -> Callback:
+    """A callback that begins its run at the first step.
 
-    @functools.cache
-    def writer() -> Any:
-        """Opened at the first step: it writes into the folder, which a new run finds empty."""
-        opened = open_writer(str(folder / "tensorboard"))
-        opened.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
-        return opened
-
-    def write(row: Mapping[str, Any], prefix: str = "") -> None:
-        for name, value in numbers_of(row, prefix).items():
-            writer().add_scalar(name, value, row["step"])
-        writer().flush()
-
-    def close() -> None:
-        if writer.cache_info().currsize:
-            writer().close()
-
-    return Callback(write, lambda found: write(found, "evaluation/"), close)
-
-
-def _sending(begin: Callable[[], Any]) -> Callback:
-    """A callback for a library with ``log`` and ``finish``.
-
-    The run is begun at its first step. A command that is refused before, such as one that names a
-    used folder without ``--resume``, must not change the run that is shown for this folder.
+    A command that is refused before, such as one that names a used folder without ``--resume``,
+    must not change the run that is shown for this folder. And a new run needs an empty folder, into
+    which TensorBoard's writer writes at once.
     """
     run = functools.cache(begin)
 
+    def send(row: Mapping[str, Any], prefix: str = "") -> None:
+        write(run(), numbers_of(row, prefix), row["step"])
+
     def finish() -> None:
         if run.cache_info().currsize:
-            run().finish()
+            end(run())
 
-    return Callback(
-        lambda row: run().log(numbers_of(row), step=row["step"]),
-        lambda row: run().log(numbers_of(row, "evaluation/"), step=row["step"]),
-        finish,
-    )
+    return Callback(send, lambda found: send(found, "evaluation/"), finish)
+
+
+def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> Callback:
+    open_writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+
+    def begin() -> Any:
+        writer = open_writer(str(folder / "tensorboard"))
+        writer.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
+        return writer
+
+    def write(writer: Any, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return _late(begin, write, lambda writer: writer.close())
+
+
+def _log(run: Any, numbers: dict[str, float], step: int) -> None:
+    run.log(numbers, step=step)
 
 
 def _wandb(folder: Path, settings: Mapping[str, Any]) -> Callback:
     wandb = importlib.import_module("wandb")
-    return _sending(
-        lambda: wandb.init(
+
+    def begin() -> Any:
+        return wandb.init(
             project=PROJECT, name=folder.name, config=dict(settings), id=_identity(folder),
             resume="allow",
-        )
-    )  # fmt: skip
+        )  # fmt: skip
+
+    return _late(begin, _log, lambda run: run.finish())
 
 
 def _trackio(folder: Path, settings: Mapping[str, Any]) -> Callback:
@@ -95,7 +99,7 @@ def _trackio(folder: Path, settings: Mapping[str, Any]) -> Callback:
         )  # fmt: skip
         return trackio
 
-    return _sending(begin)
+    return _late(begin, _log, lambda module: module.finish())
 
 
 REPORTERS: dict[str, Callable[[Path, Mapping[str, Any]], Callback]] = {
