@@ -196,10 +196,11 @@ def test_rows_that_decide_are_tuned_and_trained_before_the_others(tmp_path, monk
 
     def run_all(jobs, parallel, kept):
         done.append(("trained", {Path(job["run"]).name.rsplit("-", 1)[0] for job in jobs}))
-        if len(done) == 4:
+        if len(done) == 6:
             raise InterruptedError
 
     few, every = set(table1.DECIDING), set(ROWS)
+    ours = few | {"iapo_sequence", "iapo_ni", "iapo_pmi"}
     told = tmp_path / "figures/results/table1_quick.json"
     told.parent.mkdir(parents=True)
     told.write_text(json.dumps({"methods": dict.fromkeys(every | {START})}), encoding="utf-8")
@@ -207,8 +208,11 @@ def test_rows_that_decide_are_tuned_and_trained_before_the_others(tmp_path, monk
     monkeypatch.setattr(table1, "run_all", run_all)
     with pytest.raises(InterruptedError):
         table1.table1("quick", out=tmp_path / "runs", figures=tmp_path / "figures")
-    assert done == [("tuned", few), ("trained", few | {START}),
-                    ("tuned", every), ("trained", every | {START})]  # fmt: skip
+    assert done == [
+        (what, rows | ({START} if what == "trained" else set()))
+        for rows in (few, ours, every)
+        for what in ("tuned", "trained")
+    ]
 
 
 def test_rows_that_decide_are_told_before_the_others_are_trained(tmp_path, monkeypatch):
@@ -224,6 +228,7 @@ def test_rows_that_decide_are_told_before_the_others_are_trained(tmp_path, monke
 
     really = table1.run_all
     monkeypatch.setattr(table1, "DECIDING", ("grpo", "iapo"))
+    monkeypatch.setattr(table1, "OURS", ("dapo",))
     monkeypatch.setattr(table1, "ROWS", {"grpo": {}, "iapo": {}, "dapo": {}})
     monkeypatch.setattr(table1, "tuned", lambda *options: {r: {"method": r} for r in options[-1]})
     monkeypatch.setattr(table1, "run_all", run_all)
