@@ -27,6 +27,7 @@ The estimates are meaningful only if the policy is calibrated when it is forced 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -55,15 +56,24 @@ def encode_postfix(policy: Policy, postfix: str = POSTFIX) -> torch.Tensor:
 
 
 def _potential(
-    policy: Policy, rollouts: Rollouts, question: Question, how: EarlyExit
+    policy: Policy,
+    rollouts: Rollouts,
+    question: Question,
+    how: EarlyExit,
+    rows: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """The first value of a question (nats) after every prefix, (B, L + 1); padding 0."""
-    asked = None if how.stride == 1 else prefixes_asked(policy, rollouts, how.stride)
-    found = prefixes.ask(policy.for_inference(), rollouts, question, how, asked)[..., 0]
-    t = torch.arange(found.shape[1], device=found.device)
+    """The first value of a question (nats) after every prefix of ``rows``, (B, L + 1); else 0."""
+    t = torch.arange(rollouts.completion_ids.shape[1] + 1, device=policy.device)
     within = t <= rollouts.lengths[:, None]
-    found = found if asked is None else spread(found, asked & within)
-    return found * within
+    if rows is not None:
+        chosen = torch.zeros_like(within[:, :1])
+        chosen[list(rows)] = True
+        within = within & chosen
+    asked = within
+    if how.stride != 1:
+        asked = within & prefixes_asked(policy, rollouts, how.stride)
+    found = prefixes.ask(policy.for_inference(), rollouts, question, how, asked)[..., 0]
+    return (found if how.stride == 1 else spread(found, asked)) * within
 
 
 def answer_entropies(
@@ -113,7 +123,8 @@ def answer_surprisals(
 
     The drop at a token, ``informativeness(surprisals, mask)``, is the pointwise information
     log p(y | q, o_<=t) - log p(y | q, o_<t). All tokens of an answer count. An answer of one token
-    costs no more than the entropy, and each further token adds one token to every branch.
+    costs no more than the entropy, and each further token adds one token to the branches of rows
+    whose answers are about as long.
 
     Args:
         policy, rollouts, how: as for :func:`answer_entropies`.
@@ -142,19 +153,40 @@ def answer_surprisals(
     ids = [None if x is None else continuation_ids(policy.tokenizer, x)[:room] for x in answers]
     if [] in ids:
         raise ValueError("answers must be texts of at least one token, got one without tokens")
-    width = max((len(x) for x in ids if x), default=1)
-    padded = [(x or []) + [0] * (width - len(x or [])) for x in ids]
-    targets = torch.tensor(padded, device=start.device)
-    lengths = torch.tensor([len(x or []) for x in ids], device=start.device)
-    real = torch.arange(width, device=start.device) < lengths[:, None]
-    suffix = torch.cat([start.expand(len(ids), -1), targets[:, :-1]], dim=1)
+    out = torch.zeros(len(ids), rollouts.completion_ids.shape[1] + 1, device=start.device)
+    for rows in _of_similar_length(ids):
+        width = max(len(ids[i] or []) for i in rows)
+        own = [(x or []) if i in rows else [] for i, x in enumerate(ids)]
+        targets = torch.tensor([x + [0] * (width - len(x)) for x in own], device=start.device)
+        lengths = torch.tensor([len(x) for x in own], device=start.device)
+        real = torch.arange(width, device=start.device) < lengths[:, None]
+        suffix = torch.cat([start.expand(len(ids), -1), targets[:, :-1]], dim=1)
+        read = functools.partial(_surprisal, targets, real)
+        question = Question(suffix, read, keep=width, by_row=True)
+        out += _potential(policy, rollouts, question, how, rows)
+    return out
 
-    def read(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        log_p = torch.log_softmax(logits.float(), dim=-1)
-        log_p = log_p.gather(2, targets[rows][..., None])[..., 0]
-        return -(log_p * real[rows]).sum(1, keepdim=True)
 
-    return _potential(policy, rollouts, Question(suffix, read, keep=width, by_row=True), how)
+def _surprisal(
+    targets: torch.Tensor, real: torch.Tensor, rows: torch.Tensor, logits: torch.Tensor
+) -> torch.Tensor:
+    """-log p of the real targets, (N, 1) nats; targets and real (B, K), logits (N, K, V)."""
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    log_p = log_p.gather(2, targets[rows][..., None])[..., 0]
+    return -(log_p * real[rows]).sum(1, keepdim=True)
+
+
+def _of_similar_length(ids: Sequence[Sequence[int] | None]) -> list[list[int]]:
+    """Numbers of the rows with up to 8 tokens, with up to 16, and so on.
+
+    All branches of a question are as long as its longest answer, so one long answer would make
+    those of all rows long.
+    """
+    found: dict[int, list[int]] = {}
+    for i, x in enumerate(ids):
+        if x is not None:
+            found.setdefault(max(8, 1 << (len(x) - 1).bit_length()), []).append(i)
+    return [found[size] for size in sorted(found)]
 
 
 def candidate_logprobs(

@@ -58,6 +58,30 @@ def test_attention_and_its_log_sum_exp(heads, kv_heads, sets, elsewhere):
     close(torch.Tensor(lse), expected_lse, atol=1e-5)
 
 
+@pytest.mark.parametrize("places", [1, 3, None])
+@pytest.mark.parametrize("suffix", [1, 4, 7, 30])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2)])
+def test_a_branch_sees_its_trunk_and_its_own_earlier_tokens(heads, kv_heads, suffix, places):
+    """Merging both parts of the attention gives attention over all keys at once."""
+    generator = torch.Generator().manual_seed(suffix)
+    branches, trunk, size, places = 3, 5, 8, min(places or suffix, suffix)
+    query = torch.randn(branches, places, heads, size, generator=generator)
+    key, value = torch.randn(2, branches, suffix, kv_heads, size, generator=generator)
+    keys, values = torch.randn(2, trunk, kv_heads, size, generator=generator)
+    seen = torch.full((branches, trunk), float("-inf")).triu(trunk - branches + 1)
+    out, lse = flat.attend(query, keys, values, seen, 0.3)
+    found = flat._merge_own(query, key, value, out, lse, 0.3)
+    for n in range(branches):
+        for i in range(places):
+            last = suffix - places + i + 1
+            mask = torch.cat([seen[n], torch.zeros(last)])[None]
+            expected, _ = plain_attention(
+                query[n, i][None, None], torch.cat([keys, key[n, :last]]),
+                torch.cat([values, value[n, :last]]), mask, 0.3,
+            )  # fmt: skip
+            close(found[n, i], expected.flatten(), atol=1e-5)
+
+
 class OtherHead(torch.nn.Linear):
     """A head that does more than multiply by its weights, like one with an adapter or 4 bits."""
 

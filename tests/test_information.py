@@ -17,6 +17,7 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iapo_mini.early_exit import prefixes
 from iapo_mini.early_exit.question import EVERY_PREFIX, WAYS, EarlyExit
 from iapo_mini.early_exit.reading import logits_entropy
 from iapo_mini.information import (
@@ -176,6 +177,39 @@ def test_surprisals_are_those_of_teacher_forcing(base_policy, way):
         for t in range(n + 1 if ANSWERS[i] else 0):
             expected = explicit_surprisal(base_policy, rollouts, i, t, ANSWERS[i])
             assert float(found[i, t]) == pytest.approx(expected, abs=2e-4)
+
+
+MIXED = [" 7 8", " 1 2 3" * 6, None, " 4" * 9, " 12", " 3 4 5 6" * 10]
+
+
+@pytest.mark.parametrize("way", ["packed", "cached"])
+def test_answers_of_very_different_lengths(base_policy, way):
+    rollouts = make_rollouts(**BATCH, left=1, right=1)
+    found = answer_surprisals(base_policy, rollouts, MIXED, EarlyExit(way=way))
+    assert not found[2].any()
+    for i, n in enumerate(rollouts.lengths.tolist()):
+        assert not found[i, n + 1 :].any()
+        for t in (0, n) if MIXED[i] else ():
+            expected = explicit_surprisal(base_policy, rollouts, i, t, MIXED[i])
+            assert float(found[i, t]) == pytest.approx(expected, abs=2e-3)
+
+
+def test_a_long_answer_makes_no_other_row_ask_longer(base_policy, monkeypatch):
+    rollouts, suffixes = make_rollouts(**BATCH), {}
+
+    def ask(model, rollouts, question, how, asked):
+        for i in asked.any(1).nonzero()[:, 0].tolist():
+            assert i not in suffixes  # no row is asked twice
+            suffixes[i] = question.suffix.shape[1]
+        return really(model, rollouts, question, how, asked)
+
+    really = prefixes.ask
+    monkeypatch.setattr(prefixes, "ask", ask)
+    answer_surprisals(base_policy, rollouts, MIXED)
+    postfix = len(encode_postfix(base_policy))
+    longest = {i: n - postfix + 1 for i, n in suffixes.items()}
+    # Up to 8 tokens together, then 9 to 16, 17 to 32, 33 to 64; a row without an answer is spared.
+    assert longest == {0: 2, 4: 2, 3: 9, 1: 18, 5: 40}
 
 
 def test_surprisals_of_single_tokens(base_policy):

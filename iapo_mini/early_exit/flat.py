@@ -88,6 +88,9 @@ def attend(
     return out, lse.unflatten(0, shape).permute(3, 0, 2, 1).flatten(2, 3)
 
 
+_MERGED_BY_TOKEN = 6  # longest suffix for which one token at a time costs less
+
+
 def _merge_own(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -99,10 +102,24 @@ def _merge_own(
     """Merge the trunk part of each branch token's attention with the part over its own branch.
 
     ``query`` and ``trunk_out`` (N, Q, heads, D) are of the last Q positions of N branches, ``key``
-    and ``value`` (N, K, key heads, D) of all K, ``trunk_lse`` (N, Q, heads).
+    and ``value`` (N, K, key heads, D) of all K, ``trunk_lse`` (N, Q, heads). Returns
+    (N, Q, heads * D).
     """
     heads = (key.shape[2], -1)
     query, trunk_out, trunk_lse = (x.unflatten(2, heads) for x in (query, trunk_out, trunk_lse))
+    merge = _by_token if key.shape[1] <= _MERGED_BY_TOKEN else _by_matrix
+    return merge(query, key, value, trunk_out, trunk_lse, scale).flatten(2)
+
+
+def _by_token(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    trunk_out: torch.Tensor,
+    trunk_lse: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """:func:`_merge_own` with K * Q steps, and heads as (key heads, heads of each)."""
     out = torch.empty_like(query)
     for i in range(query.shape[1]):
         merged, lse = trunk_out[:, i], trunk_lse[:, i]
@@ -112,7 +129,26 @@ def _merge_own(
             merged = torch.lerp(merged, value[:, j, :, None], share)
             lse = torch.logaddexp(lse, score)
         out[:, i] = merged
-    return out.flatten(2)
+    return out
+
+
+def _by_matrix(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    trunk_out: torch.Tensor,
+    trunk_lse: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """:func:`_by_token` in one step, with all K x Q scores at a time."""
+    places, length = query.shape[1], key.shape[1]
+    scores = torch.einsum("nqhgd,nkhd->nqhgk", query, key).float() * scale
+    later = torch.ones(places, length, dtype=torch.bool, device=key.device)
+    later = later.triu(length - places + 1)[:, None, None]
+    scores = scores.masked_fill(later, float("-inf"))
+    lse = torch.logaddexp(trunk_lse, scores.logsumexp(-1))[..., None]
+    own = torch.einsum("nqhgk,nkhd->nqhgd", (scores - lse).exp_().to(value.dtype), value)
+    return own + trunk_out * (trunk_lse[..., None] - lse).exp().to(value.dtype)
 
 
 def _even(total: int, most: int) -> int:
