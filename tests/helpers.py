@@ -1,11 +1,13 @@
 """Simple, slow computations that the tests compare the library with."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from iapo_mini.early_exit import flat, prefixes
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.information import answer_entropies, encode_postfix
+from iapo_mini.lab import judging
 from iapo_mini.lab.runs import run_job
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policy import Policy
@@ -323,7 +326,15 @@ def run(config, folder, **kwargs):
     return train(config, folder, progress=False, **kwargs)
 
 
+SHORT = 40
+"""Tokens at which completions of experiments are cut, where only the way through matters."""
+
+
 def run_here(jobs, parallel=None, kept=None):
-    """Run an experiment's jobs in this process, to save the imports of each."""
-    for job in jobs:
-        run_job(job)
+    """Run an experiment's jobs in this process and with short completions, to save time."""
+    short = functools.partial(judging.evaluate, max_completion_length=SHORT)
+    waiting = [job for job in jobs if not (Path(job["run"]) / "result.json").is_file()]
+    with mock.patch.object(judging, "evaluate", short):
+        for job in waiting:
+            config = job["config"] and job["config"] | {"max_completion_length": SHORT}
+            run_job(job | {"config": config})

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE
+from helpers import PATIENCE, run_here
 
 from iapo_mini.config import TrainConfig
 from iapo_mini.files import read_json
@@ -224,9 +224,8 @@ def test_rows_that_decide_are_told_before_the_others_are_trained(tmp_path, monke
             trained.append(path.read_bytes())
             if len(trained) == 1:
                 raise InterruptedError
-        really(jobs, parallel, kept)
+        run_here(jobs)
 
-    really = table1.run_all
     monkeypatch.setattr(table1, "DECIDING", ("grpo", "iapo"))
     monkeypatch.setattr(table1, "OURS", ("dapo",))
     monkeypatch.setattr(table1, "ROWS", {"grpo": {}, "iapo": {}, "dapo": {}})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_here, written
+from helpers import SHORT, run_here, written
 
 from iapo_mini.early_exit.question import EVERY_PREFIX
 from iapo_mini.intervals import mean_interval
@@ -150,6 +150,7 @@ def test_an_estimate_agrees_with_itself(policy, monkeypatch):
 def test_the_experiment_at_its_smallest(tmp_path, monkeypatch):
     monkeypatch.setattr(oracle, "run_all", run_here)
     monkeypatch.setattr(oracle, "SIZES", {"quick": TINY})
+    monkeypatch.setattr(oracle, "_LONGEST", SHORT)
     monkeypatch.setattr(oracle, "STARTS", {"embedded": EMBEDDED, "again": EMBEDDED})
     monkeypatch.setattr(oracle, "tuned", lambda *_: {"iapo": {"method": "iapo"}})
     found = oracle.oracle("quick", out=tmp_path / "runs", figures=tmp_path / "figures")

@@ -1,7 +1,6 @@
 """The study that trains a real model, on the embedded policy at its smallest size."""
 
 import json
-from pathlib import Path
 
 import pytest
 from helpers import run_here
@@ -25,16 +24,12 @@ from iapo_mini.problems.datasets import load_problems
 pytest.importorskip("accelerate", reason="transformers' trainer needs accelerate")
 
 
-def run_missing(jobs, parallel=None, kept=None):
-    run_here([job for job in jobs if not (Path(job["run"]) / "result.json").is_file()])
-
-
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     options = {"out": folder / "runs", "figures": folder / "figures"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "run_all", run_missing)
+        patch.setattr(module, "run_all", run_here)
         results = real_training("quick", **options)
         made = [p.stat().st_mtime_ns for p in sorted(folder.rglob("*.safetensors"))]
         assert real_training("quick", **options) == results  # nothing is made again

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import run_here
 
 from iapo_mini.evaluation import pass_at_k
 from iapo_mini.intervals import mean_interval
@@ -216,7 +217,7 @@ def run_and_keep(jobs, parallel=None, kept=None):
     """As run_all, in this process."""
     for job in jobs:
         if Path(job["run"]).name not in ledger.read(kept):
-            runs.run_job(job)
+            run_here([job])
             ledger.append(kept, job, runs._found(job))
 
 

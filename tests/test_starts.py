@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import SHORT
 
 from iapo_mini.intervals import holm, p_above
 from iapo_mini.lab import starts as module
@@ -21,7 +22,8 @@ def results(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SIZES", {"quick": TINY})
         patch.setattr(module, "STARTS", {"calibrated": module.EMBEDDED_CALIBRATED})
-        patch.setattr(module, "tuned", lambda *_: {name: {"method": name} for name in RECIPES})
+        best = {"max_completion_length": SHORT}
+        patch.setattr(module, "tuned", lambda *_: {m: best | {"method": m} for m in RECIPES})
         options = {"out": folder / "runs", "figures": folder / "figures"}
         found = starts("quick", **options)
         made = [p.stat().st_mtime_ns for p in sorted(folder.rglob("result.json"))]

@@ -92,9 +92,9 @@ PRESETS = {
     "quick": Preset(
         trials=1,
         tuning=Size(seeds=(100,), max_steps=1, problems=2, prompts_per_step=1),
-        table1=Size((0,), 2, 4, 2, 4, (1, 4), primary=1, on_the_way=(1, 2)),
+        table1=Size((0,), 2, 2, 1, 4, (1, 4), primary=1, on_the_way=(1, 2)),
         more_seeds=(1,),
-        deciding_seeds=(2,),
+        deciding_seeds=(),
         sweeps=Size((0,), 1, 2, 1, 4, (1, 4)),
         timed=2,
     ),
