@@ -255,6 +255,13 @@ def _agrees(case: Case) -> bool:
     return bool((packed.float() - naive.float()).abs().max() < 0.02)  # bf16 rounds to 1 in 256
 
 
+def _common(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Number of first tokens that each pair of rows shares, (G, G); ids and mask (G, L)."""
+    same = (ids[:, None] == ids) & mask[:, None] & mask
+    # The first difference; as bytes, because long completions make this tensor large.
+    return torch.nn.functional.pad(~same, (0, 1), value=True).byte().argmax(-1)
+
+
 def _shared_prefixes(rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
     """For each row, an earlier row of its group and the number of first tokens that they share.
 
@@ -268,8 +275,7 @@ def _shared_prefixes(rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
     ids, mask = (
         x.unflatten(0, (-1, group)) for x in (rollouts.completion_ids, rollouts.completion_mask)
     )
-    same = (ids[:, :, None] == ids[:, None]) & mask[:, :, None] & mask[:, None]
-    common = same.long().cumprod(-1).sum(-1)  # (prompts, G, G)
+    common = torch.stack([_common(*pair) for pair in zip(ids, mask)])  # (prompts, G, G)
     earlier = torch.ones(group, group, dtype=torch.bool, device=ids.device).tril(-1)
     shared, donor = common.masked_fill(~earlier, -1).max(-1)
     first = torch.arange(len(ids), device=ids.device)[:, None] * group
