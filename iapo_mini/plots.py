@@ -119,7 +119,8 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]
     Args:
         curves: method -> one mapping per seed, with ``"length"`` (tokens), ``"accuracy"`` (share)
             and ``"entropy"`` (nats per token), a value per step. If the seeds of a method have
-            different numbers of steps, only the longest runs are drawn.
+            different numbers of steps, only the longest runs are drawn. With many methods a wide
+            interval may leave its panel, so that it does not flatten the lines.
     """
     many = len(curves) > 4
     fig = Figure(figsize=(12 if many else 10, 3.6 if many else 3.2), layout="constrained")
@@ -129,15 +130,17 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]
         ("entropy", "policy entropy (nats per token)"),
     )
     for ax, (name, label) in zip(fig.subplots(1, 3), panels):
+        highest = 0.0
         for i, (method, runs) in enumerate(curves.items()):
             steps = max(len(run[name]) for run in runs)
             beside = 0.02 * steps * (i + 1) if many else 0.0
             whole = [_smooth(run[name]) for run in runs if len(run[name]) == steps]
             _by_step(ax, whole, method, beside)
+            highest = max(highest, float(np.mean(whole, axis=0).max()))
         ax.set_xlabel("training step")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
-        ax.set_ylim(0, 1 if name == "accuracy" else None)
+        ax.set_ylim(0, 1 if name == "accuracy" else 1.2 * highest if many else None)
     if curves:
         handles, names = fig.axes[0].get_legend_handles_labels()
         if many:
