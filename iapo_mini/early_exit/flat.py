@@ -105,50 +105,26 @@ def _merge_own(
     and ``value`` (N, K, key heads, D) of all K, ``trunk_lse`` (N, Q, heads). Returns
     (N, Q, heads * D).
     """
-    heads = (key.shape[2], -1)
+    heads, places, length = (key.shape[2], -1), query.shape[1], key.shape[1]
     query, trunk_out, trunk_lse = (x.unflatten(2, heads) for x in (query, trunk_out, trunk_lse))
-    merge = _by_token if key.shape[1] <= _MERGED_BY_TOKEN else _by_matrix
-    return merge(query, key, value, trunk_out, trunk_lse, scale).flatten(2)
-
-
-def _by_token(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    trunk_out: torch.Tensor,
-    trunk_lse: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """:func:`_merge_own` with K * Q steps, and heads as (key heads, heads of each)."""
+    if length > _MERGED_BY_TOKEN:
+        scores = torch.einsum("nqhgd,nkhd->nqhgk", query, key).float() * scale
+        later = torch.ones(places, length, dtype=torch.bool, device=key.device)
+        later = later.triu(length - places + 1)[:, None, None]
+        scores = scores.masked_fill(later, float("-inf"))
+        lse = torch.logaddexp(trunk_lse, scores.logsumexp(-1))[..., None]
+        own = torch.einsum("nqhgk,nkhd->nqhgd", (scores - lse).exp_().to(value.dtype), value)
+        return (own + trunk_out * (trunk_lse[..., None] - lse).exp().to(value.dtype)).flatten(2)
     out = torch.empty_like(query)
-    for i in range(query.shape[1]):
+    for i in range(places):
         merged, lse = trunk_out[:, i], trunk_lse[:, i]
-        for j in range(key.shape[1] - query.shape[1] + i + 1):  # the token itself and earlier ones
+        for j in range(length - places + i + 1):  # the token itself and earlier ones
             score = torch.linalg.vecdot(query[:, i], key[:, j, :, None]).float() * scale
             share = torch.sigmoid(score - lse).to(value.dtype)[..., None]
             merged = torch.lerp(merged, value[:, j, :, None], share)
             lse = torch.logaddexp(lse, score)
         out[:, i] = merged
-    return out
-
-
-def _by_matrix(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    trunk_out: torch.Tensor,
-    trunk_lse: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """:func:`_by_token` in one step, with all K x Q scores at a time."""
-    places, length = query.shape[1], key.shape[1]
-    scores = torch.einsum("nqhgd,nkhd->nqhgk", query, key).float() * scale
-    later = torch.ones(places, length, dtype=torch.bool, device=key.device)
-    later = later.triu(length - places + 1)[:, None, None]
-    scores = scores.masked_fill(later, float("-inf"))
-    lse = torch.logaddexp(trunk_lse, scores.logsumexp(-1))[..., None]
-    own = torch.einsum("nqhgk,nkhd->nqhgd", (scores - lse).exp_().to(value.dtype), value)
-    return own + trunk_out * (trunk_lse[..., None] - lse).exp().to(value.dtype)
+    return out.flatten(2)
 
 
 def _even(total: int, most: int) -> int:
