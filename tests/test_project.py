@@ -1,6 +1,7 @@
 """The texts of the project agree with its files."""
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -374,6 +375,32 @@ def test_statements_about_table1_agree_with_its_verdicts(table1_results):
     stands = [row[0] for row in rows if row[3] in ("holds", "does not hold")]
     compared = [text for text in stands if text.startswith("IAPO")]
     assert compared == ["IAPO writes fewer tokens than GRPO (share of Length@32 saved)"]
+
+
+def test_the_ablation_in_the_texts_is_the_committed_result(table1_results):
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    part = page.split("## What each part is worth (Fig. 5)")[1].split("\n## ")[0]
+    rows = table1_results["methods"]
+
+    def less(one, other, metric, digits, factor=1):
+        pairs = zip(rows[one][metric], rows[other][metric])
+        return format_interval(mean_interval([factor * (a - b) for a, b in pairs]), digits)
+
+    mean, interval = less("iapo", "iapo_ni", "length@32", 1).split(" ", 1)
+    assert f"IAPO minus IAPO-NI is {mean} tokens {interval}" in part
+    for one, other, told in (
+        ("iapo", "iapo_ne", "has {} more right answers"),
+        ("iapo", "iapo_ni", "and {} right answers per 1,000 tokens"),
+        ("iapo_ne", "iapo_ni", "here the difference is {}"),
+        ("iapo", "iapo_pmi", "Ratio@32 is {} lower than IAPO's"),
+    ):
+        assert told.format(less(one, other, "ratio@32", 1, 1000)) in part
+    short = [sum(x < 40 for x in rows[name]["length@32"]) for name in ("iapo", "iapo_ni")]
+    assert short == [10, 3] and "ten of ten against three of five" in part
+    by_chance = math.comb(5, 2) / math.comb(15, 2)  # both long runs fall to IAPO-NI
+    assert 0.09 < by_chance < 0.11 and "chance would make one time in ten" in part
+    lengths = [f"{x:.0f}" for x in sorted(rows["iapo_ni"]["length@32"])[-2:]]
+    assert f"two stay at {' and '.join(lengths)}" in part
 
 
 def test_the_rows_that_decide_have_ten_seeds(table1_results):
