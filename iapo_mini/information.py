@@ -27,7 +27,6 @@ The estimates are meaningful only if the policy is calibrated when it is forced 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -58,21 +57,22 @@ def encode_postfix(policy: Policy, postfix: str = POSTFIX) -> torch.Tensor:
 def _potential(
     policy: Policy,
     rollouts: Rollouts,
-    question: Question,
     how: EarlyExit,
-    rows: Sequence[int] | None = None,
+    questions: Sequence[tuple[Question, torch.Tensor | None]],
 ) -> torch.Tensor:
-    """The first value of a question (nats) after every prefix of ``rows``, (B, L + 1); else 0."""
+    """The first value of each question (nats) after every prefix of its rows, (B, L + 1); else 0.
+
+    Rows are (B,) bool and belong to one question at most; None: all rows.
+    """
     t = torch.arange(rollouts.completion_ids.shape[1] + 1, device=policy.device)
     within = t <= rollouts.lengths[:, None]
-    if rows is not None:
-        chosen = torch.zeros_like(within[:, :1])
-        chosen[list(rows)] = True
-        within = within & chosen
     asked = within
     if how.stride != 1:
         asked = within & prefixes_asked(policy, rollouts, how.stride)
-    found = prefixes.ask(policy.for_inference(), rollouts, question, how, asked)[..., 0]
+    model, found = policy.for_inference(), torch.zeros(within.shape, device=policy.device)
+    for question, rows in questions:
+        own = asked if rows is None else asked & rows[:, None]
+        found += prefixes.ask(model, rollouts, question, how, own)[..., 0]
     return (found if how.stride == 1 else spread(found, asked)) * within
 
 
@@ -98,7 +98,7 @@ def answer_entropies(
         return logits_entropy(logits)
 
     question = Question(encode_postfix(policy, how.postfix), read, read_hidden=head_entropy)
-    return _potential(policy, rollouts, question, how)
+    return _potential(policy, rollouts, how, [(question, None)])
 
 
 def answer_in(text: str) -> str | None:
@@ -153,40 +153,29 @@ def answer_surprisals(
     ids = [None if x is None else continuation_ids(policy.tokenizer, x)[:room] for x in answers]
     if [] in ids:
         raise ValueError("answers must be texts of at least one token, got one without tokens")
-    out = torch.zeros(len(ids), rollouts.completion_ids.shape[1] + 1, device=start.device)
-    for rows in _of_similar_length(ids):
-        width = max(len(ids[i] or []) for i in rows)
-        own = [(x or []) if i in rows else [] for i, x in enumerate(ids)]
-        targets = torch.tensor([x + [0] * (width - len(x)) for x in own], device=start.device)
-        lengths = torch.tensor([len(x) for x in own], device=start.device)
-        real = torch.arange(width, device=start.device) < lengths[:, None]
-        suffix = torch.cat([start.expand(len(ids), -1), targets[:, :-1]], dim=1)
-        read = functools.partial(_surprisal, targets, real)
-        question = Question(suffix, read, keep=width, by_row=True)
-        out += _potential(policy, rollouts, question, how, rows)
-    return out
+    width = max((len(x) for x in ids if x), default=1)
+    padded = [(x or []) + [0] * (width - len(x or [])) for x in ids]
+    targets = torch.tensor(padded, device=start.device)
+    lengths = torch.tensor([len(x or []) for x in ids], device=start.device)
+    real = torch.arange(width, device=start.device) < lengths[:, None]
+    suffix = torch.cat([start.expand(len(ids), -1), targets[:, :-1]], dim=1)
 
+    def read(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        width = logits.shape[1]
+        log_p = torch.log_softmax(logits.float(), dim=-1)
+        log_p = log_p.gather(2, targets[rows, :width, None])[..., 0]
+        return -(log_p * real[rows, :width]).sum(1, keepdim=True)
 
-def _surprisal(
-    targets: torch.Tensor, real: torch.Tensor, rows: torch.Tensor, logits: torch.Tensor
-) -> torch.Tensor:
-    """-log p of the real targets, (N, 1) nats; targets and real (B, K), logits (N, K, V)."""
-    log_p = torch.log_softmax(logits.float(), dim=-1)
-    log_p = log_p.gather(2, targets[rows][..., None])[..., 0]
-    return -(log_p * real[rows]).sum(1, keepdim=True)
-
-
-def _of_similar_length(ids: Sequence[Sequence[int] | None]) -> list[list[int]]:
-    """Numbers of the rows with up to 8 tokens, with up to 16, and so on.
-
-    All branches of a question are as long as its longest answer, so one long answer would make
-    those of all rows long.
-    """
-    found: dict[int, list[int]] = {}
-    for i, x in enumerate(ids):
-        if x is not None:
-            found.setdefault(max(8, 1 << (len(x) - 1).bit_length()), []).append(i)
-    return [found[size] for size in sorted(found)]
+    # Rows with up to 8 tokens are asked together, those with up to 16, and so on. All branches of
+    # a question are equally long, so one long answer would make those of all rows long.
+    sizes = [max(8, 1 << (n - 1).bit_length()) if n else 0 for n in lengths.tolist()]
+    questions = []
+    for size in sorted({*sizes} - {0}):
+        rows = torch.tensor(sizes, device=start.device) == size
+        width = int(lengths[rows].max())
+        some = suffix[:, : len(start) + width - 1]
+        questions.append((Question(some, read, keep=width, by_row=True), rows))
+    return _potential(policy, rollouts, how, questions)
 
 
 def candidate_logprobs(
