@@ -1,13 +1,11 @@
 """Simple, slow computations that the tests compare the library with."""
 
 import contextlib
-import functools
 import importlib.util
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -17,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from iapo_mini.early_exit import flat, prefixes
 from iapo_mini.early_exit.question import EarlyExit
 from iapo_mini.information import answer_entropies, encode_postfix
-from iapo_mini.lab import judging
 from iapo_mini.lab.runs import run_job
+from iapo_mini.lab.sizes import SHORT
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policy import Policy
 from iapo_mini.rollouts import Rollouts
@@ -326,15 +324,10 @@ def run(config, folder, **kwargs):
     return train(config, folder, progress=False, **kwargs)
 
 
-SHORT = 40
-"""Tokens at which completions of experiments are cut, where only the way through matters."""
-
-
 def run_here(jobs, parallel=None, kept=None):
     """Run an experiment's jobs in this process and with short completions, to save time."""
-    short = functools.partial(judging.evaluate, max_completion_length=SHORT)
-    waiting = [job for job in jobs if not (Path(job["run"]) / "result.json").is_file()]
-    with mock.patch.object(judging, "evaluate", short):
-        for job in waiting:
-            config = job["config"] and job["config"] | {"max_completion_length": SHORT}
-            run_job(job | {"config": config})
+    short = {"max_completion_length": SHORT}
+    for job in jobs:
+        if not (Path(job["run"]) / "result.json").is_file():
+            config = job["config"] and job["config"] | short
+            run_job(job | {"config": config, "evaluation": job["evaluation"] | short})

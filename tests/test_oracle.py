@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SHORT, run_here, written
+from helpers import run_here, written
 
 from iapo_mini.early_exit.question import EVERY_PREFIX
 from iapo_mini.intervals import mean_interval
 from iapo_mini.lab import oracle
-from iapo_mini.lab.sizes import Size
+from iapo_mini.lab.sizes import SHORT, Size
 from iapo_mini.lab.verdicts import judge
 from iapo_mini.policies import EMBEDDED
 from iapo_mini.policy import load_policy

@@ -4,16 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import SHORT
 
 from iapo_mini.intervals import holm, p_above
 from iapo_mini.lab import starts as module
-from iapo_mini.lab.sizes import Size
+from iapo_mini.lab.sizes import SHORT, Size
 from iapo_mini.lab.starts import METRICS, PAIRS, TRAINED, starts, starts_table
 from iapo_mini.recipes import RECIPES
 
 RESULTS = Path(__file__).parent.parent / "figures/results"
-TINY = Size(seeds=(0, 1), max_steps=1, problems=2, prompts_per_step=1, num_generations=4, ks=(1, 4))
+TINY = Size((0, 1), 1, 2, 1, num_generations=4, ks=(1, 4), max_completion_length=SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +21,7 @@ def results(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SIZES", {"quick": TINY})
         patch.setattr(module, "STARTS", {"calibrated": module.EMBEDDED_CALIBRATED})
-        best = {"max_completion_length": SHORT}
-        patch.setattr(module, "tuned", lambda *_: {m: best | {"method": m} for m in RECIPES})
+        patch.setattr(module, "tuned", lambda *_: {m: {"method": m} for m in RECIPES})
         options = {"out": folder / "runs", "figures": folder / "figures"}
         found = starts("quick", **options)
         made = [p.stat().st_mtime_ns for p in sorted(folder.rglob("result.json"))]

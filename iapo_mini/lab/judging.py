@@ -41,11 +41,12 @@ def judge_on_the_way(policy: Policy, job: Mapping, step: int) -> None:
     if path.is_file():
         return
     group = job["evaluation"]["num_generations"] if pools else 8
+    longest = job["evaluation"]["max_completion_length"]
     found = {
         split: evaluate(
             policy, list(itertools.islice(stories(split, seed=0), n)),
             ks=(1,), num_generations=group, seed=job["seed"], progress=False,
-            batch_size=_WAY_BATCH,
+            max_completion_length=longest, batch_size=_WAY_BATCH,
         )
         for split, n in pools or [(job["split"], min(WAY_PROBLEMS, job["evaluation"]["problems"]))]
     }  # fmt: skip
@@ -83,6 +84,7 @@ def judge(policy: Policy, job: Mapping) -> None:
     result = evaluate(
         policy, problems,
         ks=size["ks"], num_generations=size["num_generations"], seed=job["seed"], progress=False,
+        max_completion_length=size["max_completion_length"],
         batch_size=size["together"] * size["num_generations"], save_to=run / "completions.jsonl",
     )  # fmt: skip
     completions = result.pop("completions")

@@ -76,7 +76,9 @@ def as_now(saved: dict, run: str) -> dict:
     Its folder may have been moved, or may be named in another way.
     """
     config = saved["config"] and with_defaults(saved["config"])
-    since_then = {"primary": 0, "on_the_way": [], "pools": [], "together": 16}
+    since_then = {
+        "primary": 0, "on_the_way": [], "pools": [], "together": 16, "max_completion_length": 224,
+    }  # fmt: skip
     evaluation = since_then | saved["evaluation"]
     since = {"start": EMBEDDED, "test_file": "", "content": []}
     return since | saved | {"run": run, "config": config, "evaluation": evaluation}

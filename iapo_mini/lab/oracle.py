@@ -54,7 +54,7 @@ from iapo_mini.lab.figures.controls import label
 from iapo_mini.lab.ledger import ledger_path
 from iapo_mini.lab.results import check_options, file_stem, kept, results_path
 from iapo_mini.lab.runs import collect, make_jobs, run_all
-from iapo_mini.lab.sizes import Size, preset_of
+from iapo_mini.lab.sizes import SHORT, Size, preset_of
 from iapo_mini.lab.starts import STARTS
 from iapo_mini.lab.tuning import tuned
 from iapo_mini.lab.verdicts import Claim
@@ -198,7 +198,7 @@ RECIPES = {
 }
 METRICS = ("length", "pass@1", "ratio@1")
 SIZES = {
-    "quick": Size((0,), 1, problems=2, prompts_per_step=1, num_generations=2, ks=(1, 2)),
+    "quick": Size((0,), 1, 2, 1, num_generations=2, ks=(1, 2), max_completion_length=SHORT),
     "full": Size(seeds=(0, 1, 2), max_steps=22, problems=200),
 }
 STORIES = {"quick": 2, "full": 60}

@@ -70,7 +70,7 @@ def make_jobs(
         One dict for each job, with ``run`` (a folder), ``config`` (fields of TrainConfig, or None),
         ``seed``, ``split``, ``methods``, ``start``, ``test_file``, ``content`` (fingerprints of
         files) and ``evaluation`` (a dict with ``problems``, ``num_generations``, ``ks``,
-        ``primary``, ``on_the_way``, ``pools`` and ``together``).
+        ``primary``, ``on_the_way``, ``pools``, ``together`` and ``max_completion_length``).
     """
     if methods:
         use_methods(methods)
@@ -83,10 +83,12 @@ def make_jobs(
                 "prompts_per_step": size.prompts_per_step,
                 "seed": seed,
                 "threads": 1,
+                "max_completion_length": size.max_completion_length,
             }
             config = TrainConfig(**settings | recipe).settings()
         measured = (
-            "problems", "num_generations", "ks", "primary", "on_the_way", "pools", "together"
+            "problems", "num_generations", "ks", "primary", "on_the_way", "pools", "together",
+            "max_completion_length",
         )  # fmt: skip
         job = {
             "run": str(out / f"{name}-{seed}"),

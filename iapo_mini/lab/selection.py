@@ -58,7 +58,7 @@ from iapo_mini.lab.figures import selection as drawn
 from iapo_mini.lab.ledger import ledger_path
 from iapo_mini.lab.results import check_options, file_stem, results_path
 from iapo_mini.lab.runs import finished, make_jobs, run_all
-from iapo_mini.lab.sizes import Size, preset_of
+from iapo_mini.lab.sizes import SHORT, Size, preset_of
 from iapo_mini.lab.tuning import tuned
 
 FINALISTS = 5
@@ -89,6 +89,7 @@ SIZES = {
         Size(
             seeds=(0, 1, 2), max_steps=2, problems=2, prompts_per_step=1, num_generations=2,
             ks=(1, 2), on_the_way=(1, 2), pools=(("tune", 4), ("test", 8)),
+            max_completion_length=SHORT,
         ),
         problems=(2, 4), candidates=(1, 2), trials=(1,), turns=10,
     ),

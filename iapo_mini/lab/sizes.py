@@ -29,6 +29,8 @@ class Size:
             length of every completion are kept. One stream must be that of the evaluation.
         together: stories of the evaluation that are sampled at once, with all their completions.
             Wider batches are faster on a CPU, but other batches mean other random numbers.
+        max_completion_length: number of tokens at which completions are cut, in training and
+            evaluation.
     """
 
     seeds: tuple[int, ...]
@@ -41,6 +43,7 @@ class Size:
     on_the_way: tuple[int, ...] = ()
     pools: tuple[tuple[str, int], ...] = ()
     together: int = 16
+    max_completion_length: int = 224
 
     def __post_init__(self) -> None:
         if max(self.ks) > self.num_generations:
@@ -88,14 +91,18 @@ class Preset:
 
 
 _KS = (1, 2, 4, 8, 16, 32)
+SHORT = 40
+"""Number of tokens at which a test run of an experiment cuts completions."""
 PRESETS = {
     "quick": Preset(
         trials=1,
-        tuning=Size(seeds=(100,), max_steps=1, problems=2, prompts_per_step=1),
-        table1=Size((0,), 2, 2, 1, 4, (1, 4), primary=1, on_the_way=(1, 2)),
+        tuning=Size((100,), 1, 2, 1, max_completion_length=SHORT),
+        table1=Size(
+            (0,), 2, 2, 1, 4, (1, 4), primary=1, on_the_way=(1, 2), max_completion_length=SHORT
+        ),
         more_seeds=(1,),
         deciding_seeds=(),
-        sweeps=Size((0,), 1, 2, 1, 4, (1, 4)),
+        sweeps=Size((0,), 1, 2, 1, 4, (1, 4), max_completion_length=SHORT),
         timed=2,
     ),
     "full": Preset(

@@ -89,6 +89,7 @@ def starts(
         before = evaluate(
             load_policy(model, lora_rank=0), problems,
             ks=size.ks, num_generations=size.num_generations, seed=0,
+            max_completion_length=size.max_completion_length,
             save_to=folder / f"{name}-{START}.jsonl",
         )  # fmt: skip
         rows[name] = {START: {metric: before[metric] for metric in METRICS}} | {
