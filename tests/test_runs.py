@@ -19,7 +19,7 @@ from iapo_mini.lab import ledger, table1
 from iapo_mini.lab.figures import methods
 from iapo_mini.lab.judging import SHOWN_OPERATIONS, _answers, policy_of
 from iapo_mini.lab.runs import START, collect, make_jobs, run_all, run_job
-from iapo_mini.lab.sizes import Size
+from iapo_mini.lab.sizes import SHORT, Size
 from iapo_mini.policy import load_policy
 from iapo_mini.problems.stories import stories
 from iapo_mini.recipes import RECIPES, Recipe, use_methods
@@ -292,6 +292,18 @@ def test_a_job_that_fails_after_others_in_its_process_is_named(tmp_path):
     assert (tmp_path / "good-0" / "result.json").is_file()
 
 
+def test_a_failed_run_does_not_stop_those_beside_it(tmp_path):
+    """What is in work is finished, and nothing else is begun."""
+    bad = {"method": "grpo", "model": "no-such/model"}
+    slow = {"method": "grpo", "max_steps": 15, "max_completion_length": SHORT}
+    recipes = {"good": slow, "bad": bad, "later": {"method": "grpo"}}
+    jobs = make_jobs(replace(TINY, seeds=(0,)), tmp_path, recipes)
+    with pytest.raises(RuntimeError, match=r"^the run in .*bad-0' failed: .*no-such/model"):
+        run_all(jobs, parallel=2)
+    assert (tmp_path / "good-0" / "result.json").is_file()
+    assert not (tmp_path / "later-0" / "log.txt").is_file()
+
+
 def test_other_settings_in_the_same_folder_are_refused(finished):
     out = Path(finished[0]["run"]).parent
     jobs = make_jobs(TINY, out, {"gtpo": {"method": "gtpo", "alpha": 0.3}})
@@ -360,7 +372,7 @@ PARENT = """
 import sys
 from pathlib import Path
 from iapo_mini.lab.runs import make_jobs, run_all
-from iapo_mini.lab.sizes import Size
+from iapo_mini.lab.sizes import SHORT, Size
 
 if __name__ == "__main__":
     size = Size(seeds=(0,), max_steps=int(sys.argv[2]), problems=2, prompts_per_step=1,

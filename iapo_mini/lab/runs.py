@@ -180,7 +180,8 @@ def run_all(jobs: Sequence[dict], parallel: int | None = None, kept: Path | None
 
     Raises:
         ValueError: when a run's folder holds a run with other settings.
-        RuntimeError: when a run fails; the message holds the last line of its output.
+        RuntimeError: when runs fail; the message holds the last line of each one's output. Runs
+            that were in work beside them are finished first, and no other is begun.
     """
     parallel = parallel or os.cpu_count() or 1
     waiting, entries = [], ledger.read(kept)
@@ -214,9 +215,10 @@ def _run(waiting: list[dict], parallel: int, kept: Path | None) -> None:
     busy: dict[subprocess.Popen, dict] = {}
     idle: list[subprocess.Popen] = []
     counted: dict[str, int] = defaultdict(int)
+    failed: list[str] = []
     try:
-        while waiting or busy:
-            while waiting and len(busy) < parallel:
+        while busy or (waiting and not failed):
+            while waiting and not failed and len(busy) < parallel:
                 job = waiting.pop(0)
                 busy[_give(job, idle.pop() if idle else None)] = job
             time.sleep(0.2)
@@ -230,9 +232,11 @@ def _run(waiting: list[dict], parallel: int, kept: Path | None) -> None:
                     idle.append(process)
                 elif process.poll() is None:
                     continue
-                else:
-                    raise RuntimeError(f"the run in '{run}' failed: {_last_line(run)}")
                 del busy[process]
+                if process not in idle:  # for lack of memory perhaps, so others may succeed
+                    failed.append(f"the run in '{run}' failed: {_last_line(run)}")
+                    bar.write(f"{failed[-1]}\n{len(busy)} others are finished first", sys.stderr)
+                    continue
                 bar.update(_steps(job) - done)  # the start policy has no steps
                 found = _found(job)
                 if kept is not None and found is not None:
@@ -240,6 +244,8 @@ def _run(waiting: list[dict], parallel: int, kept: Path | None) -> None:
     finally:
         _ask_to_end([*busy, *idle])
         bar.close()
+    if failed:
+        raise RuntimeError("; ".join(failed))
 
 
 def _last_line(run: Path) -> str:
