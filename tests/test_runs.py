@@ -372,7 +372,7 @@ PARENT = """
 import sys
 from pathlib import Path
 from iapo_mini.lab.runs import make_jobs, run_all
-from iapo_mini.lab.sizes import SHORT, Size
+from iapo_mini.lab.sizes import Size
 
 if __name__ == "__main__":
     size = Size(seeds=(0,), max_steps=int(sys.argv[2]), problems=2, prompts_per_step=1,
