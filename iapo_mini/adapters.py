@@ -1,4 +1,4 @@
-"""Checks of adapters: the model that an adapter belongs to, and the result of merging it.
+"""Adapters: new and trained ones, the model that one belongs to, and the result of merging it.
 
 The folder of an adapter holds ``base.json``: the name of the model that it was trained on, and some
 of that model's weights. The name alone is not enough, because the weights at a path can change.
@@ -10,6 +10,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from iapo_mini.devices import full_precision
 from iapo_mini.errors import first_line
 from iapo_mini.files import read_json
+from iapo_mini.model_files import by_older_names, without_dropout
 
 BASE = "base.json"
 
@@ -160,6 +163,13 @@ def is_plain_lora(model: Any) -> bool:
     )
 
 
+def adapter_state(model: Any) -> list[torch.Tensor]:
+    """What a plain LoRA adapter adds to its model follows from this: its scales and weights."""
+    scales = [m.scaling["default"] for m in model.modules() if hasattr(m, "get_delta_weight")]
+    weights = [p.detach() for n, p in model.named_parameters() if _OF_ADAPTER.search(n)]
+    return [torch.tensor(scales), *weights]
+
+
 def is_trained(model: Any) -> bool:
     """Whether an adapter may change its model. A new LoRA adapter does not, as its B is zero."""
     named = model.named_parameters()
@@ -218,3 +228,33 @@ def check_merge(model: Any, merged: Any, dtype: torch.dtype) -> None:
             f"(largest logit {size:.3g}); this kind of adapter can't be merged into these weights, "
             "use it unmerged, or on weights that are not in 4 bits."
         )
+
+
+def with_trained_adapter(causal_lm: Any, adapter: str | Path, model: str) -> PeftModel:
+    """Load a trained adapter from a folder onto the model; ``model`` is its name in messages."""
+    if not os.path.isfile(Path(adapter) / "adapter_model.safetensors"):
+        raise ValueError(
+            "adapter must be a folder in PEFT format, such as a training run writes, got "
+            f"'{adapter}', which has no adapter_model.safetensors"
+        )
+    try:
+        with by_older_names():
+            return without_dropout(PeftModel.from_pretrained(causal_lm, adapter, is_trainable=True))
+    except Exception as error:
+        raise ValueError(
+            f"adapter must be one trained on '{model}', got '{adapter}', which can't be loaded "
+            f"onto it ({first_line(error)})"
+        ) from error
+
+
+def with_new_adapter(causal_lm: Any, rank: int, alpha: int, seed: int) -> Any:
+    """Add a new adapter, which does not change the output yet, without using the global seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # "all-linear" takes every linear layer except the vocabulary head, whatever their names.
+        # With QLoRA that matters more than the rank (arXiv 2305.14314, figure 2).
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        with by_older_names():
+            return get_peft_model(causal_lm, config)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from iapo_mini.adapters import (
+    adapter_state,
     base_of,
     check_base,
     check_merge,
@@ -30,6 +30,8 @@ from iapo_mini.adapters import (
     is_trained,
     merged_by_peft,
     pass_over_old_torchao,
+    with_new_adapter,
+    with_trained_adapter,
     write_base,
 )
 from iapo_mini.chat import end_of_turn
@@ -77,6 +79,7 @@ class Policy:
     asked: dict[str, str] = field(default_factory=dict)
     start: dict[str, torch.Tensor] = field(default_factory=dict)
     _merged: PreTrainedModel | None = None
+    _merged_from: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -154,8 +157,8 @@ class Policy:
     def for_inference(self) -> Any:
         """The model to sample and estimate with, in eval mode.
 
-        A small fp32 LoRA policy is merged into a plain copy, whose adapted weights are refreshed on
-        every call. It equals the adapter's forward up to rounding; 4-bit weights are dequantised.
+        A small fp32 LoRA policy is merged into a plain copy, which is refreshed when the adapter
+        has changed. It equals the adapter's forward up to rounding; 4-bit weights are dequantised.
         Other policies are returned as they are: a copy would be large, and rounding base plus
         adapter to 16 bits would lose most of an adapter that has changed little so far.
         """
@@ -163,13 +166,16 @@ class Policy:
         small = self.uses_lora and self.dtype == torch.float32 and is_plain_lora(self.model)
         if not small or not has_room_for_copy(self.device, self.model.num_parameters()):
             return self.model
+        state = adapter_state(self.model)
         if self._merged is None:
             self._merged = self.merged()
-        else:
+        elif not all(map(torch.equal, state, self._merged_from)):
             plain = self._merged.state_dict()
-            with torch.no_grad():
-                for name, weight in self.merged_weights(adapted_only=True):
-                    plain[name].copy_(weight)
+            for name, weight in self.merged_weights(adapted_only=True):
+                plain[name].copy_(weight)
+        else:
+            return self._merged
+        self._merged_from = [value.clone() for value in state]
         return self._merged
 
     @torch.no_grad()
@@ -313,16 +319,16 @@ def load_policy(
     if gradient_checkpointing and not four_bit:
         with by_older_names():
             causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    frozen = copy.deepcopy(causal_lm).requires_grad_(False).eval() if keep_reference else None
+    full, frozen = adapter is None and lora_rank == 0, None
+    if full and keep_reference:
+        frozen = copy.deepcopy(causal_lm).requires_grad_(False).eval()
     if adapter is not None:
         check_base(adapter, causal_lm, model)
-        adapted = _with_trained_adapter(causal_lm, adapter, model)
-        return Policy(adapted, tokenizer, frozen, model, asked)
-    if lora_rank == 0:
-        return Policy(causal_lm, tokenizer, frozen, model, asked)
-    alpha = lora_alpha if lora_alpha is not None else 2 * lora_rank
-    adapted = _with_new_adapter(causal_lm, lora_rank, alpha, seed)
-    return Policy(adapted, tokenizer, None, model, asked)
+        causal_lm = with_trained_adapter(causal_lm, adapter, model)
+    elif not full:
+        alpha = lora_alpha if lora_alpha is not None else 2 * lora_rank
+        causal_lm = with_new_adapter(causal_lm, lora_rank, alpha, seed)
+    return Policy(causal_lm, tokenizer, frozen, model, asked)
 
 
 def _load(
@@ -367,33 +373,3 @@ def _load(
     check_loaded(model, tokenizer, causal_lm, told)
     check_forward(model, causal_lm)
     return tokenizer, without_dropout(causal_lm)
-
-
-def _with_trained_adapter(causal_lm: Any, adapter: str | Path, model: str) -> PeftModel:
-    """Load a trained adapter from a folder onto the model; ``model`` is its name in messages."""
-    if not os.path.isfile(Path(adapter) / "adapter_model.safetensors"):
-        raise ValueError(
-            "adapter must be a folder in PEFT format, such as a training run writes, got "
-            f"'{adapter}', which has no adapter_model.safetensors"
-        )
-    try:
-        with by_older_names():
-            return without_dropout(PeftModel.from_pretrained(causal_lm, adapter, is_trainable=True))
-    except Exception as error:
-        raise ValueError(
-            f"adapter must be one trained on '{model}', got '{adapter}', which can't be loaded "
-            f"onto it ({first_line(error)})"
-        ) from error
-
-
-def _with_new_adapter(causal_lm: Any, rank: int, alpha: int, seed: int) -> Any:
-    """Add a new adapter, which does not change the output yet, without using the global seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        # "all-linear" takes every linear layer except the vocabulary head, whatever their names.
-        # With QLoRA that matters more than the rank (arXiv 2305.14314, figure 2).
-        config = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        with by_older_names():
-            return get_peft_model(causal_lm, config)

@@ -10,7 +10,7 @@ from helpers import assert_close_in_fp32, perturb_lora, redraw, tiny_policy
 from transformers import AutoModelForCausalLM
 
 from iapo_mini.lab.story_model import build_model
-from iapo_mini.policy import load_policy
+from iapo_mini.policy import Policy, load_policy
 
 IDS = torch.tensor([[5, 17, 300, 42, 8, 99]])
 
@@ -156,6 +156,46 @@ def test_inference_equals_the_adapters_forward_and_follows_its_weights(perturbed
     after = logits(perturbed.for_inference())
     assert_close_in_fp32(after, logits(perturbed.model))
     assert not torch.allclose(before, after, atol=0.1)
+
+
+def test_the_merged_copy_is_made_again_only_when_the_adapter_has_changed(perturbed, monkeypatch):
+    made, merge = [], Policy.merged_weights
+
+    def counted(self, **how):
+        made.append(how)
+        return merge(self, **how)
+
+    monkeypatch.setattr(Policy, "merged_weights", counted)
+    perturbed.for_inference()
+    count = len(made)
+    assert perturbed.for_inference() is perturbed.for_inference()
+    assert len(made) == count
+    layer = next(m for m in perturbed.model.modules() if hasattr(m, "get_delta_weight"))
+    b = layer.lora_B["default"].weight
+
+    def by_scale():
+        layer.scaling["default"] *= 2
+
+    def unseen_by_autograd():
+        b.data.mul_(1.5)
+
+    def of_one_number():
+        with torch.no_grad():
+            b.view(-1)[-1] += 0.5
+
+    for change in (by_scale, unseen_by_autograd, of_one_number):
+        before = logits(perturbed.for_inference())
+        change()
+        after = logits(perturbed.for_inference())
+        assert_close_in_fp32(after, logits(perturbed.model))
+        assert not torch.equal(before, after)
+    perturbed.keep_reference()
+    with torch.no_grad():
+        b.mul_(0)
+    own = logits(perturbed.for_inference())
+    with perturbed.reference() as reference:
+        assert_close_in_fp32(logits(perturbed.for_inference()), logits(reference))
+    assert torch.equal(logits(perturbed.for_inference()), own)
 
 
 def test_inference_leaves_the_policy_as_it_was(perturbed):
