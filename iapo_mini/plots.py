@@ -177,6 +177,7 @@ def comparison(methods: Mapping[str, Mapping], k: int = 8) -> Figure:
         names = [LABELS.get(m, m) if many else LABELS.get(m, m).replace(" ", "\n") for m in methods]
         ax.set_xticks(range(len(methods)), names, rotation=90 if many else 0)
         ax.set_title(label, fontsize=10)
+        ax.set_ylim(0)
         ax.grid(axis="y", alpha=0.3)
         ax.set_axisbelow(True)
     return fig

@@ -99,8 +99,6 @@ def test_table1_in_the_texts_is_the_committed_result(table1_results):
     for metric in ("pass", "length", "ratio"):
         assert comparison_table(table1_results, metric) in page
     assert curves_table(table1_results) in page and steps_table(table1_results) in page
-    older = json.loads((ROOT / "figures/results/table1_sequence.json").read_text(encoding="utf-8"))
-    assert comparison_table(older) in page
     departed = json.loads((ROOT / "figures/results/departures.json").read_text(encoding="utf-8"))
     assert departures_table(departed) in page
     chosen = json.loads((ROOT / "figures/results/choices.json").read_text(encoding="utf-8"))
@@ -353,6 +351,16 @@ def test_numbers_of_table1_in_the_text_are_computed_from_it(table1_results):
     ) in page  # fmt: skip
     assert sorted(lengths["iapo"])[0] == 30 and sorted(lengths["iapo"])[-2:] == [32, 38]
     assert sum(n < 35 for n in lengths["dapo"]) == 8
+    for name in ("gfpo", "gtpo_iapo", "sgrpo"):
+        assert f"({', '.join(map(str, lengths[name]))})" in page
+    *first, last = map(str, lengths["gfpo_24"])
+    assert f"ends at {', '.join(first)} and {last} tokens" in page
+    right = [f"{p:.2f}" for p in sorted(methods["gtpo"]["pass@1"])]
+    told = f"({min(lengths['gtpo'])} to {max(lengths['gtpo'])} tokens, Pass@1 {right[0]} to"
+    assert f"{told} {right[-1]})" in page
+    for name, text in (("gfpo_24", "tokens than GFPO"), ("gtpo_iapo", "than GTPO in the")):
+        fewer = saved(iapo["length@32"], methods[name]["length@32"])
+        assert f"{fewer} fewer {text}" in page
     half = {metric: max((x[metric][1] - x[metric][0]) / 2 for row in methods.values()
                         for x in row["intervals"]) for metric in ("pass@1", "length")}  # fmt: skip
     assert f"at most {half['pass@1']:.2f} wide to each side for Pass@1" in page
@@ -374,7 +382,12 @@ def test_statements_about_table1_agree_with_its_verdicts(table1_results):
     assert f'{told}, "shorter than GRPO" stands; "a higher Ratio@32 than GRPO"' in page
     stands = [row[0] for row in rows if row[3] in ("holds", "does not hold")]
     compared = [text for text in stands if text.startswith("IAPO")]
-    assert compared == ["IAPO writes fewer tokens than GRPO (share of Length@32 saved)"]
+    assert compared == [
+        "IAPO writes fewer tokens than GRPO (share of Length@32 saved)",
+        "IAPO writes fewer tokens than GTPO (share of Length@32 saved)",
+        "IAPO has a higher Ratio@32 than GTPO (factor)",
+    ]
+    assert "only GTPO as published is told apart" in page
 
 
 def test_the_ablation_in_the_texts_is_the_committed_result(table1_results):

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 def tradeoff(methods: Mapping[str, Mapping], ks: Sequence[int]) -> Figure:
     """Plot Pass@k against Length@k at the smallest and largest k, and Ratio@k over k.
 
-    Points further up and left are better. Bars are 95% intervals.
+    Points further up and left are better. Bars are 95% intervals. With many methods a wide one may
+    leave its panel, so that the points stay apart.
 
     Args:
         methods: method -> metrics, as in the results of ``table1``.
@@ -49,6 +50,11 @@ def tradeoff(methods: Mapping[str, Mapping], ks: Sequence[int]) -> Figure:
         ax.set_xlabel(f"Length@{k} (tokens)")
         ax.set_ylabel(f"Pass@{k}")
         ax.grid(alpha=0.3)
+        for metric, limit in (("length", ax.set_xlim), ("pass", ax.set_ylim)):
+            points = [float(np.mean(result[f"{metric}@{k}"])) for result in methods.values()]
+            margin = 0.2 * (max(points) - min(points))
+            if len(methods) > 4 and margin > 0:
+                limit(min(points) - margin, max(points) + margin)
     for name, result in methods.items():
         means = [1000 * float(np.mean(result[f"ratio@{k}"])) for k in ks]
         axes[2].plot(
