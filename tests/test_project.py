@@ -312,6 +312,12 @@ def test_selection_effects_in_the_docs_are_the_committed_ones():
     assert [f"{100 * chosen[m]['share'][0]:.1f}" for m in ("pass", "ratio")] == ["3.7", "4.9"]
 
 
+def minus(rows, one, other, metric, digits, scale=1):
+    """One row of Table 1 minus another within a seed, as the texts write it."""
+    pairs = zip(rows[one][metric], rows[other][metric])
+    return format_interval(mean_interval([scale * (a - b) for a, b in pairs]), digits)
+
+
 def test_numbers_of_table1_in_the_text_are_computed_from_it(table1_results):
     page, readme = (
         (ROOT / name).read_text(encoding="utf-8") for name in ("docs/results.md", "README.md")
@@ -323,14 +329,10 @@ def test_numbers_of_table1_in_the_text_are_computed_from_it(table1_results):
         interval = mean_interval([1 - a / b for a, b in zip(one, other)])
         return "{:.0f}% [{:.0f}, {:.0f}]".format(*(100 * x for x in interval))
 
-    def minus(one, other, metric, digits, scale=1):
-        pairs = zip(methods[one][metric], methods[other][metric])
-        return format_interval(mean_interval([scale * (a - b) for a, b in pairs]), digits)
-
     shorter = f"IAPO writes {saved(iapo['length@32'], methods['grpo']['length@32'])} fewer tokens"
     assert f"{shorter} than GRPO" in page and f"{shorter} than GRPO" in readme
-    more_right = minus("iapo", "grpo", "pass@1", 3)
-    gained = minus("iapo", "iapo_ne", "ratio@32", 1, 1000)
+    more_right = minus(methods, "iapo", "grpo", "pass@1", 3)
+    gained = minus(methods, "iapo", "iapo_ne", "ratio@32", 1, 1000)
     mean, low, high = mean_interval(
         [b - a for a, b in zip(iapo["length@32"], methods["iapo_ne"]["length@32"])]
     )
@@ -339,11 +341,11 @@ def test_numbers_of_table1_in_the_text_are_computed_from_it(table1_results):
                  f"{saved(iapo['length@32'], methods['dapo']['length@32'])} fewer than DAPO",
                  f"drops {saved(_talk(iapo), _talk(start))} of it",
                  f"{saved(clock['iapo'], clock['start'])} less time",
-                 minus("iapo", "grpo_kimi", "pass@1", 3),
-                 minus("iapo", "grpo_efficient", "pass@1", 3)):  # fmt: skip
+                 minus(methods, "iapo", "grpo_kimi", "pass@1", 3),
+                 minus(methods, "iapo", "grpo_efficient", "pass@1", 3)):  # fmt: skip
         assert text in page, text
     for name in ("grpo_kimi", "grpo_efficient"):
-        longer = minus("iapo", name, "length@32", 1)
+        longer = minus(methods, "iapo", name, "length@32", 1)
         assert longer.startswith("1.9 [") and longer.removeprefix("1.9 ") in page
     lengths = {name: [round(x) for x in row["length"]] for name, row in methods.items()}
     assert "GRPO's seeds spread from {} to {} tokens and IAPO-NE's from {} to {}".format(
@@ -395,11 +397,7 @@ def test_the_ablation_in_the_texts_is_the_committed_result(table1_results):
     part = page.split("## What each part is worth (Fig. 5)")[1].split("\n## ")[0]
     rows = table1_results["methods"]
 
-    def less(one, other, metric, digits, factor=1):
-        pairs = zip(rows[one][metric], rows[other][metric])
-        return format_interval(mean_interval([factor * (a - b) for a, b in pairs]), digits)
-
-    mean, interval = less("iapo", "iapo_ni", "length@32", 1).split(" ", 1)
+    mean, interval = minus(rows, "iapo", "iapo_ni", "length@32", 1).split(" ", 1)
     assert f"IAPO minus IAPO-NI is {mean} tokens {interval}" in part
     for one, other, told in (
         ("iapo", "iapo_ne", "has {} more right answers"),
@@ -407,7 +405,7 @@ def test_the_ablation_in_the_texts_is_the_committed_result(table1_results):
         ("iapo_ne", "iapo_ni", "here the difference is {}"),
         ("iapo", "iapo_pmi", "Ratio@32 is {} lower than IAPO's"),
     ):
-        assert told.format(less(one, other, "ratio@32", 1, 1000)) in part
+        assert told.format(minus(rows, one, other, "ratio@32", 1, 1000)) in part
     short = [sum(x < 40 for x in rows[name]["length@32"]) for name in ("iapo", "iapo_ni")]
     assert short == [10, 3] and "ten of ten against three of five" in part
     by_chance = math.comb(5, 2) / math.comb(15, 2)  # both long runs fall to IAPO-NI

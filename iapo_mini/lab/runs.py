@@ -228,15 +228,15 @@ def _run(waiting: list[dict], parallel: int, kept: Path | None) -> None:
                 done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
                 bar.update(done - counted[job["run"]])
                 counted[job["run"]] = done
-                if (run / "result.json").is_file():
-                    idle.append(process)
-                elif process.poll() is None:
+                ended_well = (run / "result.json").is_file()
+                if not ended_well and process.poll() is None:
                     continue
                 del busy[process]
-                if process not in idle:  # for lack of memory perhaps, so others may succeed
+                if not ended_well:  # for lack of memory perhaps, so others may succeed
                     failed.append(f"the run in '{run}' failed: {_last_line(run)}")
                     bar.write(f"{failed[-1]}\n{len(busy)} others are finished first", sys.stderr)
                     continue
+                idle.append(process)
                 bar.update(_steps(job) - done)  # the start policy has no steps
                 found = _found(job)
                 if kept is not None and found is not None:
