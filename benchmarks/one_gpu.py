@@ -8,10 +8,10 @@ The parts, in this order:
 
 * ``memory``: ``memory.py`` for each of its three shapes (``figures/results/memory.json``);
 * ``sampling``: ``sampling.py`` (``figures/results/sampling.json``);
-* ``study``: ``iapo-mini lab real-training`` with the model (``real_training.json``, and what its
-  runs say so far when the time runs out);
+* ``study``: ``iapo-mini lab real-training`` with the model (``real_training_card.json``, and
+  what its runs say so far when the time runs out);
 * ``gsm8k``: from the start policy of the study, GRPO and IAPO on GSM8K side by side
-  (``figures/results/one_gpu.json``: what ``real_training_so_far.json`` has).
+  (``figures/results/one_gpu.json``: what ``real_training_so_far_card.json`` has).
 
 What is finished is not made again. When the time is over, the part in work is asked to stop, saves
 what it has, and continues when the command is repeated.
@@ -89,7 +89,7 @@ def commands_of(part: str, args: argparse.Namespace) -> list[list[list[str]]]:
             for shape in shapes if not measured(path, shape, named)
         ]  # fmt: skip
     if part == "study":
-        done = results / f"real_training{'_quick' if args.tiny else ''}.json"
+        done = results / f"real_training_{preset_of(args)}.json"
         return [] if done.is_file() else [[study_command(args)]]
     return [[
         train_command(args, method) for method in METHODS
@@ -97,17 +97,21 @@ def commands_of(part: str, args: argparse.Namespace) -> list[list[list[str]]]:
     ]]  # fmt: skip
 
 
+def preset_of(args: argparse.Namespace) -> str:
+    """The size of the training study."""
+    return "quick" if args.tiny else "card"
+
+
 def study_command(args: argparse.Namespace, *more: str) -> list[str]:
     """The command of the training study."""
-    preset = "quick" if args.tiny else "full"
-    return [sys.executable, "-m", "iapo_mini", "lab", "real-training", "--preset", preset,
+    return [sys.executable, "-m", "iapo_mini", "lab", "real-training", "--preset", preset_of(args),
             "--model", args.model, "--out", str(args.out), "--figures", str(args.figures),
             "--parallel", str(args.parallel), *more]  # fmt: skip
 
 
 def start_of(args: argparse.Namespace) -> Path:
     """The start policy that the study has made."""
-    return args.out / ("quick" if args.tiny else "full") / "real_training" / "start" / "model"
+    return args.out / preset_of(args) / "real_training" / "start" / "model"
 
 
 def run_of(args: argparse.Namespace, method: str) -> Path:

@@ -1,5 +1,7 @@
 """Adapters: new and trained ones, the model that one belongs to, and the result of merging it.
 
+Functions that need model code import it themselves, because whoever reads a run needs none of it.
+
 The folder of an adapter holds ``base.json``: the name of the model that it was trained on, and some
 of that model's weights. The name alone is not enough, because the weights at a path can change.
 """
@@ -18,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 
 from iapo_mini.devices import full_precision
 from iapo_mini.errors import first_line
 from iapo_mini.files import read_json
-from iapo_mini.model_files import by_older_names, without_dropout
 
 BASE = "base.json"
 
@@ -45,7 +45,7 @@ def pass_over_old_torchao() -> None:
     peft looks for torchao at every LoRA layer and raises ImportError if it finds an old one, as on
     Colab, even when no weight uses torchao.
     """
-    import peft.import_utils  # not at the top: whoever reads a run needs no model code
+    import peft.import_utils
 
     try:
         peft.import_utils.is_torchao_available()
@@ -230,8 +230,12 @@ def check_merge(model: Any, merged: Any, dtype: torch.dtype) -> None:
         )
 
 
-def with_trained_adapter(causal_lm: Any, adapter: str | Path, model: str) -> PeftModel:
+def with_trained_adapter(causal_lm: Any, adapter: str | Path, model: str) -> Any:
     """Load a trained adapter from a folder onto the model; ``model`` is its name in messages."""
+    from peft import PeftModel
+
+    from iapo_mini.model_files import by_older_names, without_dropout
+
     if not os.path.isfile(Path(adapter) / "adapter_model.safetensors"):
         raise ValueError(
             "adapter must be a folder in PEFT format, such as a training run writes, got "
@@ -249,6 +253,10 @@ def with_trained_adapter(causal_lm: Any, adapter: str | Path, model: str) -> Pef
 
 def with_new_adapter(causal_lm: Any, rank: int, alpha: int, seed: int) -> Any:
     """Add a new adapter, which does not change the output yet, without using the global seed."""
+    from peft import LoraConfig, get_peft_model
+
+    from iapo_mini.model_files import by_older_names
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # "all-linear" takes every linear layer except the vocabulary head, whatever their names.

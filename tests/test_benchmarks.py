@@ -179,9 +179,9 @@ def test_the_study_of_one_gpu_is_the_command_for_its_model(one_gpu, tmp_path):
     python, _, _, *given = one_gpu.study_command(args)
     told = _parser().parse_args(given)
     assert python == sys.executable and told.experiment == "real-training"
-    assert (told.preset, told.model, told.parallel) == ("full", "some/model", 3)
-    assert one_gpu.start_of(args) == tmp_path / "full" / "real_training" / "start" / "model"
-    path = tmp_path / "results" / "real_training.json"
+    assert (told.preset, told.model, told.parallel) == ("card", "some/model", 3)
+    assert one_gpu.start_of(args) == tmp_path / "card" / "real_training" / "start" / "model"
+    path = tmp_path / "results" / "real_training_card.json"
     path.parent.mkdir()
     path.write_text("{}", encoding="utf-8")
     assert one_gpu.commands_of("study", args) == []

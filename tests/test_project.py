@@ -155,7 +155,7 @@ def test_early_exits_in_the_docs_are_the_committed_ones():
 
 
 def test_unfinished_training_of_a_real_model_in_the_docs_is_the_committed_one():
-    path = ROOT / "figures/results/real_training_so_far.json"
+    path = ROOT / "figures/results/real_training_so_far_card.json"
     results = json.loads(path.read_text(encoding="utf-8"))
     page = (ROOT / "docs/real_models.md").read_text(encoding="utf-8")
     assert progress_table(results) in page

@@ -1,6 +1,7 @@
 """The study that trains a real model, on the embedded policy at its smallest size."""
 
 import json
+import shutil
 
 import pytest
 from helpers import run_here
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 
 from iapo_mini.cli import main
 from iapo_mini.lab import real_training as module
+from iapo_mini.lab import warm_start
+from iapo_mini.lab.ledger import content_of
 from iapo_mini.lab.pace import duration, forward_speed
 from iapo_mini.lab.real_training import (
     ROWS,
@@ -22,6 +25,10 @@ from iapo_mini.lab.real_training import (
 from iapo_mini.problems.datasets import load_problems
 
 pytest.importorskip("accelerate", reason="transformers' trainer needs accelerate")
+
+
+class Stop(Exception):
+    pass
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +82,26 @@ def test_training_and_test_problems_are_disjoint_and_of_the_chosen_levels(study)
     assert set(results["chosen"]) <= {0, 1} and results["chosen"]
 
 
+def test_another_machine_continues_from_the_start_that_is_kept(study, tmp_path, monkeypatch):
+    folder, results = study
+    shutil.copytree(folder / "figures", tmp_path / "figures")
+    for owner, name in ((warm_start, "_train"), (module, "_measure")):
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("it was made again"))
+    jobs = []
+
+    def run_all(given, *_):
+        jobs.extend(given)
+        raise Stop
+
+    monkeypatch.setattr(module, "run_all", run_all)
+    with pytest.raises(Stop):
+        real_training("quick", out=tmp_path / "runs", figures=tmp_path / "figures")
+    here = folder / "runs/quick/real_training"
+    # Start policy and test problems are the same to the last bit.
+    content = content_of(str(here / "start/model"), str(here / "data/test.jsonl"))
+    assert len(content) == 2 and all(job["content"] == content for job in jobs)
+
+
 def test_the_table_has_costs(study):
     lines = real_training_table(study[1]).splitlines()
     rows = [line for line in lines if line.startswith("|")]
@@ -117,12 +144,12 @@ def test_no_single_level_suits_better_than_the_chosen_ones(pairs):
 def test_the_estimate_of_time_grows_with_the_work(base_policy, monkeypatch):
     assert forward_speed(base_policy) > 0
     monkeypatch.setattr(module, "forward_speed", lambda policy: 500.0)
-    quick, laptop, full = (
+    quick, full, card = (
         expected_seconds(base_policy, SCALES[name].runs, SCALES[name])
-        for name in ("quick", "laptop", "full")
+        for name in ("quick", "full", "card")
     )
-    assert quick < 300 < 3 * 3600 < laptop < 24 * 3600
-    assert laptop < full  # more worked stories
+    assert quick < 300 < 3600 < full < 12 * 3600
+    assert full < card  # a longer warm start
 
 
 @pytest.mark.parametrize(
@@ -137,7 +164,7 @@ def test_durations_in_words(seconds, words):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--preset", "large"], "preset must be one of quick, laptop, full, got 'large'"),
+        (["--preset", "large"], "preset must be one of quick, full, card, got 'large'"),
         (["--seeds", "-1"], "seeds must be at least 0, got -1"),
         (["--so-far"], "settings.json"),
         (["--learning-rate", "0"], "learning_rate must be above 0, got 0"),

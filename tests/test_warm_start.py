@@ -1,15 +1,22 @@
 """The supervised start of a real model, on the embedded policy."""
 
+import dataclasses
 import itertools
+import json
+import shutil
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from iapo_mini.chat import render_prompt
 from iapo_mini.information import encode_postfix
 from iapo_mini.lab import warm_start as module
 from iapo_mini.lab.school import LEVELS, Worked, worked_stories
 from iapo_mini.lab.warm_start import WarmStart, completion_tokens, warm_start
+from iapo_mini.policies import EMBEDDED, SHIPPED
 from iapo_mini.policy import load_policy
 from iapo_mini.tasks import Problem
 
@@ -95,3 +102,76 @@ def test_a_loss_is_that_of_the_completions_alone(base_policy):
     batch = module.collated(base_policy, worked)
     loss = module.supervised_loss(base_policy.model, batch)
     assert float(loss) == pytest.approx(expected / count, abs=1e-4)
+
+
+def weights_of(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept")
+    how = WarmStart(EMBEDDED, learning_rate=5e-3, **HOW)
+    made = warm_start(folder / "here", how, folder / "results")
+    return folder, how, made
+
+
+def test_another_machine_gets_the_same_start_without_training(kept, tmp_path, monkeypatch):
+    folder, how, made = kept
+    monkeypatch.setattr(module, "_train", lambda *_: pytest.fail("it was trained again"))
+    assert warm_start(tmp_path / "there", how, folder / "results") == made
+    here, there = weights_of(folder / "here"), weights_of(tmp_path / "there")
+    assert here.keys() == there.keys()
+    assert all(torch.equal(weight, there[name]) for name, weight in here.items())
+    plain = load_policy(EMBEDDED, lora_rank=0).model.state_dict()
+    assert any(not torch.equal(weight, plain[name]) for name, weight in here.items())
+
+
+def test_what_is_kept_is_small_and_names_no_folder_of_this_machine(kept):
+    folder, _, _ = kept
+    files = {path.name: path for path in (folder / "results").iterdir()}
+    assert set(files) == {
+        "adapter_model.safetensors", "adapter_config.json", "base.json", "warm_start.json"
+    }  # fmt: skip
+    weights = load_file(files.pop("adapter_model.safetensors"))
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    for path in files.values():
+        assert str(SHIPPED[EMBEDDED].parent) not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize("change", [{"steps": 1}, {"seed": 1}, {"model": "another"}])
+def test_a_start_with_other_settings_or_weights_is_not_used_and_is_replaced(
+    kept, tmp_path, change, tiny_folder
+):
+    folder, how, made = kept
+    shutil.copytree(folder / "results", tmp_path / "results")
+    if "model" in change:  # a folder whose name is that of the first model
+        shutil.copytree(tiny_folder, tmp_path / how.model)
+        change = {"model": str(tmp_path / how.model)}
+    other = dataclasses.replace(how, **change)
+    found = warm_start(tmp_path / "there", other, tmp_path / "results")
+    assert found["loss"] != made["loss"]
+    told = json.loads((tmp_path / "results/warm_start.json").read_text(encoding="utf-8"))
+    assert told["loss"] == found["loss"]
+    own = load_file(tmp_path / "results/adapter_model.safetensors")
+    assert all(
+        torch.equal(weight, own[name])
+        for name, weight in load_file(tmp_path / "there/adapter/adapter_model.safetensors").items()
+    )
+
+
+@given(st.permutations(range(4)), st.integers(0, 2**16))
+@settings(max_examples=20)
+def test_the_exact_merge_does_not_depend_on_the_order_of_its_sums(tiny_folder, order, seed):
+    """Machines add in different orders, and a sum in fp32 would depend on it."""
+    policy = load_policy(tiny_folder, lora_rank=4)
+    torch.manual_seed(seed)
+    for weight in policy.trainable().values():
+        weight.data = torch.randn(weight.shape).bfloat16().float()
+    before = module.exactly_merged(policy).state_dict()
+    for name, weight in policy.trainable().items():
+        weight.data = weight.data[order] if ".lora_A." in name else weight.data[:, order]
+    after = module.exactly_merged(policy).state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    naive = policy.merged().state_dict()
+    assert all(torch.allclose(w, naive[name], atol=1e-4) for name, w in before.items())

@@ -160,7 +160,7 @@ def _add_real_studies(parts: argparse._SubParsersAction) -> None:
     for part in (calibration, training):
         part.set_defaults(run_command=_real_study)
         part.add_argument("--model", default=EMBEDDED, help="model folder or hub id (%(default)s)")
-        sizes = "full, laptop (a shorter warm start)" if part is training else "full"
+        sizes = "full, card (longer solutions, for a GPU)" if part is training else "full"
         part.add_argument(
             "--preset", default="full",
             help=f"size: {sizes}, or quick for a smoke test (%(default)s)",

@@ -5,7 +5,7 @@ step, and prompts that happen to be hard, which make every curve jump, cancel ou
 over the last :data:`WINDOW` steps that every run has made. Its interval is over these steps, within
 one run; it says nothing of other seeds.
 
-    figures/results/real_training_so_far.json
+    figures/results/real_training_so_far.json   (real_training_so_far_card.json for that preset)
       model, device, versions, learning_rate
       start, levels, chosen, expected, within   as in real_training.json
       common    number of steps that every run has made

@@ -8,16 +8,16 @@ are solved within 32 tries.
 
 The parts, each of which continues after a break:
 
-1. ``start``: a warm start (:mod:`iapo_mini.lab.warm_start`).
+1. ``start``: a warm start (:mod:`iapo_mini.lab.warm_start`). Its adapter is kept beside the
+   results, so that another machine continues the study from the same start.
 2. ``levels``: Pass@1 and Pass@32 of the start by level, on the tune stream. They choose the levels
    of training and test (:func:`chosen_levels`).
 3. The runs of :data:`ROWS`, and the judgement of each on the test stream.
 
-How long it takes, for SmolLM2-135M and the preset ``full`` on two cores without AVX512, counted
-from 400 forward tokens a second on both cores: 20 minutes for the warm start, 30 minutes for the
-levels, one to two minutes a step and 40 minutes a judgement in each of two processes. With two
-seeds that is about eight hours. The command measures the speed of the machine and tells its own
-estimate before it begins.
+The preset ``full`` is for a CPU: a short warm start, and stories of one or two operations. The
+preset ``card`` has a longer warm start and stories of up to four operations, and judges more
+completions at once. The command measures the speed of the machine and tells how long it will take
+before it begins.
 
     figures/results/real_training.json
       everything that table1.json has (iapo_mini.lab.results): seeds, methods, curves, config,
@@ -28,11 +28,13 @@ estimate before it begins.
       chosen    numbers of the chosen levels;  expected  their means
       within    whether format, Pass@1 and Pass@32 of the start lie in the wanted ranges
       tokens    name -> [one per seed: tokens sampled in training]
+    figures/results/real_start/   the start's adapter, warm_start.json, and levels.json
 """
 
 from __future__ import annotations
 
 import itertools
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +52,7 @@ from iapo_mini.lab.pace import LEARN, REFER, SAMPLE, duration, forward_speed
 from iapo_mini.lab.real_progress import BASE, progress_table, so_far
 from iapo_mini.lab.results import check_options, file_stem, results_path
 from iapo_mini.lab.runs import START, collect, finished, make_jobs, run_all
-from iapo_mini.lab.school import LEVELS, Level, worked_stories, write_worked
+from iapo_mini.lab.school import LEVELS, SHORT_LEVELS, Level, worked_stories, write_worked
 from iapo_mini.lab.sizes import Size
 from iapo_mini.lab.warm_start import WarmStart, warm_start
 from iapo_mini.policies import EMBEDDED, shown_name
@@ -71,7 +73,7 @@ WANTED = {"format": (0.9, 1.0), "pass@1": (0.3, 0.7), "pass@32": (0.5, 0.9)}
 _KS = (1, 2, 4, 8, 16, 32)
 _TRIES = 32  # completions by which a level is judged
 _TRAIN_PROBLEMS = 1000
-_PROMPT, _COMPLETION = 210, 90  # mean tokens of a story in SmolLM2, for the estimate of time
+_PROMPT = 160  # mean tokens of a prompt in SmolLM2, for the estimate of time
 
 
 @dataclass(frozen=True)
@@ -81,29 +83,35 @@ class Scale:
     Attributes:
         runs: size of training and judgement.
         warm_steps: steps of the warm start.
-        warm_batch: worked stories in each of them;  warm_rate: its peak learning rate.
+        warm_batch: worked stories in each of them;  warm_rate: its peak learning rate;
+            warm_rank: rank of its adapter.
         per_level: tune problems by which a level is judged.
         levels: levels of difficulty to choose from.
+        tokens: mean tokens of a solution, for the estimate of time.
     """
 
     runs: Size
     warm_steps: int
     warm_batch: int
     per_level: int
-    warm_rate: float = 5e-4
+    warm_rate: float = 1e-3
+    warm_rank: int = 32
     levels: tuple[Level, ...] = LEVELS
+    tokens: int = 90
 
 
 SCALES = {
     "quick": Scale(
         Size((0,), 1, 2, 1, 2, (1, 2)), warm_steps=2, warm_batch=8, per_level=1, levels=LEVELS[:2],
     ),
-    "laptop": Scale(
-        Size((0, 1), 30, 48, 4, 32, _KS), warm_steps=60, warm_batch=8, per_level=8,
-    ),
     "full": Scale(
+        Size((0, 1), 30, 32, 4, 32, _KS),
+        warm_steps=60, warm_batch=8, warm_rank=8, per_level=8, levels=SHORT_LEVELS,
+        tokens=60,
+    ),
+    "card": Scale(
         Size((0, 1), 30, 32, 4, 32, _KS, together=8),
-        warm_steps=160, warm_batch=64, warm_rate=1e-3, per_level=8,
+        warm_steps=160, warm_batch=64, per_level=8,
     ),
 }  # fmt: skip
 """Preset -> sizes."""
@@ -158,9 +166,10 @@ def real_training(
     told = expected_seconds(load_policy(model, lora_rank=0), size, scale)
     print(f"All of it takes {duration(told)} on this machine as fast as it is now; the same "
           "command continues after a break.", flush=True)  # fmt: skip
-    made = warm_start(folder / "start", warm_settings(model, scale))
+    kept_start = results_path(figures, "real_start", preset).with_suffix("")
+    made = warm_start(folder / "start", warm_settings(model, scale), kept_start)
     start = folder / "start" / "model"
-    measured = levels_of(start, folder / "levels", scale)
+    measured = levels_of(start, folder / "levels", scale, kept_start)
     chosen = chosen_levels(measured)
     train_file, test_file = _files(folder / "data", [scale.levels[i] for i in chosen], size)
     shared = {
@@ -209,14 +218,14 @@ def _told_so_far(folder: Path, scale: Scale, figures: Path, preset: str) -> dict
 def warm_settings(model: str, scale: Scale) -> WarmStart:
     """The warm start of a study."""
     return WarmStart(
-        model, scale.warm_steps, scale.warm_batch, scale.warm_rate, levels=scale.levels,
-        save_every=max(10, scale.warm_steps // 4),
+        model, scale.warm_steps, scale.warm_batch, scale.warm_rate, scale.warm_rank,
+        levels=scale.levels, save_every=max(10, scale.warm_steps // 4),
     )  # fmt: skip
 
 
 def expected_seconds(policy: Policy, size: Size, scale: Scale) -> float:
     """Seconds of the whole study, from the speed of one pass (:mod:`iapo_mini.lab.pace`)."""
-    group, tokens = 8, _COMPLETION
+    group, tokens = 8, scale.tokens
     rows = size.prompts_per_step * group
     warm = scale.warm_steps * scale.warm_batch * (_PROMPT + tokens) * LEARN
     levels = len(scale.levels) * scale.per_level * _TRIES * tokens * SAMPLE
@@ -229,26 +238,35 @@ def expected_seconds(policy: Policy, size: Size, scale: Scale) -> float:
     return (warm + levels + len(size.seeds) * training) / forward_speed(policy)
 
 
-def levels_of(start: Path, folder: Path, scale: Scale) -> list[dict[str, Any]]:
-    """Format, Pass@1, Pass@32 and length of the start policy on tune problems of every level."""
+def levels_of(start: Path, folder: Path, scale: Scale, kept: Path) -> list[dict[str, Any]]:
+    """Format, Pass@1, Pass@32 and length of the start policy on tune problems of every level.
+
+    They are measured in ``folder``, and kept beside the start's adapter.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "levels.json"
+    path, saved = folder / "levels.json", kept / "levels.json"
+    if not path.is_file() and saved.is_file():
+        shutil.copy(saved, path)
     if not path.is_file():
-        count = scale.per_level * len(scale.levels)
-        problems = [
-            w.problem for w in itertools.islice(worked_stories("tune", 0, scale.levels), count)
-        ]
-        policy = load_policy(str(start), lora_rank=0)
-        result = evaluate(
-            policy, problems, ks=(1, _TRIES), num_generations=_TRIES,
-            batch_size=_TRIES * (8 if policy.device.type == "cpu" else 64),
-            save_to=folder / "completions.jsonl",
-        )  # fmt: skip
-        write_json(path, {"levels": [
-            {"level": list(level)} | _of_level(result["completions"], number, len(scale.levels))
-            for number, level in enumerate(scale.levels)
-        ]})  # fmt: skip
+        _measure(start, path, scale)
+    if not saved.is_file():
+        shutil.copy(path, saved)
     return read_json(path, needs=("levels",))["levels"]
+
+
+def _measure(start: Path, path: Path, scale: Scale) -> None:
+    count = scale.per_level * len(scale.levels)
+    problems = [w.problem for w in itertools.islice(worked_stories("tune", 0, scale.levels), count)]
+    policy = load_policy(str(start), lora_rank=0)
+    result = evaluate(
+        policy, problems, ks=(1, _TRIES), num_generations=_TRIES,
+        batch_size=_TRIES * (8 if policy.device.type == "cpu" else 64),
+        save_to=path.with_name("completions.jsonl"),
+    )  # fmt: skip
+    write_json(path, {"levels": [
+        {"level": list(level)} | _of_level(result["completions"], number, len(scale.levels))
+        for number, level in enumerate(scale.levels)
+    ]})  # fmt: skip
 
 
 def _of_level(completions: Sequence[Mapping], number: int, levels: int) -> dict[str, float]:

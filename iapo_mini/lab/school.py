@@ -29,6 +29,11 @@ LEVELS: tuple[Level, ...] = (
 )  # fmt: skip
 """Levels of difficulty, from easy to hard."""
 
+SHORT_LEVELS: tuple[Level, ...] = (
+    (1, 99), (1, 999), (1, 9999), (2, 99), (2, 999), (2, 9999),
+)  # fmt: skip
+"""Levels whose solutions take about half as many tokens, which a CPU needs."""
+
 
 class Worked(NamedTuple):
     """A problem and the thought that solves it, without tags."""

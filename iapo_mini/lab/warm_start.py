@@ -7,6 +7,10 @@ adapter merged into it. The adapter itself is kept beside it.
 
 The closing tags are tokens of their own in training, as they are when the estimator forces an
 answer. The tokenizer would merge some of them with the character before.
+
+Two machines that train an adapter get slightly different weights. So a start that others should
+continue from is kept, as an adapter of a few megabytes. Its weights are rounded to bf16 and merged
+in float64: products and sums are exact then, and every machine gets the same start policy.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import contextlib
 import functools
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,16 +27,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
+from iapo_mini.adapters import BASE
 from iapo_mini.chat import continuation_ids
 from iapo_mini.files import read_json, replace_folder, same_settings, write_json
 from iapo_mini.lab.school import LEVELS, Level, Worked, worked_stories
 from iapo_mini.logprobs import token_logprobs
+from iapo_mini.policies import shown_name
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.rollouts import Rollouts
 from iapo_mini.sampling import encode_prompts, from_ids
 from iapo_mini.tasks import POSTFIX
+
+WEIGHTS = "adapter_model.safetensors"
+SETTINGS = "adapter_config.json"
+TOLD = "warm_start.json"
 
 
 @dataclass(frozen=True)
@@ -137,10 +149,88 @@ def _train(policy: Policy, lessons: Sequence[Worked], how: WarmStart, folder: Pa
     return trainer.state.log_history
 
 
-def warm_start(folder: Path, how: WarmStart) -> dict[str, Any]:
+@torch.no_grad()
+def exactly_merged(policy: Policy) -> Any:
+    """The plain model of a LoRA policy whose adapter is rounded, the same on every machine."""
+    plain = policy.merged()
+    weights = plain.state_dict()
+    for name, layer in policy.model.get_base_model().named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            a, b = (part["default"].weight.double() for part in (layer.lora_A, layer.lora_B))
+            total = layer.base_layer.weight.double() + layer.scaling["default"] * (b @ a)
+            weights[f"{name}.weight"].copy_(total)
+    return plain
+
+
+def _save_in_16_bits(policy: Policy, folder: Path) -> None:
+    """Write the rounded adapter without loss, in half the space."""
+    policy.save(folder)
+    weights = {name: weight.bfloat16() for name, weight in load_file(folder / WEIGHTS).items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _named(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in which a model in a folder is called by the folder's name."""
+    return {**settings, "model": shown_name(settings["model"])}
+
+
+def _keep(folder: Path, kept: Path) -> None:
+    """Copy a finished warm start's adapter and numbers, without the paths of this machine."""
+
+    def write(target: Path) -> None:
+        shutil.copy(folder / "adapter" / WEIGHTS, target)
+        for name, key in ((SETTINGS, "base_model_name_or_path"), (BASE, "model")):
+            told = read_json(folder / "adapter" / name)
+            write_json(target / name, told | {key: shown_name(told[key])})
+        told = read_json(folder / TOLD)
+        write_json(target / TOLD, told | {"settings": _named(told["settings"])})
+
+    replace_folder(kept, write)
+
+
+def _kept(kept: Path, how: WarmStart) -> tuple[Policy, dict[str, Any]] | None:
+    """The policy with the adapter that is kept, and its numbers.
+
+    None if nothing is kept, or if it has other settings or belongs to other weights.
+    """
+    told = read_json(kept / TOLD, {})
+    if told.get("settings") != json.loads(json.dumps(_named(asdict(how)))):
+        return None
+    with contextlib.suppress(ValueError):  # a model of the same name with other weights
+        return load_policy(how.model, adapter=kept), told
+    return None
+
+
+def _trained(folder: Path, how: WarmStart) -> tuple[Policy, dict[str, Any]]:
+    """The policy after training, its adapter rounded, and minutes and losses."""
+    policy = load_policy(how.model, lora_rank=how.lora_rank, seed=how.seed)
+    count = how.steps * how.batch_size
+    lessons = list(itertools.islice(worked_stories("train", how.seed, how.levels), count))
+    try:
+        log = _train(policy, lessons, how, folder / "checkpoints")
+    except ImportError as error:
+        raise ValueError(
+            "a warm start needs accelerate, which is not installed; pip install accelerate."
+        ) from error
+    for weight in policy.trainable().values():
+        weight.data = weight.data.bfloat16().to(weight.dtype)
+    policy.model.eval()
+    return policy, {
+        "minutes": sum(entry["seconds"] for entry in log) / 60,
+        "loss": [[entry["step"], entry["loss"]] for entry in log if "loss" in entry],
+    }
+
+
+def warm_start(folder: Path, how: WarmStart, kept: Path | None = None) -> dict[str, Any]:
     """Make the start policy in ``folder/model`` and its adapter in ``folder/adapter``.
 
     A finished one is not made again, and an interrupted one continues from its newest checkpoint.
+
+    Args:
+        folder: folder of the work.
+        how: settings.
+        kept: folder that keeps the adapter for other machines. If it holds one with these settings
+            and of this model, nothing is trained. Otherwise the new one is put there.
 
     Returns:
         The content of ``folder/warm_start.json``: ``settings``, ``minutes`` and ``loss``, pairs of
@@ -152,30 +242,19 @@ def warm_start(folder: Path, how: WarmStart) -> dict[str, Any]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     same_settings(folder / "settings.json", "warm start", asdict(how))
-    path = folder / "warm_start.json"
-    if path.is_file():
-        return read_json(path, needs=("settings", "minutes", "loss"))
-    policy = load_policy(how.model, lora_rank=how.lora_rank, seed=how.seed)
-    count = how.steps * how.batch_size
-    lessons = list(itertools.islice(worked_stories("train", how.seed, how.levels), count))
-    try:
-        log = _train(policy, lessons, how, folder / "checkpoints")
-    except ImportError as error:
-        raise ValueError(
-            "a warm start needs accelerate, which is not installed; pip install accelerate."
-        ) from error
-    policy.model.eval()
-    replace_folder(folder / "adapter", policy.save)
-    plain = policy.merged()
+    path = folder / TOLD
+    if not path.is_file():
+        policy, told = (kept and _kept(kept, how)) or _trained(folder, how)
+        replace_folder(folder / "adapter", lambda target: _save_in_16_bits(policy, target))
+        plain = exactly_merged(policy)
 
-    def write(target: Path) -> None:
-        plain.save_pretrained(target)
-        policy.tokenizer.save_pretrained(target)
+        def write(target: Path) -> None:
+            plain.save_pretrained(target)
+            policy.tokenizer.save_pretrained(target)
 
-    replace_folder(folder / "model", write)
-    write_json(path, {
-        "settings": asdict(how),
-        "minutes": sum(entry["seconds"] for entry in log) / 60,
-        "loss": [[entry["step"], entry["loss"]] for entry in log if "loss" in entry],
-    })  # fmt: skip
-    return read_json(path)
+        replace_folder(folder / "model", write)
+        write_json(path, told | {"settings": asdict(how)})
+    made = read_json(path, needs=("settings", "minutes", "loss"))
+    if kept and read_json(kept / TOLD, {}).get("loss") != made["loss"]:
+        _keep(folder, kept)
+    return made

@@ -134,7 +134,7 @@ def progress(results: Mapping) -> Figure:
     Every curve is a trailing mean of five steps of one seed; odd seeds have hollow markers.
 
     Args:
-        results: content of ``results/real_training_so_far.json``.
+        results: content of ``results/real_training_so_far_card.json``.
     """
     fig = Figure(figsize=(10, 3.8), layout="constrained")
     axes = fig.subplots(1, 2)
