@@ -194,10 +194,12 @@ def _predictions(
 
 
 def _read(
-    logits: torch.Tensor, ids: torch.Tensor, temperature: float
+    logits: torch.Tensor, ids: torch.Tensor, temperature: float, entropies: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of tokens ``ids`` (...) under ``logits`` (..., V), and the entropies."""
     log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
+    if not entropies:
+        return log_p.gather(-1, ids[..., None])[..., 0], torch.zeros(())
     with torch.no_grad():
         drawn = log_p.clamp(min=NEVER)
         entropy = -drawn.exp().mul_(drawn).sum(-1)  # in place, because memory peaks here
@@ -214,14 +216,23 @@ def _read_in_chunks(
 ) -> Iterator[torch.Tensor]:
     """Apply the head and :func:`_read` to ``size`` real tokens at a time; padding gets 0.
 
-    The logits of a chunk are dropped after use and computed again for its gradients.
+    The logits of a chunk are dropped after use and computed again for its gradients. Entropies have
+    no gradients and are not computed again.
     """
 
-    def read(hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _read(head(hidden), ids, temperature)
+    def reader() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+        again = False
+
+        def read(hidden: torch.Tensor, ids: torch.Tensor) -> tuple:
+            nonlocal again
+            values = _read(head(hidden), ids, temperature, entropies=not again)
+            again = True
+            return values
+
+        return read
 
     parts = [
-        checkpoint(read, h, i, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(reader(), h, i, use_reentrant=False, preserve_rng_state=False)
         for h, i in zip(hidden[mask].split(size), ids[mask].split(size))
     ]
     nothing = torch.zeros(mask.shape, device=mask.device)

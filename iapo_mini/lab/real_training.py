@@ -106,7 +106,7 @@ SCALES = {
     ),
     "full": Scale(
         Size((0, 1), 30, 32, 4, 32, _KS),
-        warm_steps=60, warm_batch=8, warm_rank=8, per_level=8, levels=SHORT_LEVELS,
+        warm_steps=130, warm_batch=16, warm_rank=8, per_level=8, levels=SHORT_LEVELS,
         tokens=60,
     ),
     "card": Scale(

@@ -19,6 +19,7 @@ import contextlib
 import functools
 import itertools
 import json
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -31,14 +32,14 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 from iapo_mini.adapters import BASE
-from iapo_mini.chat import continuation_ids
+from iapo_mini.chat import continuation_ids, render_prompt
 from iapo_mini.files import read_json, replace_folder, same_settings, write_json
 from iapo_mini.lab.school import LEVELS, Level, Worked, worked_stories
 from iapo_mini.logprobs import token_logprobs
 from iapo_mini.policies import shown_name
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.rollouts import Rollouts
-from iapo_mini.sampling import encode_prompts, from_ids
+from iapo_mini.sampling import from_ids
 from iapo_mini.tasks import POSTFIX
 
 WEIGHTS = "adapter_model.safetensors"
@@ -80,24 +81,40 @@ def completion_tokens(policy: Policy, worked: Worked) -> list[int]:
 
 
 def collated(policy: Policy, rows: Sequence[Worked]) -> dict[str, torch.Tensor]:
-    """Prompts (B, P) and completions (B, L) of worked solutions, ids and masks as in Rollouts."""
-    prompt_ids, prompt_mask = encode_prompts(policy, [row.problem for row in rows])
-    ids = [completion_tokens(policy, row) for row in rows]
-    made = from_ids(policy, prompt_ids, prompt_mask, ids, 1)
+    """Tokens of a batch: what all prompts begin with, and the rest of each row.
+
+    Every prompt tells the model the same before it asks its question. Those tokens are two thirds
+    of a prompt, and run once for the whole batch.
+
+    Returns:
+        ``prompt_ids`` and ``prompt_mask`` (B, P), equal in all rows; ``completion_ids`` and
+        ``completion_mask`` (B, L), the question and the solution; and ``learned`` (B, L) bool, the
+        tokens of the solution.
+    """
+    texts = [render_prompt(policy.tokenizer, row.problem) for row in rows]
+    prompts = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    shared = len(os.path.commonprefix(prompts))
+    solutions = [completion_tokens(policy, row) for row in rows]
+    ids = [prompt[shared:] + solution for prompt, solution in zip(prompts, solutions)]
+    first = torch.tensor([prompts[0][:shared]], device=policy.device)
+    made = from_ids(policy, first, torch.ones_like(first, dtype=torch.bool), ids, len(rows))
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-    return {name: getattr(made, name) for name in names}
+    before = torch.tensor([len(p) - shared for p in prompts], device=policy.device)
+    place = torch.arange(made.completion_ids.shape[1], device=policy.device)
+    learned = made.completion_mask & (place >= before[:, None])
+    return {name: getattr(made, name) for name in names} | {"learned": learned}
 
 
 def supervised_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy of the completions in a batch of :func:`collated`, nats per token."""
-    mask = batch["completion_mask"]
+    """Cross-entropy of the solutions in a batch of :func:`collated`, nats per token."""
+    mask, learned = batch["completion_mask"], batch["learned"]
     rollouts = Rollouts(
         batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], mask,
-        old_logprobs=torch.zeros(mask.shape, device=mask.device), num_generations=1,
+        old_logprobs=torch.zeros(mask.shape, device=mask.device), num_generations=len(mask),
         finished=mask.any(1),
     )  # fmt: skip
-    logprobs, _ = token_logprobs(model, rollouts)
-    return -logprobs.sum() / mask.sum()
+    logprobs, _ = token_logprobs(model, rollouts, rows_per_block=8)
+    return -logprobs[learned].sum() / learned.sum()
 
 
 class _Supervised(Trainer):
@@ -181,7 +198,8 @@ def _keep(folder: Path, kept: Path) -> None:
         shutil.copy(folder / "adapter" / WEIGHTS, target)
         for name, key in ((SETTINGS, "base_model_name_or_path"), (BASE, "model")):
             told = read_json(folder / "adapter" / name)
-            write_json(target / name, told | {key: shown_name(told[key])})
+            line = json.dumps(told | {key: shown_name(told[key])})
+            (target / name).write_text(line + "\n", encoding="utf-8", newline="\n")
         told = read_json(folder / TOLD)
         write_json(target / TOLD, told | {"settings": _named(told["settings"])})
 
