@@ -220,10 +220,10 @@ def _read_in_chunks(
     no gradients and are not computed again.
     """
 
-    def reader() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    def reader() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
         again = False
 
-        def read(hidden: torch.Tensor, ids: torch.Tensor) -> tuple:
+        def read(hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             nonlocal again
             values = _read(head(hidden), ids, temperature, entropies=not again)
             again = True

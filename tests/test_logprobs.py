@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from iapo_mini import logprobs as module
 from iapo_mini.information import answer_entropies
 from iapo_mini.logprobs import head_alone, token_logprobs
 from iapo_mini.policy import load_policy
@@ -135,6 +136,19 @@ def test_chunks_give_the_same_results_and_gradients(tiny_folder, rank, rows_per_
     chunked = weighed(policy.model, rollouts, rows_per_block=rows_per_block, memory_mb=CHUNKS)
     assert_same(chunked, plain)
     assert not torch.equal(chunked[0], plain[0]) or rank  # another way was gone
+
+
+def test_entropies_are_not_computed_again_for_the_gradients_of_a_chunk(lora_policy, monkeypatch):
+    asked, read = [], module._read
+
+    def reading(*given, entropies=True):
+        asked.append(entropies)
+        return read(*given, entropies=entropies)
+
+    monkeypatch.setattr(module, "_read", reading)
+    weighed(lora_policy.model, make_rollouts(**SIZES, left=3), memory_mb=CHUNKS)
+    chunks = len(asked) // 2
+    assert chunks > 1 and asked == [True] * chunks + [False] * chunks
 
 
 def test_no_tensor_of_all_logits_exists(lora_policy):
