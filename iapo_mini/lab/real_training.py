@@ -28,7 +28,7 @@ before it begins.
       chosen    numbers of the chosen levels;  expected  their means
       within    whether format, Pass@1 and Pass@32 of the start lie in the wanted ranges
       tokens    name -> [one per seed: tokens sampled in training]
-    figures/results/real_start/   the start's adapter, warm_start.json, and levels.json
+    figures/results/runs/real_start/   the start's adapter, warm_start.json, and levels.json
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ def real_training(
     told = expected_seconds(load_policy(model, lora_rank=0), size, scale)
     print(f"All of it takes {duration(told)} on this machine as fast as it is now; the same "
           "command continues after a break.", flush=True)  # fmt: skip
-    kept_start = results_path(figures, "real_start", preset).with_suffix("")
+    kept = ledger_path(figures, file_stem("real_training", preset))
+    kept_start = kept.with_name(file_stem("real_start", preset))
     made = warm_start(folder / "start", warm_settings(model, scale), kept_start)
     start = folder / "start" / "model"
     measured = levels_of(start, folder / "levels", scale, kept_start)
@@ -181,7 +182,6 @@ def real_training(
     jobs = make_jobs(
         size, folder, recipes, split="all", start=start.as_posix(), test_file=test_file.as_posix()
     )
-    kept = ledger_path(figures, file_stem("real_training", preset))
     run_all(jobs, parallel, kept)
     results = collect(jobs, size, kept) | _about(model, made, measured) | _costs(jobs, kept)
     results["device"] = device
