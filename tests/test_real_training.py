@@ -83,7 +83,7 @@ def test_training_and_test_problems_are_disjoint_and_of_the_chosen_levels(study)
 
 
 def test_another_machine_continues_from_the_start_that_is_kept(study, tmp_path, monkeypatch):
-    folder, results = study
+    folder, _ = study
     shutil.copytree(folder / "figures", tmp_path / "figures")
     for owner, name in ((warm_start, "_train"), (module, "_measure")):
         monkeypatch.setattr(owner, name, lambda *_: pytest.fail("it was made again"))

@@ -19,7 +19,6 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -93,7 +92,8 @@ def collated(policy: Policy, rows: Sequence[Worked]) -> dict[str, torch.Tensor]:
     """
     texts = [render_prompt(policy.tokenizer, row.problem) for row in rows]
     prompts = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    shared = len(os.path.commonprefix(prompts))
+    same = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts))
+    shared = len(list(same))
     solutions = [completion_tokens(policy, row) for row in rows]
     ids = [prompt[shared:] + solution for prompt, solution in zip(prompts, solutions)]
     first = torch.tensor([prompts[0][:shared]], device=policy.device)
