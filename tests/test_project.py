@@ -177,6 +177,39 @@ def test_unfinished_training_of_a_real_model_in_the_docs_is_the_committed_one():
     assert "within 0.04 of the start's" in page and 0 < max(lost) < 0.045
 
 
+def test_what_training_on_a_cpu_says_so_far_in_the_docs_is_what_the_ledger_says():
+    folder = ROOT / "figures/results"
+    results = json.loads((folder / "real_training_so_far.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/real_models.md").read_text(encoding="utf-8")
+    assert progress_table(results) in page
+    levels = {tuple(level["level"]): level["pass@1"] for level in results["levels"]}
+    told = (levels[level] for level in ((1, 99), (2, 99), (1, 999), (2, 999)))
+    assert (
+        "Pass@1 is then {:.2f} for one operation below 100, {:.2f} for two of them, {:.2f} for one "
+        "below 1,000 and {:.2f} for two of those."
+    ).format(*told) in page
+    chosen = [results["levels"][i]["level"] for i in results["chosen"]]
+    assert chosen == [[1, 99], [1, 999]] and results["within"]
+    assert (
+        "Pass@1 {pass@1:.2f} and Pass@32 {pass@32:.2f}. Two".format(**results["expected"]) in page
+    )
+    start = results["start"]
+    told = f"{start['settings']['steps']} steps of {start['settings']['batch_size']} worked stories"
+    assert f"{told}, {start['minutes']:.0f} minutes on two cores" in page
+    kept = json.loads((folder / "runs/real_start/warm_start.json").read_text(encoding="utf-8"))
+    assert kept["loss"] == start["loss"]
+    entries = read_ledger(folder / "runs/real_training.jsonl")
+    runs = {name: entry["result"] for name, entry in entries.items()}
+    assert set(runs) == {"start-0", "grpo-0", "grpo_efficient-0"}
+    for metric, words in (("pass@1", "Pass@1 {:.2f} and {:.2f} instead of {:.2f}"),
+                          ("pass@32", "Pass@32 {:.2f} and {:.2f} instead of {:.2f}")):  # fmt: skip
+        told = (runs[name][metric] for name in ("grpo-0", "grpo_efficient-0", "start-0"))
+        assert words.format(*told) in page
+    assert runs["start-0"]["pass@32"] == 28 / 32
+    lengths = [runs[name]["length"] for name in ("start-0", "grpo-0", "grpo_efficient-0")]
+    assert abs(lengths[1] / lengths[0] - 1) < 0.05 and abs(lengths[2] / lengths[0] - 0.5) < 0.05
+
+
 @pytest.mark.parametrize("name", ["real_estimator", "real_estimator_warm_start"])
 def test_estimators_on_a_real_model_in_the_docs_are_the_committed_ones(name):
     path = ROOT / f"figures/results/{name}.json"

@@ -97,9 +97,10 @@ def test_another_machine_continues_from_the_start_that_is_kept(study, tmp_path, 
     with pytest.raises(Stop):
         real_training("quick", out=tmp_path / "runs", figures=tmp_path / "figures")
     here = folder / "runs/quick/real_training"
-    # Start policy and test problems are the same to the last bit.
-    content = content_of(str(here / "start/model"), str(here / "data/test.jsonl"))
-    assert len(content) == 2 and all(job["content"] == content for job in jobs)
+    # Start policy and problems are the same to the last bit; the start is not trained.
+    files = (str(here / "data" / f"{name}.jsonl") for name in ("test", "train"))
+    content = content_of(str(here / "start/model"), *files)
+    assert [job["content"] for job in jobs] == [content[:2]] + [content] * len(ROWS)
 
 
 def test_the_table_has_costs(study):
