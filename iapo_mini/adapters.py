@@ -25,7 +25,9 @@ from iapo_mini.devices import full_precision
 from iapo_mini.errors import first_line
 from iapo_mini.files import read_json
 
-BASE = "base.json"
+BASE, SETTINGS, WEIGHTS = "base.json", "adapter_config.json", "adapter_model.safetensors"
+NAMED = ((BASE, "model"), (SETTINGS, "base_model_name_or_path"))
+"""Files of an adapter that name its model, and the key of the name."""
 
 _PLAIN = re.compile(r"lora_[AB]\.default\.weight$")
 _OF_ADAPTER = re.compile(r"lora_|modules_to_save|trainable_tokens")
@@ -112,7 +114,7 @@ def base_of(adapter: str | Path) -> dict[str, str]:
 
     Empty when the adapter's folder does not name it.
     """
-    for file, key in ((BASE, "model"), ("adapter_config.json", "base_model_name_or_path")):
+    for file, key in NAMED:
         found = read_json(Path(adapter) / file, {})
         if found.get(key):
             asked = {x: str(found[x]) for x in ("subfolder", "revision") if found.get(x)}
@@ -236,10 +238,10 @@ def with_trained_adapter(causal_lm: Any, adapter: str | Path, model: str) -> Any
 
     from iapo_mini.model_files import by_older_names, without_dropout
 
-    if not os.path.isfile(Path(adapter) / "adapter_model.safetensors"):
+    if not os.path.isfile(Path(adapter) / WEIGHTS):
         raise ValueError(
             "adapter must be a folder in PEFT format, such as a training run writes, got "
-            f"'{adapter}', which has no adapter_model.safetensors"
+            f"'{adapter}', which has no {WEIGHTS}"
         )
     try:
         with by_older_names():

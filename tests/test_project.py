@@ -154,22 +154,28 @@ def test_early_exits_in_the_docs_are_the_committed_ones():
         "never", "agree")) < 0.05  # fmt: skip
 
 
-def test_unfinished_training_of_a_real_model_in_the_docs_is_the_committed_one():
-    path = ROOT / "figures/results/real_training_so_far_card.json"
+def told_so_far(stem, levels, lasted):
+    """Results of an unfinished study, its Pass@1 by level, and the page, which tells its parts."""
+    path = ROOT / f"figures/results/{stem}.json"
     results = json.loads(path.read_text(encoding="utf-8"))
     page = (ROOT / "docs/real_models.md").read_text(encoding="utf-8")
     assert progress_table(results) in page
-    levels = {tuple(level["level"]): level for level in results["levels"]}
-    told = levels[1, 99]["pass@1"], levels[4, 999]["pass@1"]
+    assert [results["levels"][i]["level"] for i in results["chosen"]] == levels
+    assert results["within"]
+    assert "Pass@1 {pass@1:.2f} and Pass@32 {pass@32:.2f}".format(**results["expected"]) in page
+    how, minutes = results["start"]["settings"], results["start"]["minutes"]
+    told = f"{how['steps']} steps of {how['batch_size']} worked stories"
+    assert f"{told}, {lasted.format(minutes)}" in page
+    return results, {tuple(level["level"]): level["pass@1"] for level in results["levels"]}, page
+
+
+def test_unfinished_training_of_a_real_model_in_the_docs_is_the_committed_one():
+    chosen = [[1, 99], [4, 9999]]
+    results, right, page = told_so_far("real_training_so_far_card", chosen, "{:.1f} minutes")
+    told = right[1, 99], right[4, 999]
     assert "Pass@1 then fell from {:.2f} for one operation below 100 to {:.2f} for".format(
         *told
     ) in page.replace("\n", " ")
-    chosen = [results["levels"][i]["level"] for i in results["chosen"]]
-    assert chosen == [[1, 99], [4, 9999]] and results["within"]
-    assert "Pass@1 {pass@1:.2f} and Pass@32 {pass@32:.2f}".format(**results["expected"]) in page
-    start = results["start"]
-    told = f"{start['settings']['steps']} steps of {start['settings']['batch_size']} worked stories"
-    assert f"{told}, {start['minutes']:.1f} minutes" in page
     steps = [len(one["length"]) for some in results["runs"].values() for one in some]
     assert f"after {min(steps)} to {max(steps)} steps" in page
     judged = [one["judged"] for one in results["runs"]["grpo_efficient"]]
@@ -178,29 +184,20 @@ def test_unfinished_training_of_a_real_model_in_the_docs_is_the_committed_one():
 
 
 def test_what_training_on_a_cpu_says_so_far_in_the_docs_is_what_the_ledger_says():
-    folder = ROOT / "figures/results"
-    results = json.loads((folder / "real_training_so_far.json").read_text(encoding="utf-8"))
-    page = (ROOT / "docs/real_models.md").read_text(encoding="utf-8")
-    assert progress_table(results) in page
-    levels = {tuple(level["level"]): level["pass@1"] for level in results["levels"]}
-    told = (levels[level] for level in ((1, 99), (2, 99), (1, 999), (2, 999)))
+    chosen, lasted = [[1, 99], [1, 999]], "{:.0f} minutes on two cores"
+    results, right, page = told_so_far("real_training_so_far", chosen, lasted)
+    told = (right[level] for level in ((1, 99), (2, 99), (1, 999), (2, 999)))
     assert (
         "Pass@1 is then {:.2f} for one operation below 100, {:.2f} for two of them, {:.2f} for one "
         "below 1,000 and {:.2f} for two of those."
     ).format(*told) in page
-    chosen = [results["levels"][i]["level"] for i in results["chosen"]]
-    assert chosen == [[1, 99], [1, 999]] and results["within"]
-    assert (
-        "Pass@1 {pass@1:.2f} and Pass@32 {pass@32:.2f}. Two".format(**results["expected"]) in page
-    )
-    start = results["start"]
-    told = f"{start['settings']['steps']} steps of {start['settings']['batch_size']} worked stories"
-    assert f"{told}, {start['minutes']:.0f} minutes on two cores" in page
-    kept = json.loads((folder / "runs/real_start/warm_start.json").read_text(encoding="utf-8"))
-    assert kept["loss"] == start["loss"]
-    entries = read_ledger(folder / "runs/real_training.jsonl")
+    folder = ROOT / "figures/results/runs"
+    kept = json.loads((folder / "real_start/warm_start.json").read_text(encoding="utf-8"))
+    assert kept["loss"] == results["start"]["loss"]
+    entries = read_ledger(folder / "real_training.jsonl")
     runs = {name: entry["result"] for name, entry in entries.items()}
     assert set(runs) == {"start-0", "grpo-0", "grpo_efficient-0"}
+    assert "{pass@32:.2f}. Two runs are made".format(**results["expected"]) in page
     for metric, words in (("pass@1", "Pass@1 {:.2f} and {:.2f} instead of {:.2f}"),
                           ("pass@32", "Pass@32 {:.2f} and {:.2f} instead of {:.2f}")):  # fmt: skip
         told = (runs[name][metric] for name in ("grpo-0", "grpo_efficient-0", "start-0"))

@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
-from iapo_mini.adapters import BASE
+from iapo_mini.adapters import NAMED, WEIGHTS
 from iapo_mini.chat import continuation_ids, render_prompt
 from iapo_mini.files import read_json, replace_folder, same_settings, write_json
 from iapo_mini.lab.school import LEVELS, Level, Worked, worked_stories
@@ -41,8 +41,6 @@ from iapo_mini.rollouts import Rollouts
 from iapo_mini.sampling import from_ids
 from iapo_mini.tasks import POSTFIX
 
-WEIGHTS = "adapter_model.safetensors"
-SETTINGS = "adapter_config.json"
 TOLD = "warm_start.json"
 
 
@@ -196,7 +194,7 @@ def _keep(folder: Path, kept: Path) -> None:
 
     def write(target: Path) -> None:
         shutil.copy(folder / "adapter" / WEIGHTS, target)
-        for name, key in ((SETTINGS, "base_model_name_or_path"), (BASE, "model")):
+        for name, key in NAMED:
             told = read_json(folder / "adapter" / name)
             line = json.dumps(told | {key: shown_name(told[key])})
             (target / name).write_text(line + "\n", encoding="utf-8", newline="\n")
