@@ -238,12 +238,15 @@ def test_estimators_on_a_real_model_in_the_docs_are_the_committed_ones(name):
             f"{sentence['other']['mean']:.2f}",
             f"{100 * results['confidence_by_tenth'][0]:.0f}% confidence before the first word",
             f"a calibration error of {results['ece']:.2f}",
+            f"the calibration error falls from {results['ece']:.2f} to "
+            f"{results['postfix']['natural']['ece']:.2f}",
+            f"On {results['problems']['own']} completions of its own",
             f"({own['sentence']['entropy']['auc'][0]:.2f} by sentence, calibration error "
             f"{own['ece']:.2f})",
             f"({whole['auc'][0]:.2f} and {whole['first_auc'][0]:.2f})",
             f"{whole['start']['whole']:.1f} against {whole['start']['first']:.1f} after",
         ]
-        assert results["accuracy_by_tenth"][0] == 0 and own["right"] == 0.5
+        assert results["accuracy_by_tenth"][0] == 0.01 and abs(own["right"] - 1 / 3) < 0.03
     for part in told:
         assert part in page, part
 

@@ -201,6 +201,10 @@ def test_a_stopped_study_goes_on_to_the_same_numbers(data_file, tmp_path, monkey
         measured.append(chain)
         return measure(policy, chain)
 
+    with pytest.raises(ValueError, match=r"out holds 1 measured solutions .*without --so-far"):
+        real("embedded", data_file, out=tmp_path / "b", figures=tmp_path / "fb", unfinished=True,
+             **options)  # fmt: skip
+
     monkeypatch.setattr(study, "measure", watched)
     second = real("embedded", data_file, out=tmp_path / "b", figures=tmp_path / "fb", **options)
     assert len(measured) == 2 + first["problems"]["own"]
@@ -209,6 +213,14 @@ def test_a_stopped_study_goes_on_to_the_same_numbers(data_file, tmp_path, monkey
         (tmp_path / "fa" / "results" / "real_estimator_embedded.json").read_text(encoding="utf-8")
     )
     assert second == first
+    # What is measured can be told at any time, and nothing is measured for it.
+    measured.clear()
+    (stopped / "own.jsonl").unlink()
+    (stopped / "worked.jsonl").write_text("\n".join(lines[:2]), encoding="utf-8")
+    options["unfinished"] = True
+    told = real("embedded", data_file, out=tmp_path / "b", figures=tmp_path / "fb", **options)
+    assert told["problems"] == {"worked": 2, "own": 0} and told["own"] is None and not measured
+    assert told["sampled"] == first["sampled"] and told["maps"] == first["maps"]
     # A model of the same name with other weights does not go on with these chains.
     other = tmp_path / "other" / "embedded"
     shutil.copytree(SHIPPED["embedded-uncalibrated"], other)

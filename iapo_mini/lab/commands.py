@@ -92,6 +92,10 @@ def _add_real(parts: argparse._SubParsersAction) -> None:
     )
     real.add_argument("--name", default="", help="ending of the results file's name (none)")
     real.add_argument("--out", default="runs/real", help="folder of measured chains (%(default)s)")
+    real.add_argument(
+        "--so-far", dest="unfinished", action="store_true",
+        help="measure nothing; tell what the chains of an unfinished study say",
+    )  # fmt: skip
     real.add_argument("--figures", default="figures", help="folder of results (%(default)s)")
     real.add_argument("--threads", type=whole, default=2, help="CPU threads (%(default)s)")
 
@@ -232,7 +236,8 @@ def _real(args: argparse.Namespace) -> None:
 
     check_number("threads", args.threads, 1, MOST_THREADS)
     torch.set_num_threads(args.threads)
-    options = {part: getattr(args, part) for part in ("problems", "weights", "name", "out")}
+    names = ("problems", "weights", "name", "out", "unfinished")
+    options = {part: getattr(args, part) for part in names}
     results = real(args.model, args.data_file, figures=args.figures, **options)
     print(real_table(results))
     print(f"Every number: {Path(args.figures) / 'results'}")

@@ -50,6 +50,8 @@ from iapo_mini.rewards import lenient_answer
 from iapo_mini.sampling import sample
 
 SETS = ("worked", "own")
+COMPLETIONS = "completions.jsonl"
+"""File of the completions that the model has written."""
 TRIES = 20
 """Largest number of completions that are sampled for each chain of the model's own. A model of
 which fewer have a thought and an answer, among as many completions as chains are wanted, is not
@@ -119,6 +121,43 @@ def _measured(policy: Policy, chains: list[Chain], path: Path) -> list[dict[str,
     return found
 
 
+def _all_records(
+    policy: Policy, solutions: list[Solution], wanted: int, folder: Path, longest: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure what is not measured yet, of both sets."""
+    asked = solutions[:wanted]
+    worked = [Chain(s.problem, s.text, s.kinds, s.problem.answer, True) for s in asked]
+    records = {"worked": _measured(policy, worked, folder / "worked.jsonl")}
+    kept = folder / COMPLETIONS
+    own_chains(policy, asked, wanted, kept, longest)
+    records["own"] = _measured(policy, _own(solutions, kept, wanted), folder / "own.jsonl")
+    return records
+
+
+def _shuffled_solutions(data_file: str, wanted: int) -> list[Solution]:
+    """The worked solutions of a file in a fixed order; only those in which a result is known."""
+    solutions = worked_solutions(data_file)
+    random.Random("real").shuffle(solutions)
+    solutions = [s for s in solutions if "result" in s.kinds]
+    if len(solutions) < wanted:
+        raise ValueError(
+            f"problems is {wanted}, but '{data_file}' holds {len(solutions)} with a result such "
+            "as '3 + 4 = 7' in the solution; ask for fewer."
+        )
+    return solutions
+
+
+def _told_so_far(folder: Path, problems: int) -> dict[str, list[dict[str, Any]]]:
+    """Records of the chains that an unfinished study has measured."""
+    records = {part: whole_records(folder / f"{part}.jsonl")[:problems] for part in SETS}
+    if len(records["worked"]) < 2:
+        raise ValueError(
+            f"out holds {len(records['worked'])} measured solutions in '{folder}', and two are the "
+            "least that can be told; run the same command without --so-far first."
+        )
+    return records
+
+
 def real(
     model: str,
     data_file: str,
@@ -129,6 +168,7 @@ def real(
     longest: int = 256,
     out: str | Path = "runs/real",
     figures: str | Path = "figures",
+    unfinished: bool = False,
 ) -> dict:
     """Measure all estimators on worked solutions and on the model's own completions.
 
@@ -141,6 +181,7 @@ def real(
         longest: length limit of the model's own completions, tokens.
         out: folder in which measured chains are kept.
         figures: folder of figures and results.
+        unfinished: measure nothing, and tell what the chains say that are measured already.
 
     Raises:
         ValueError: for an option out of range, files that can't be read or written, or a model that
@@ -150,32 +191,21 @@ def real(
     check_number("longest", longest, 1, MOST_TOKENS)
     figures, out = Path(figures), Path(out)
     check_options(out, figures, None)
-    solutions = worked_solutions(data_file)
-    random.Random("real").shuffle(solutions)
-    solutions = [s for s in solutions if "result" in s.kinds]
-    if len(solutions) < problems:
-        raise ValueError(
-            f"problems is {problems}, but '{data_file}' holds {len(solutions)} with a result such "
-            "as '3 + 4 = 7' in the solution; ask for fewer."
-        )
-    asked = solutions[:problems]
-    policy = load_policy(model, lora_rank=0)
+    solutions = _shuffled_solutions(data_file, problems)
     folder = out / (name or Path(model).name)
+    told = _told_so_far(folder, problems) if unfinished else None
+    policy = load_policy(model, lora_rank=0)
     folder.mkdir(parents=True, exist_ok=True)
     same_settings(folder / "settings.json", "measurement", {
         "fingerprint of the model": fingerprint_of_weights(policy.model.named_parameters()),
         "fingerprint of the data": fingerprint(data_file), "longest": longest,
     })  # fmt: skip
-    worked = [Chain(s.problem, s.text, s.kinds, s.problem.answer, True) for s in asked]
-    records = {"worked": _measured(policy, worked, folder / "worked.jsonl")}
-    kept = folder / "completions.jsonl"
-    sampled = own_chains(policy, asked, problems, kept, longest)
-    own = _own(solutions, kept, problems)
-    records["own"] = _measured(policy, own, folder / "own.jsonl")
+    records = told or _all_records(policy, solutions, problems, folder, longest)
     shown = shown_name(model)
     results = {
         "model": shown, "weights": weights,
-        "problems": {part: len(records[part]) for part in SETS}, "sampled": sampled,
+        "problems": {part: len(records[part]) for part in SETS},
+        "sampled": len(whole_records(folder / COMPLETIONS)),
         **summary(records["worked"]),
         "own": summary(records["own"]) if len(records["own"]) > 1 else None,
         "maps": heat_maps({"the embedded policy": load_policy(lora_rank=0), shown: policy}),
