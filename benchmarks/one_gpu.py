@@ -68,9 +68,16 @@ def together(commands: list[list[str]], until: float) -> bool:
 
 
 def measured(path: Path, shape: str, device: str) -> bool:
-    """Whether a results file has a row of this shape on this device."""
+    """Whether a results file has a finished row of this shape on this device."""
     rows = read_json(path, {"rows": []}, needs=("rows",))["rows"]
-    return any(row["shape"] == shape and row["device"] == device for row in rows)
+    return any(row["shape"] == shape and row["device"] == device and whole(row) for row in rows)
+
+
+def whole(row: dict) -> bool:
+    """Whether nothing is left of a shape: no step of a method, or no way to sample."""
+    if "left" in row:
+        return row["left"] == 0
+    return all(row["steps"].get(m, 0) >= row["settings"]["max_steps"] for m in METHODS)
 
 
 def commands_of(part: str, args: argparse.Namespace) -> list[list[list[str]]]:

@@ -13,13 +13,15 @@ merged 16-bit copy of them (fp32 on a CPU):
 * ``static``: the same with a static cache, which transformers compiles on a CUDA device;
 * ``paged``: ``model.generate_batch``, continuous batching over a paged cache (CUDA only).
 
-If a way fails, its reason is recorded. Rows are written to figures/results/sampling.json.
+If a way fails, its reason is recorded. Rows are written to figures/results/sampling.json, each as
+soon as it is measured; ``left`` is the number of ways that were left then. A stopped benchmark
+continues when the command is repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import sys
 import tempfile
 import time
@@ -29,7 +31,7 @@ import torch
 from memory import TINY, problems_of, write_random_model
 from transformers import GenerationConfig
 
-from iapo_mini.files import versions, write_json
+from iapo_mini.files import read_json, versions, write_json
 from iapo_mini.policy import Policy, load_policy
 from iapo_mini.sampling import encode_prompts, sample
 from iapo_mini.tools.planner import SHAPES, config_of
@@ -114,23 +116,26 @@ def main() -> None:
     # Random weights hardly ever draw this stop token, so rows run to the length limit.
     adapted.model.generation_config.eos_token_id = config.vocab_size - 1
     problems = problems_of(adapted, 200) * prompts
-    rows = []
-    for weights in ("4-bit", "merged"):
-        policy = adapted
-        if weights == "merged":
-            policy = Policy(adapted.merged(), adapted.tokenizer)
-        for way in WAYS if cuda else ("native", "generate", "static"):
-            row = {"shape": name, "weights": weights, "way": way}
-            row |= measure(policy, problems, length, way, cuda)
-            row["device"] = torch.cuda.get_device_name() if cuda else "cpu"
-            rows.append(row)
-            speed = row["tokens_per_second"]
-            told = row["error"] if speed is None else f"{speed:.0f} tokens/s"
-            print(f"{name}, {weights}, {way}: {told}", flush=True)
+    device = torch.cuda.get_device_name() if cuda else "cpu"
     out = args.out or (Path("runs") / "sampling_tiny.json" if args.tiny else RESULTS)
-    before = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
-    rows = [x for x in before if x["shape"] != name] + rows
-    write_json(out, {"rows": rows, "versions": versions()})
+    kept = read_json(out, {"rows": []}, needs=("rows",))["rows"]
+    rows = [x for x in kept if x["shape"] == name and x["device"] == device]
+    others = [x for x in kept if x["shape"] != name]
+    if rows and rows[-1]["left"] == 0:
+        rows = []  # a finished benchmark is measured anew
+    ways = list(WAYS) if cuda else ["native", "generate", "static"]
+    todo = list(itertools.product(("4-bit", "merged"), ways))
+    merged = None
+    for weights, way in todo[len(rows) :]:
+        if weights == "merged" and merged is None:
+            merged = Policy(adapted.merged(), adapted.tokenizer)
+        row = {"shape": name, "weights": weights, "way": way}
+        row |= measure(merged or adapted, problems, length, way, cuda)
+        rows.append(row | {"device": device, "left": len(todo) - len(rows) - 1})
+        write_json(out, {"rows": others + rows, "versions": versions()})
+        speed = row["tokens_per_second"]
+        told = row["error"] if speed is None else f"{speed:.0f} tokens/s"
+        print(f"{name}, {weights}, {way}: {told}", flush=True)
 
 
 if __name__ == "__main__":

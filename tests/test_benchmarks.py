@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 from helpers import PATIENCE, load_script
 
+from iapo_mini.callbacks import Callback
 from iapo_mini.cli import _parser
 from iapo_mini.policy import load_policy
 
@@ -38,7 +40,34 @@ def test_the_memory_benchmark_runs_on_a_tiny_shape(tmp_path):
         assert set(row["seconds"][method]) == {"sampling", "information", "update"}
         assert row["seconds"][method]["update"] > 0
     assert row["settings"]["four_bit"] and row["settings"]["num_generations"] == 8
-    assert 12 < row["length"] <= 16
+    assert 12 < row["length"] <= 16 and row["steps"] == {"grpo": 2, "iapo": 2}
+
+
+def test_a_stopped_memory_benchmark_keeps_what_it_measured_and_goes_on(tmp_path, monkeypatch):
+    """Ctrl-C in the first step of IAPO: the step is finished and counts, the rest is made later."""
+    memory = load_script(BENCHMARKS / "memory.py")
+    out, tiny = tmp_path / "memory.json", ["--tiny", "--device", "cpu", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["memory.py", *tiny, "--out", str(out)])
+    trained, real = [], memory.train
+
+    def stopped(config, folder, *, callbacks, **options):
+        trained.append(config.method)
+
+        def interrupt(line):
+            if config.method == "iapo" and len(trained) == 2:
+                signal.raise_signal(signal.SIGINT)
+
+        return real(config, folder, callbacks=[*callbacks, Callback(interrupt)], **options)
+
+    monkeypatch.setattr(memory, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        memory.main()
+    (cut,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert cut["steps"] == {"grpo": 2, "iapo": 1} and cut["seconds"]["iapo"]["update"] > 0
+    memory.main()
+    (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert trained == ["grpo", "iapo", "iapo"] and row["steps"] == {"grpo": 2, "iapo": 2}
+    assert row["seconds"]["grpo"] == cut["seconds"]["grpo"]
 
 
 def test_the_sampling_benchmark_runs_on_a_tiny_shape(tmp_path):
@@ -52,6 +81,32 @@ def test_the_sampling_benchmark_runs_on_a_tiny_shape(tmp_path):
         for way in ("native", "generate", "static")
     }
     assert all(r["tokens_per_second"] > 0 and r["tokens"] > 100 for r in rows), rows
+    assert [r["left"] for r in rows] == [5, 4, 3, 2, 1, 0]
+
+
+def test_a_stopped_sampling_benchmark_measures_only_the_ways_that_are_left(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    sampling = load_script(BENCHMARKS / "sampling.py")
+    out = tmp_path / "sampling.json"
+    monkeypatch.setattr(sys, "argv", ["", "--tiny", "--device", "cpu", "--out", str(out)])
+    asked = []
+
+    def measure(policy, problems, length, way, cuda):
+        asked.append(way)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return {"tokens_per_second": 1.0, "tokens": 9, "seconds": 9.0}
+
+    monkeypatch.setattr(sampling, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        sampling.main()
+    kept = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["way"] for row in kept] == ["native", "generate"]
+    sampling.main()
+    assert asked[2:] == ["static", "static", "native", "generate", "static"]
+    assert json.loads(out.read_text(encoding="utf-8"))["rows"][:2] == kept
+    sampling.main()  # a finished one is measured anew
+    assert len(asked) == 3 + 4 + 6 and len(json.loads(out.read_text(encoding="utf-8"))["rows"]) == 6
 
 
 def test_the_benchmark_of_watching_runs_on_a_few_completions_and_judges(tmp_path):
@@ -209,15 +264,27 @@ def test_a_part_that_takes_too_long_is_asked_to_stop(one_gpu, tmp_path):
 def test_only_shapes_that_this_device_has_not_measured_are_left(one_gpu, tmp_path):
     path = tmp_path / "results" / "memory.json"
     path.parent.mkdir()
-    rows = [{"shape": "tiny", "device": "cpu"}, {"shape": "qwen2.5-7b", "device": "another card"}]
+    row = {"shape": "tiny", "device": "cpu", "settings": {"max_steps": 3}}
+    other = row | {"shape": "qwen2.5-7b", "device": "another card", "steps": {}}
+    for steps in ({}, {"grpo": 3}, {"grpo": 3, "iapo": 1}):
+        path.write_text(json.dumps({"rows": [row | {"steps": steps}, other]}), encoding="utf-8")
+        assert not one_gpu.measured(path, "tiny", "cpu"), steps
+    rows = [row | {"steps": {"grpo": 3, "iapo": 3}}, other]
     path.write_text(json.dumps({"rows": rows}), encoding="utf-8")
     assert one_gpu.measured(path, "tiny", "cpu")
     assert not one_gpu.measured(path, "qwen2.5-7b", "cpu")
     assert not one_gpu.measured(tmp_path / "none.json", "tiny", "cpu")
     args = argparse.Namespace(tiny=True, device="cpu", figures=tmp_path)
     assert one_gpu.commands_of("memory", args) == []
-    (((*_, out),),) = one_gpu.commands_of("sampling", args)
-    assert out == str(tmp_path / "results" / "sampling.json")
+    path = tmp_path / "results" / "sampling.json"
+    rows = [{"shape": "tiny", "device": "cpu", "weights": "4-bit", "way": "native", "left": n}
+            for n in (5, 0)]  # fmt: skip
+    for made in ([], rows[:1]):
+        path.write_text(json.dumps({"rows": made}), encoding="utf-8")
+        (((*_, out),),) = one_gpu.commands_of("sampling", args)
+        assert out == str(path)
+    path.write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    assert one_gpu.commands_of("sampling", args) == []
 
 
 @pytest.mark.parametrize(
