@@ -53,6 +53,27 @@ def test_the_interval_is_over_the_steps_of_the_window(tmp_path):
     assert runs["iapo"][0]["against"]["length"] == pytest.approx(expected)
 
 
+def test_a_finished_run_of_another_machine_counts_like_one_made_here(study):
+    def entry(result, lengths=()):
+        curve = {"length": list(lengths), "accuracy": [0.5] * len(lengths), "entropy": []}
+        return {"job": {}, "result": {"problems": 4} | result, "curve": curve if lengths else None}
+
+    entries = {
+        "start-0": entry({"pass@1": 0.4, "length": 90.0}),
+        "iapo_sentence-0": entry({"pass@1": 0.6, "length": 70.0}, [80.0] * 30),
+        "iapo_sentence-1": entry({"pass@1": 0.7, "length": 60.0}, [40.0] * 30),
+    }
+    runs = runs_of(study, ROWS, entries)
+    assert list(runs) == ["grpo", "iapo", "iapo_sentence"]
+    first, second = runs["iapo_sentence"]
+    assert first["length"] == [80.0] * 30 and first["judged"] == {
+        "problems": 4, "pass@1": 0.6, "length": 70.0, "start pass@1": 0.4, "start length": 90.0,
+    }  # fmt: skip
+    assert second["seed"] == 1 and second["judged"] is None  # its start policy is not judged yet
+    compare(runs)
+    assert second["against"]["length"] == pytest.approx((-10, -10, -10))
+
+
 def test_a_judgement_is_compared_with_the_start_on_the_same_problems(study):
     def judged(problem, correct, tokens):
         return {"problem": problem, "text": "", "correct": correct, "tokens": tokens}

@@ -20,6 +20,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from iapo_mini import plots
@@ -34,26 +35,50 @@ WINDOW = 10
 """Number of steps of the comparison."""
 METRICS = ("length", "accuracy")
 
+Entries = Mapping[str, Mapping[str, Any]]
+"""Name -> record of a finished run (:mod:`iapo_mini.lab.ledger`)."""
+NONE: Entries = MappingProxyType({})
 
-def runs_of(folder: Path, rows: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Curves and finished judgements of the runs that have begun, by row.
+
+def runs_of(
+    folder: Path, rows: Sequence[str], entries: Entries = NONE
+) -> dict[str, list[dict[str, Any]]]:
+    """Curves and judgements of the runs that have begun, by row.
 
     Args:
         folder: folder of the study; the run of a row and a seed is in ``folder/<row>-<seed>``.
         rows: names of rows.
+        entries: records of finished runs, which may have been made on another machine.
     """
+    names = {path.name for path in folder.glob("*-*")} | set(entries)
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        for run in sorted(folder.glob(f"{row}-*"), key=lambda p: int(p.name.rsplit("-", 1)[1])):
-            steps = whole_records(run / "train" / LOG)
-            if not steps:
-                continue
-            seed = int(run.name.rsplit("-", 1)[1])
+        seeds = sorted(int(name.rpartition("-")[2]) for name in names if name.startswith(f"{row}-"))
+        for seed in seeds:
+            name, start = f"{row}-{seed}", f"{START}-{seed}"
+            entry = entries.get(name)
+            steps = whole_records(folder / name / "train" / LOG)
             one: dict[str, Any] = {"seed": seed}
-            one |= {m: [round(s[m], 5) for s in steps] for m in METRICS}
-            one["judged"] = _judged(run, folder / f"{START}-{seed}")
+            if entry is not None:
+                one |= {m: entry["curve"][m] for m in METRICS}
+                one["judged"] = _judged_of(entry, entries.get(start))
+            elif steps:
+                one |= {m: [round(s[m], 5) for s in steps] for m in METRICS}
+                one["judged"] = _judged(folder / name, folder / start)
+            else:
+                continue
             found.setdefault(row, []).append(one)
     return found
+
+
+def _judged_of(entry: Mapping, start: Mapping | None) -> dict[str, float] | None:
+    """The final judgement of a finished run beside that of the start policy."""
+    if start is None:
+        return None
+    told: dict[str, float] = {"problems": entry["result"]["problems"]}
+    for name, one in (("", entry), ("start ", start)):
+        told |= {f"{name}{m}": one["result"][m] for m in ("pass@1", "length")}
+    return told
 
 
 def _judged(run: Path, start: Path) -> dict[str, float] | None:
@@ -84,18 +109,21 @@ def compare(runs: Mapping[str, Sequence[dict[str, Any]]]) -> int:
     return common
 
 
-def so_far(folder: Path, rows: Sequence[str], study: Mapping[str, Any]) -> dict[str, Any]:
+def so_far(
+    folder: Path, rows: Sequence[str], study: Mapping[str, Any], entries: Entries = NONE
+) -> dict[str, Any]:
     """Content of the results file.
 
     Args:
         folder: folder of the study.
         rows: names of its rows.
         study: what the study knows beside its runs.
+        entries: records of finished runs.
 
     Raises:
         ValueError: when no run has finished a step.
     """
-    runs = runs_of(folder, rows)
+    runs = runs_of(folder, rows, entries)
     common = compare(runs)
     if not common:
         raise ValueError(f"out holds '{folder}', in which no run has finished a step.")

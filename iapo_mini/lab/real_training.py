@@ -46,8 +46,8 @@ import torch
 from iapo_mini.errors import MOST_REAL, MOST_SEED, check_choice, check_number
 from iapo_mini.evaluation import evaluate
 from iapo_mini.files import read_json, same_settings, versions, write_json
+from iapo_mini.lab import ledger
 from iapo_mini.lab.figures.real import progress
-from iapo_mini.lab.ledger import ledger_path
 from iapo_mini.lab.pace import LEARN, REFER, SAMPLE, duration, forward_speed
 from iapo_mini.lab.real_progress import BASE, progress_table, so_far
 from iapo_mini.lab.results import check_options, file_stem, results_path
@@ -73,6 +73,7 @@ WANTED = {"format": (0.9, 1.0), "pass@1": (0.3, 0.7), "pass@32": (0.5, 0.9)}
 _KS = (1, 2, 4, 8, 16, 32)
 _TRIES = 32  # completions by which a level is judged
 _TRAIN_PROBLEMS = 1000
+_TRAIN, _TEST = "data/train.jsonl", "data/test.jsonl"
 _PROMPT = 160  # mean tokens of a prompt in SmolLM2, for the estimate of time
 
 
@@ -166,13 +167,13 @@ def real_training(
     told = expected_seconds(load_policy(model, lora_rank=0), size, scale)
     print(f"All of it takes {duration(told)} on this machine as fast as it is now; the same "
           "command continues after a break.", flush=True)  # fmt: skip
-    kept = ledger_path(figures, file_stem("real_training", preset))
+    kept = ledger.ledger_path(figures, file_stem("real_training", preset))
     kept_start = kept.with_name(file_stem("real_start", preset))
     made = warm_start(folder / "start", warm_settings(model, scale), kept_start)
     start = folder / "start" / "model"
     measured = levels_of(start, folder / "levels", scale, kept_start)
     chosen = chosen_levels(measured)
-    train_file, test_file = _files(folder / "data", [scale.levels[i] for i in chosen], size)
+    train_file, test_file = _files(folder, [scale.levels[i] for i in chosen], size)
     shared = {
         "model": start.as_posix(), "data": "gsm8k", "data_file": train_file.as_posix(),
         "split": "all", "learning_rate": learning_rate, "micro_batch_size": 4, "save_steps": 10,
@@ -207,7 +208,13 @@ def _told_so_far(folder: Path, scale: Scale, figures: Path, preset: str) -> dict
     measured = read_json(folder / "levels" / "levels.json", needs=("levels",))["levels"]
     study = _about(settings["model"], made, measured)
     study["learning_rate"] = settings["learning_rate"]
-    results = so_far(folder, tuple(ROWS), study)
+    kept = ledger.read(ledger.ledger_path(figures, file_stem("real_training", preset)))
+    content = ledger.content_of((folder / "start" / "model").as_posix(), str(folder / _TEST))
+    entries = {
+        name: entry for name, entry in kept.items()
+        if entry["job"].get("content", [])[: len(content)] == content
+    }  # fmt: skip
+    results = so_far(folder, tuple(ROWS), study, entries)
     path = results_path(figures, "real_training_so_far", preset)
     write_json(path, results)
     if BASE in results["runs"]:
@@ -316,7 +323,7 @@ def chosen_levels(measured: Sequence[Mapping[str, Any]]) -> list[int]:
 
 def _files(folder: Path, levels: Sequence[Level], size: Size) -> tuple[Path, Path]:
     """Files of train and test problems, in GSM8K's format, made again if they are missing."""
-    paths = folder / "train.jsonl", folder / "test.jsonl"
+    paths = folder / _TRAIN, folder / _TEST
     # The warm start has seen the train stream of seed 0.
     for path, split, seed, count in (
         (paths[0], "train", 1, _TRAIN_PROBLEMS), (paths[1], "test", 0, size.problems),
