@@ -112,6 +112,13 @@ def test_sentence_ends_are_found(base_policy):
 )  # fmt: skip
 def test_a_point_within_a_number_or_a_word_ends_no_sentence(base_policy, text, sentences):
     """The tokenizer here writes byte by byte, as those of real models write numbers."""
+    policy, rollouts = written_with(base_policy, text)
+    ends = sentence_ends(policy, rollouts)[0].nonzero()[:, 0].tolist()
+    assert [text[a:b] for a, b in itertools.pairwise(ends)] == sentences
+
+
+def written_with(base_policy, text, *merged):
+    """A policy whose tokenizer has a token per byte and for each of ``merged``, and a row of it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -119,15 +126,36 @@ def test_a_point_within_a_number_or_a_word_ends_no_sentence(base_policy, text, s
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<pad>"]
     )
     tokenizer.train_from_iterator(["a"], trainer)
+    tokenizer.add_tokens(list(merged))
     letters = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
-    policy = replace(base_policy, tokenizer=letters)
     ids = torch.tensor([letters.encode(text)])
-    rollouts = replace(
-        make_rollouts(prompts=[1], completions=[ids.shape[1]], group=1),
-        completion_ids=ids,
-    )
-    ends = sentence_ends(policy, rollouts)[0].nonzero()[:, 0].tolist()
-    assert [text[a:b] for a, b in itertools.pairwise(ends)] == sentences
+    rollouts = make_rollouts(prompts=[1], completions=[ids.shape[1]], group=1)
+    policy = replace(base_policy, tokenizer=letters)
+    return policy, replace(rollouts, completion_ids=ids)
+
+
+@pytest.mark.parametrize("stride", ["sentence", 3])
+@pytest.mark.parametrize(
+    ("text", "merged", "left"),
+    [
+        ("<think>One. Two.</think><answer>7</answer>", (), "<think>One. Two."),
+        ("<think>One.\n</think>\n<answer>7</answer>\n", ("think", "answer"), "<think>One.\n"),
+        ("<think>One. Two.</think><answer>7", (".</", "><"), "<think>One. Two"),
+        ("<think>One. Two.</think>", (), "<think>One. Two."),
+        ("<think>One. Two. <answer>7</answer>", (), None),
+        ("One. Two.</think><answer>7</answer>", ("</think>", "<answer>"), None),
+    ],
+)
+def test_no_question_stands_within_tags_of_several_tokens(base_policy, text, merged, left, stride):
+    """There the text that forces an answer would stand twice, and the jump would be spread."""
+    policy, rollouts = written_with(base_policy, text, *merged)
+    n = int(rollouts.lengths[0])
+    before = prefixes_asked(policy, rollouts, stride, ahead=False)[0].tolist()
+    asked = prefixes_asked(policy, rollouts, stride)[0].tolist()
+    tokens = [policy.tokenizer.decode([t]) for t in rollouts.completion_ids[0].tolist()]
+    end = n if left is None else next(t for t in range(n) if "".join(tokens[:t]) == left)
+    assert asked == before[: end + 1] + [False] * (n - end - 1) + [True] * (end < n)
+    assert left is None or asked != before or "".join(tokens[end:]) == "</think>"
 
 
 def test_strided_by_sentences(base_policy):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 
 from iapo_mini.chat import token_texts
 from iapo_mini.policy import Policy
 from iapo_mini.rollouts import Rollouts
+
+CLOSING = "</think>"
+"""The tag that ends a thought."""
 
 
 def ends_sentence(text: str) -> bool:
@@ -32,14 +38,40 @@ def sentence_ends(policy: Policy, rollouts: Rollouts, ahead: bool = True) -> tor
     return out.scatter_(1, rollouts.lengths[:, None], True)
 
 
+def end_of_thought(texts: Sequence[str]) -> int:
+    """Number of tokens before the one in which ``</think>`` begins.
+
+    It is the number of all tokens if the thought is not closed, or if the tag is a token of its own
+    and so takes the change that it makes upon itself.
+    """
+    at = "".join(texts).find(CLOSING)
+    if at < 0 or CLOSING in (text.strip() for text in texts):
+        return len(texts)
+    ends = itertools.accumulate(len(text) for text in texts)
+    return next(number for number, end in enumerate(ends) if end > at)
+
+
 def prefixes_asked(
     policy: Policy, rollouts: Rollouts, stride: int | str, ahead: bool = True
 ) -> torch.Tensor:
-    """(B, L + 1) bool: every ``stride``-th prefix or the sentence ends, and each row's last."""
+    """(B, L + 1) bool: every ``stride``-th prefix or the sentence ends, and each row's last.
+
+    Where tags have several tokens, no question is asked behind the thought, except after the last
+    token. A question there has the text that forces an answer twice, which no policy has seen, and
+    the entropy of its answer jumps. :func:`spread` would charge the token that ends the thought
+    with a share of the jump. (Asking after every token puts it on the last token of a tag, which is
+    certain anyway.) With ``ahead`` False such questions are asked, as while a completion is
+    sampled.
+    """
     if isinstance(stride, str):
-        return sentence_ends(policy, rollouts, ahead)
-    t = torch.arange(rollouts.completion_ids.shape[1] + 1, device=rollouts.lengths.device)
-    return (t % stride == 0) | (t == rollouts.lengths[:, None])
+        asked = sentence_ends(policy, rollouts, ahead)
+    else:
+        t = torch.arange(rollouts.completion_ids.shape[1] + 1, device=rollouts.lengths.device)
+        asked = (t % stride == 0) | (t == rollouts.lengths[:, None])
+    for row, n in enumerate(rollouts.lengths.tolist() if ahead else ()):
+        ids = rollouts.completion_ids[row, :n].tolist()
+        asked[row, end_of_thought(token_texts(policy.tokenizer, ids)) + 1 : n] = False
+    return asked
 
 
 def spread(values: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
