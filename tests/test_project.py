@@ -196,15 +196,37 @@ def test_what_training_on_a_cpu_says_so_far_in_the_docs_is_what_the_ledger_says(
     assert kept["loss"] == results["start"]["loss"]
     entries = read_ledger(folder / "real_training.jsonl")
     runs = {name: entry["result"] for name, entry in entries.items()}
-    assert set(runs) == {"start-0", "grpo-0", "grpo_efficient-0"}
-    assert "{pass@32:.2f}. Two runs are made".format(**results["expected"]) in page
-    for metric, words in (("pass@1", "Pass@1 {:.2f} and {:.2f} instead of {:.2f}"),
-                          ("pass@32", "Pass@32 {:.2f} and {:.2f} instead of {:.2f}")):  # fmt: skip
-        told = (runs[name][metric] for name in ("grpo-0", "grpo_efficient-0", "start-0"))
-        assert words.format(*told) in page
-    assert runs["start-0"]["pass@32"] == 28 / 32
-    lengths = [runs[name]["length"] for name in ("start-0", "grpo-0", "grpo_efficient-0")]
-    assert abs(lengths[1] / lengths[0] - 1) < 0.05 and abs(lengths[2] / lengths[0] - 0.5) < 0.05
+    assert set(runs) == {
+        "start-0", "start-1", "grpo-0", "grpo-1", "grpo_efficient-0", "grpo_efficient-1", "iapo-0",
+        "iapo_sentence_tags-0",
+    }  # fmt: skip
+    told = "Made are GRPO and the length penalty with both seeds and IAPO with seed 0."
+    assert "{pass@32:.2f}. {told}".format(**results["expected"], told=told) in page
+
+    def both(row, metric, form):
+        return " and ".join(form.format(runs[f"{row}-{seed}"][metric]) for seed in (0, 1))
+
+    start, iapo, tags = (runs[name] for name in ("start-0", "iapo-0", "iapo_sentence_tags-0"))
+    methods = ("grpo", "grpo_efficient")
+    for part in (
+        f"writes {start['length']:.0f} tokens, with Pass@1 {start['pass@1']:.2f}",
+        f"as it was**, {both('grpo', 'length', '{:.0f}')} tokens",
+        f"to {both('grpo_efficient', 'length', '{:.0f}')} tokens",
+        "(Pass@1 " + "; ".join(both(row, "pass@1", "{:.2f}") for row in methods),
+        "(Pass@32 " + "; ".join(both(row, "pass@32", "{:.2f}") for row in methods),
+        f"{iapo['length']:.0f} tokens, with Pass@1 {iapo['pass@1']:.2f} and the lowest Pass@32 so "
+        f"far, {iapo['pass@32']:.2f}",
+        f"take {iapo['roles']['restate']:.0f} tokens of a completion, "
+        f"{start['roles']['restate']:.0f} before",
+        f"took {tags['roles']['conclude']:.0f} of {tags['length']:.0f} tokens",
+        f"Pass@1 fell to {tags['pass@1']:.2f}",
+    ):
+        assert part in page, part
+    assert start["pass@32"] == 28 / 32
+    sound = [run["pass@32"] for name, run in runs.items() if "tags" not in name]
+    assert min(sound) == iapo["pass@32"]
+    lengths = entries["iapo_sentence_tags-0"]["curve"]["length"]
+    assert max(lengths[:9]) < 60 < min(lengths[9:])  # from step 10 on
 
 
 @pytest.mark.parametrize("name", ["real_estimator", "real_estimator_warm_start"])

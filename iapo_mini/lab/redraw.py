@@ -42,6 +42,7 @@ DRAWN: Sequence[tuple[str, Callable[[dict, Path], None]]] = (
         "real_estimator_warm_start",
         lambda results, out: real.draw(results, out, "real_estimator_warm_start"),
     ),
+    ("real_training_so_far", _single("real_training_so_far", real_figures.progress)),
     ("real_training_so_far_card", _single("real_training_so_far_card", real_figures.progress)),
 )
 """Results files, and how figures are drawn from them into a folder."""
