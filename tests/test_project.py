@@ -200,7 +200,7 @@ def test_what_training_on_a_cpu_says_so_far_in_the_docs_is_what_the_ledger_says(
         "start-0", "start-1", "grpo-0", "grpo-1", "grpo_efficient-0", "grpo_efficient-1", "iapo-0",
         "iapo_sentence_tags-0",
     }  # fmt: skip
-    told = "Made are GRPO and the length penalty with both seeds and IAPO with seed 0."
+    told = "GRPO and the length penalty are finished with both seeds, and IAPO with seed 0."
     assert "{pass@32:.2f}. {told}".format(**results["expected"], told=told) in page
 
     def both(row, metric, form):
