@@ -212,7 +212,6 @@ def main() -> None:
 
     def write(row: dict) -> None:
         rows[row["shape"]] = row
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, {"rows": list(rows.values()), "versions": versions()})
 
     for name in ["tiny"] if args.tiny else args.shapes:

@@ -207,3 +207,16 @@ def test_a_finished_study_can_be_told_as_far_as_it_is(study, capsys):
         assert one["judged"]["start length"] == pytest.approx(start)
     assert path.name in capsys.readouterr().out
     assert (folder / "figures" / f"{path.stem}.png").is_file()
+
+
+def test_a_study_that_was_stopped_before_its_runs_has_nothing_to_tell(study, tmp_path, capsys):
+    folder, _ = study
+    here = tmp_path / "quick" / "real_training"
+    shutil.copytree(folder / "runs/quick/real_training", here)
+    shutil.rmtree(here / "data")
+    for name in (f"{row}-0" for row in ROWS):
+        shutil.rmtree(here / name)
+    where = ["--out", str(tmp_path), "--figures", str(folder / "figures")]
+    with pytest.raises(SystemExit):
+        main(["lab", "real-training", "--preset", "quick", "--so-far", *where])
+    assert "no run has finished a step" in capsys.readouterr().err

@@ -20,6 +20,14 @@ def ends_sentence(text: str) -> bool:
     return text.rstrip(" ").endswith((".", "!", "?", ">", "\n"))
 
 
+def _texts(policy: Policy, rollouts: Rollouts) -> list[list[str]]:
+    """The text of each token of each completion, without padding."""
+    return [
+        token_texts(policy.tokenizer, ids[:n].tolist())
+        for ids, n in zip(rollouts.completion_ids, rollouts.lengths.tolist())
+    ]
+
+
 def sentence_ends(policy: Policy, rollouts: Rollouts, ahead: bool = True) -> torch.Tensor:
     """(B, L + 1) bool: the first and last prefix, and those that end a sentence, a line or a tag.
 
@@ -27,9 +35,12 @@ def sentence_ends(policy: Policy, rollouts: Rollouts, ahead: bool = True) -> tor
     digit or a point follows at once does not, as in ``2.50`` or ``e.g.``. With ``ahead`` False it
     does, as while a completion is sampled, when the next token is not known.
     """
+    return _sentence_ends(_texts(policy, rollouts), rollouts, ahead)
+
+
+def _sentence_ends(rows: list[list[str]], rollouts: Rollouts, ahead: bool) -> torch.Tensor:
     out = torch.zeros_like(rollouts.completion_mask)
-    for row, n in enumerate(rollouts.lengths.tolist()):
-        texts = token_texts(policy.tokenizer, rollouts.completion_ids[row, :n].tolist())
+    for row, texts in enumerate(rows):
         for t, (text, following) in enumerate(zip(texts, [*texts[1:], ""])):
             inside = text[-1:] == "." and (following[:1].isalnum() or following[:1] == ".")
             inside = inside and ahead
@@ -63,14 +74,14 @@ def prefixes_asked(
     certain anyway.) With ``ahead`` False such questions are asked, as while a completion is
     sampled.
     """
+    rows = _texts(policy, rollouts) if isinstance(stride, str) or ahead else []
     if isinstance(stride, str):
-        asked = sentence_ends(policy, rollouts, ahead)
+        asked = _sentence_ends(rows, rollouts, ahead)
     else:
         t = torch.arange(rollouts.completion_ids.shape[1] + 1, device=rollouts.lengths.device)
         asked = (t % stride == 0) | (t == rollouts.lengths[:, None])
-    for row, n in enumerate(rollouts.lengths.tolist() if ahead else ()):
-        ids = rollouts.completion_ids[row, :n].tolist()
-        asked[row, end_of_thought(token_texts(policy.tokenizer, ids)) + 1 : n] = False
+    for row, texts in enumerate(rows if ahead else ()):
+        asked[row, end_of_thought(texts) + 1 : len(texts)] = False
     return asked
 
 

@@ -37,11 +37,11 @@ METRICS = ("length", "accuracy")
 
 Entries = Mapping[str, Mapping[str, Any]]
 """Name -> record of a finished run (:mod:`iapo_mini.lab.ledger`)."""
-NONE: Entries = MappingProxyType({})
+NO_ENTRIES: Entries = MappingProxyType({})
 
 
 def runs_of(
-    folder: Path, rows: Sequence[str], entries: Entries = NONE
+    folder: Path, rows: Sequence[str], entries: Entries = NO_ENTRIES
 ) -> dict[str, list[dict[str, Any]]]:
     """Curves and judgements of the runs that have begun, by row.
 
@@ -56,13 +56,11 @@ def runs_of(
         seeds = sorted(int(name.rpartition("-")[2]) for name in names if name.startswith(f"{row}-"))
         for seed in seeds:
             name, start = f"{row}-{seed}", f"{START}-{seed}"
-            entry = entries.get(name)
-            steps = whole_records(folder / name / "train" / LOG)
             one: dict[str, Any] = {"seed": seed}
-            if entry is not None:
+            if entry := entries.get(name):
                 one |= {m: entry["curve"][m] for m in METRICS}
                 one["judged"] = _judged_of(entry, entries.get(start))
-            elif steps:
+            elif steps := whole_records(folder / name / "train" / LOG):
                 one |= {m: [round(s[m], 5) for s in steps] for m in METRICS}
                 one["judged"] = _judged(folder / name, folder / start)
             else:
@@ -110,7 +108,7 @@ def compare(runs: Mapping[str, Sequence[dict[str, Any]]]) -> int:
 
 
 def so_far(
-    folder: Path, rows: Sequence[str], study: Mapping[str, Any], entries: Entries = NONE
+    folder: Path, rows: Sequence[str], study: Mapping[str, Any], entries: Entries = NO_ENTRIES
 ) -> dict[str, Any]:
     """Content of the results file.
 

@@ -208,12 +208,14 @@ def _told_so_far(folder: Path, scale: Scale, figures: Path, preset: str) -> dict
     measured = read_json(folder / "levels" / "levels.json", needs=("levels",))["levels"]
     study = _about(settings["model"], made, measured)
     study["learning_rate"] = settings["learning_rate"]
-    kept = ledger.read(ledger.ledger_path(figures, file_stem("real_training", preset)))
-    content = ledger.content_of((folder / "start" / "model").as_posix(), str(folder / _TEST))
-    entries = {
-        name: entry for name, entry in kept.items()
-        if entry["job"].get("content", [])[: len(content)] == content
-    }  # fmt: skip
+    entries = {}
+    if (folder / _TEST).is_file():  # a study that was stopped before has no runs
+        content = ledger.content_of((folder / "start" / "model").as_posix(), str(folder / _TEST))
+        kept = ledger.read(ledger.ledger_path(figures, file_stem("real_training", preset)))
+        entries = {
+            name: entry for name, entry in kept.items()
+            if entry["job"].get("content", [])[: len(content)] == content
+        }  # fmt: skip
     results = so_far(folder, tuple(ROWS), study, entries)
     path = results_path(figures, "real_training_so_far", preset)
     write_json(path, results)
